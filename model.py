@@ -1,0 +1,346 @@
+"""The networks of SALT: a ViT encoder with 3D RoPE, the predictor (also the pixel decoder) and the attentive probe.
+
+The architecture is V-JEPA 2's, number for number (paper appendix B, tables 3 and 4), so that weights can be exchanged
+with it (convert.py). Nothing here knows about masking strategies, losses or training.
+
+Letters in shape comments:
+    B  clips             T, H, W  frames, pixels down, pixels across
+    N  tokens of a clip  K        tokens of a subset (context or targets), named by their ids in 0 .. N-1
+    D  width             h, d     attention heads, channels per head      P  numbers in a tubelet (3 * 2 * 16 * 16 = 1536)
+
+    from model import load_encoder
+    encoder = load_encoder("out/student")     # a run folder or a checkpoint file
+    tokens = encoder(clips)                   # normalised float clips (B, 3, T, H, W) -> (B, N, D)
+"""
+
+import functools
+import math
+import pickle
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+# Paper table 3. mlp_ratio is given by the hidden widths 6144 (g) and 8192 (G). Ti and S are not in the paper.
+SIZES = {
+    "vit_ti": dict(width=192, depth=12, heads=3, mlp_ratio=4.0),
+    "vit_s": dict(width=384, depth=12, heads=6, mlp_ratio=4.0),
+    "vit_b": dict(width=768, depth=12, heads=12, mlp_ratio=4.0),
+    "vit_l": dict(width=1024, depth=24, heads=16, mlp_ratio=4.0),
+    "vit_h": dict(width=1280, depth=32, heads=16, mlp_ratio=4.0),
+    "vit_g": dict(width=1408, depth=40, heads=16, mlp_ratio=48 / 11),
+    "vit_G": dict(width=1664, depth=48, heads=16, mlp_ratio=64 / 13),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# tokens: where they are and what they hold
+
+
+def token_grid(clip_shape, tubelet_size, patch_size):
+    """The token grid (time, rows, columns) of a clip of shape (..., T, H, W). ValueError if it does not divide evenly."""
+    T, H, W = clip_shape[-3:]
+    if T % tubelet_size or H % patch_size or W % patch_size or 0 in (T, H, W):
+        raise ValueError(
+            f"a clip of {T} frames of {H}x{W} pixels does not divide into tubelets of "
+            f"{tubelet_size} frames of {patch_size}x{patch_size} pixels"
+        )
+    return T // tubelet_size, H // patch_size, W // patch_size
+
+
+def tubelets(clips, tubelet_size, patch_size):
+    """Cut clips (B, 3, T, H, W) into tokens' worth of pixels (B, N, P); N in raster order, P in (c, t, h, w) order."""
+    B, C, T, H, W = clips.shape
+    t, h, w = token_grid(clips.shape, tubelet_size, patch_size)
+    x = clips.reshape(B, C, t, tubelet_size, h, patch_size, w, patch_size)
+    return x.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(B, t * h * w, C * tubelet_size * patch_size**2)
+
+
+def untubelets(x, grid, tubelet_size, patch_size):
+    """The inverse of `tubelets`: (B, N, P) on a token grid -> clips (B, 3, T, H, W)."""
+    t, h, w = grid
+    x = x.reshape(x.shape[0], t, h, w, -1, tubelet_size, patch_size, patch_size).permute(0, 4, 1, 5, 2, 6, 3, 7)
+    return x.reshape(x.shape[0], -1, t * tubelet_size, h * patch_size, w * patch_size)
+
+
+def gather(tokens, ids):
+    """Pick tokens (B, N, D) by ids (B, K) -> (B, K, D)."""
+    return tokens.gather(1, ids.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3D rotary position embedding, V-JEPA 2's way
+
+
+@functools.cache
+def rope_table(grid, head_dim, device):
+    """cos and signed sin of every token on a grid, (2, N, d) float32; computed once per grid.
+
+    The first 3 * s channels of a head are rotated, s of them for each of time, row and column; the rest are left alone
+    (cos 1, sin 0). A quirk that every released V-JEPA 2 weight has and Hugging Face keeps: channel c of an axis uses
+    frequency c mod s/2, although the rotation pairs *adjacent* channels. So do we, or weights would not carry over.
+    """
+    s = 2 * (head_dim // 3 // 2)
+    # The table is shared by training and evaluation, so it must not be an inference tensor, whoever asks first.
+    with torch.inference_mode(False), torch.autocast(torch.device(device).type, enabled=False):
+        axes = [torch.arange(n, device=device, dtype=torch.float32) for n in grid]
+        positions = torch.cartesian_prod(*axes).reshape(-1, 3)  # (N, 3); the reshape is for grids of one token
+        omega = 10000 ** -(torch.arange(s // 2, device=device, dtype=torch.float32) / (s / 2))
+        angles = (positions[:, :, None] * omega.repeat(2)).flatten(1)  # (N, 3s)
+        angles = F.pad(angles, (0, head_dim - 3 * s))
+        sign = torch.tensor([-1.0, 1.0], device=device).repeat(head_dim // 2)
+        return torch.stack((angles.cos(), angles.sin() * sign))
+
+
+def rope_at(ids, grid, head_dim, device):
+    """The table's rows for token ids (B, K), or for the whole grid when ids is None: (2, B or 1, 1, K or N, d)."""
+    table = rope_table(tuple(grid), head_dim, device)
+    return table[:, None, None] if ids is None else table[:, ids].unsqueeze(2)
+
+
+def rotate(x, rope):
+    """Rotate queries or keys (B, h, K, d) by `rope_at`'s result; same shape and dtype."""
+    cos, sin = rope
+    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)  # x1 x0 x3 x2 ...; the sign is in the sine
+    return (x * cos + swapped * sin).to(x.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# blocks
+
+
+class Attention(nn.Module):
+    def __init__(self, width, heads):
+        super().__init__()
+        if width % heads or width // heads % 2:
+            raise ValueError(f"width {width} does not divide into {heads} heads of even size")
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x, rope=None):
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # 3 x (B, h, K, d)
+        if rope is not None:
+            q, k = rotate(q, rope), rotate(k, rope)
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(x.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    def __init__(self, width, hidden):
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block; with `rope` when the tokens have places, without in the probe."""
+
+    def __init__(self, width, heads, mlp_ratio=4.0, eps=1e-6):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=eps)
+        self.attn = Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width, eps=eps)
+        self.mlp = MLP(width, round(width * mlp_ratio))
+
+    def forward(self, x, rope=None):
+        x = x + self.attn(self.norm1(x), rope)
+        return x + self.mlp(self.norm2(x))
+
+
+def init_weights(module, blocks):
+    """V-JEPA 2's initialisation: truncated normal 0.02, zero biases, residual branches of block i over sqrt(2 i)."""
+    for m in module.modules():
+        if isinstance(m, nn.Linear):
+            nn.init.trunc_normal_(m.weight, std=0.02)
+            nn.init.zeros_(m.bias)
+    with torch.no_grad():
+        for i, block in enumerate(blocks, start=1):
+            block.attn.proj.weight.div_(math.sqrt(2 * i))
+            block.mlp.fc2.weight.div_(math.sqrt(2 * i))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the three networks
+
+
+class Encoder(nn.Module):
+    """Video ViT without class token or absolute positions (paper appendix B, V-JEPA 2).
+
+    encoder(clips)               normalised clips (B, 3, T, H, W) -> tokens (B, N, D)
+    encoder(clips, context_ids)  the same, seeing only the tokens context_ids (B, K) -> (B, K, D)
+
+    T, H, W may differ from the trained ones (RoPE extrapolates), as long as they divide into tubelets; else ValueError.
+    `num_frames` and `resolution` only record what the encoder was trained on.
+    """
+
+    def __init__(self, width, depth, heads, mlp_ratio=4.0, num_frames=16, resolution=224, patch_size=16, tubelet_size=2):
+        super().__init__()
+        self.config = dict(
+            width=width, depth=depth, heads=heads, mlp_ratio=mlp_ratio, num_frames=num_frames, resolution=resolution,
+            patch_size=patch_size, tubelet_size=tubelet_size,
+        )  # fmt: skip
+        self.width, self.head_dim = width, width // heads
+        self.patch_size, self.tubelet_size = patch_size, tubelet_size
+        # Equal to V-JEPA 2's Conv3d with stride = kernel, and applied only to the tokens that are asked for.
+        self.patch_embed = nn.Linear(3 * tubelet_size * patch_size**2, width)
+        self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        init_weights(self, self.blocks)
+
+    def grid(self, clips):
+        """Token grid (time, rows, columns) of clips (B, 3, T, H, W)."""
+        return token_grid(clips.shape, self.tubelet_size, self.patch_size)
+
+    def forward(self, clips, context_ids=None):
+        x = tubelets(clips, self.tubelet_size, self.patch_size)
+        if context_ids is not None:
+            x = gather(x, context_ids)
+        x = self.patch_embed(x)
+        rope = rope_at(context_ids, self.grid(clips), self.head_dim, x.device)
+        for block in self.blocks:
+            x = block(x, rope)
+        return self.norm(x)
+
+
+class Predictor(nn.Module):
+    """Predicts the targets from the context: a narrow ViT over context and mask tokens (paper table 4).
+
+    With out_width = the teacher's width it predicts latents (stage 2); with out_width = P it is stage 1's pixel decoder.
+
+    predictor(context (B, Kc, in_width), context_ids (B, Kc), target_ids (B, Kt), grid, mask_index) -> (B, Kt, out_width)
+
+    `mask_index` says which mask the targets come from; each has its own mask token.
+    """
+
+    def __init__(self, in_width, out_width, width=384, depth=12, heads=16, num_mask_tokens=2):
+        super().__init__()
+        self.config = dict(
+            in_width=in_width, out_width=out_width, width=width, depth=depth, heads=heads,
+            num_mask_tokens=num_mask_tokens,
+        )  # fmt: skip
+        self.head_dim = width // heads
+        self.embed = nn.Linear(in_width, width)
+        self.mask_tokens = nn.Parameter(torch.zeros(num_mask_tokens, width))
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.proj = nn.Linear(width, out_width)
+        init_weights(self, self.blocks)
+
+    def forward(self, context, context_ids, target_ids, grid, mask_index=0):
+        x = self.embed(context)
+        mask_token = self.mask_tokens[mask_index].to(x.dtype).expand(*target_ids.shape, -1)
+        x = torch.cat((x, mask_token), dim=1)
+        # V-JEPA 2 sorts the tokens by place first; attention does not care about order, so we do not.
+        rope = rope_at(torch.cat((context_ids, target_ids), dim=1), grid, self.head_dim, x.device)
+        for block in self.blocks:
+            x = block(x, rope)
+        return self.proj(self.norm(x[:, context_ids.shape[1] :]))
+
+
+class CrossAttention(nn.Module):
+    """x = q + attention(q, LN(tokens)) without output projection; x = x + MLP(LN(x)). As in V-JEPA 2's pooler."""
+
+    def __init__(self, width, heads, mlp_ratio=4.0, eps=1e-5):
+        super().__init__()
+        self.heads = heads
+        self.norm1 = nn.LayerNorm(width, eps=eps)
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(width, 2 * width)
+        self.norm2 = nn.LayerNorm(width, eps=eps)
+        self.mlp = MLP(width, round(width * mlp_ratio))
+
+    def forward(self, query, tokens):
+        k, v = self.kv(self.norm1(tokens)).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)  # 2 x (B, h, N, d)
+        q = self.q(query).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, h, 1, d)
+        x = query + F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return x + self.mlp(self.norm2(x))
+
+
+class AttentiveProbe(nn.Module):
+    """Frozen-feature classifier: depth - 1 self-attention blocks, cross-attention from one learned query, linear layer.
+
+    Paper appendix D: four blocks, as V-JEPA 2. tokens (B, N, D) -> logits (B, num_classes)
+    """
+
+    def __init__(self, width, num_classes, depth=4, heads=16, eps=1e-5):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(width, heads, eps=eps) for _ in range(depth - 1))
+        self.query = nn.Parameter(torch.zeros(1, 1, width))
+        self.cross = CrossAttention(width, heads, eps=eps)
+        self.linear = nn.Linear(width, num_classes)
+        init_weights(self, self.blocks)
+        nn.init.trunc_normal_(self.query, std=0.02)
+        with torch.no_grad():
+            self.cross.mlp.fc2.weight.div_(math.sqrt(2 * depth))
+
+    def forward(self, tokens):
+        for block in self.blocks:
+            tokens = block(tokens)
+        pooled = self.cross(self.query.expand(len(tokens), -1, -1), tokens)
+        return self.linear(pooled.squeeze(1))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# checkpoints, as others read them
+
+CHECKPOINT_FORMAT = "salt-1"
+
+
+def load_checkpoint(path):
+    """Read checkpoint.pt (or the run folder that holds it) as a dictionary of plain tensors and values, on the CPU.
+
+    Keys: format, kind ("teacher", "student", ...), step, model {"encoder": {...}, "predictor": {...}}, encoder and
+    predictor (state dicts), args. FileNotFoundError if there is none, ValueError if it is not one of ours or damaged.
+    """
+    file = Path(path)
+    if file.is_dir():
+        file = file / "checkpoint.pt"
+    if not file.is_file():
+        raise FileNotFoundError(f"no checkpoint at {file}")
+    try:
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
+        raise ValueError(f"{file} cannot be read as a checkpoint (damaged, or not made by torch.save)") from error
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
+        raise ValueError(f"{file} is not a {CHECKPOINT_FORMAT} checkpoint (for other formats see convert.py)")
+    return checkpoint
+
+
+def build(cls, config, weights):
+    """cls(**config) holding `weights`; ValueError naming every tensor that is missing, extra or of another shape."""
+    with torch.device("meta"):
+        module = cls(**config)
+    check_state_dict(module, weights)
+    module.load_state_dict(weights, assign=True)
+    return module
+
+
+def check_state_dict(module, weights):
+    """ValueError naming every tensor of `weights` that is missing, extra or of another shape than in `module`."""
+    own = module.state_dict()
+    problems = [f"missing {k}" for k in own if k not in weights]
+    problems += [f"unexpected {k}" for k in weights if k not in own]
+    problems += [
+        f"{k} is {tuple(weights[k].shape)}, not {tuple(own[k].shape)}"
+        for k in own
+        if k in weights and weights[k].shape != own[k].shape
+    ]
+    if problems:
+        raise ValueError(f"weights do not fit {type(module).__name__}: " + "; ".join(problems))
+
+
+def load_encoder(path):
+    """The encoder of a run folder or checkpoint file, in eval mode, float32, on the CPU. Errors as load_checkpoint."""
+    checkpoint = load_checkpoint(path)
+    return build(Encoder, checkpoint["model"]["encoder"], checkpoint["encoder"]).eval()
+
+
+def load_predictor(path):
+    """The predictor of a run folder or checkpoint file, likewise."""
+    checkpoint = load_checkpoint(path)
+    return build(Predictor, checkpoint["model"]["predictor"], checkpoint["predictor"]).eval()
