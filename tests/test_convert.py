@@ -1,0 +1,423 @@
+"""Weights carried over compute the same: our networks against Hugging Face's VJEPA2, and V-JEPA 2's own file format."""
+
+import os
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import convert
+from model import AttentiveProbe, Encoder, Predictor, build, gather, load_checkpoint, load_encoder, load_predictor
+
+transformers = pytest.importorskip("transformers")
+
+GRID, N, WIDTH = (2, 3, 3), 18, 48  # 4 frames of 48x48 pixels
+CLOSE = dict(atol=1e-5, rtol=1e-5)
+
+
+def randomise(module):
+    """Give every parameter, zero-initialised ones too, values that matter; deterministic."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            p.copy_(torch.randn(p.shape, generator=generator) * 0.2 + ("norm" in name and "weight" in name))
+    return module.eval()
+
+
+def hf_config(**changes):
+    sizes = dict(
+        crop_size=48, frames_per_clip=4, hidden_size=WIDTH, num_attention_heads=3, num_hidden_layers=2, mlp_ratio=3.0,
+        pred_hidden_size=32, pred_num_attention_heads=4, pred_num_hidden_layers=2, pred_num_mask_tokens=3,
+        num_pooler_layers=2, num_labels=5,
+    )  # fmt: skip
+    return transformers.VJEPA2Config(**(sizes | changes))
+
+
+@pytest.fixture
+def hf(tmp_path):
+    """A random VJEPA2Model, its folder, and our checkpoint of it, converted by the command line."""
+    model = randomise(transformers.VJEPA2Model(hf_config()))
+    model.save_pretrained(tmp_path / "hf")
+    convert.main(["from-hf", str(tmp_path / "hf"), str(tmp_path / "run")])
+    return model, tmp_path / "hf", tmp_path / "run"
+
+
+def our_checkpoint(out_width=WIDTH, **sizes):
+    encoder = randomise(Encoder(**(dict(width=WIDTH, depth=2, heads=3, num_frames=4, resolution=48) | sizes)))
+    predictor = randomise(Predictor(encoder.width, out_width, width=24, depth=2, heads=2, num_mask_tokens=2))
+    return dict(
+        format="salt-1", kind="student", step=7, args={}, encoder=encoder.state_dict(),
+        predictor=predictor.state_dict(), model=dict(encoder=encoder.config, predictor=predictor.config),
+    )  # fmt: skip
+
+
+def clips():
+    return torch.randn(2, 3, 4, 48, 48, generator=torch.Generator().manual_seed(1))
+
+
+def some_ids():
+    """Context and target ids, unsorted, other ones for each clip."""
+    order = torch.rand(2, N, generator=torch.Generator().manual_seed(2)).argsort(1)
+    return order[:, :7], order[:, 7:15]
+
+
+def same(a, b):
+    assert a.keys() == b.keys()
+    for k in a:
+        assert torch.equal(a[k], b[k]), k
+
+
+def fails(capsys, *argv):
+    """Run the command line, which must refuse in one line; returns it."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        convert.main([str(a) for a in argv])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert error.startswith("convert: ") and error.count("\n") == 1
+    return error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Hugging Face
+
+
+@torch.no_grad()
+def test_encoder_agrees_with_hf(hf):
+    model, _, run = hf
+    encoder, x = load_encoder(run), clips()
+    expected = model.encoder(x.transpose(1, 2)).last_hidden_state
+    torch.testing.assert_close(encoder(x), expected, **CLOSE)
+    assert encoder.config == dict(
+        width=WIDTH, depth=2, heads=3, mlp_ratio=3.0, num_frames=4, resolution=48, patch_size=16, tubelet_size=2
+    )
+
+
+@torch.no_grad()
+def test_encoder_with_context_agrees_with_hf(hf):
+    model, _, run = hf
+    (ids, _), x = some_ids(), clips()
+    expected = gather(model.encoder.embeddings(x.transpose(1, 2)), ids)
+    for layer in model.encoder.layer:
+        expected = layer(expected, ids)[0]
+    expected = model.encoder.layernorm(expected)
+    torch.testing.assert_close(load_encoder(run)(x, ids), expected, **CLOSE)
+
+
+@torch.no_grad()
+def test_predictor_agrees_with_hf(hf):
+    model, _, run = hf
+    predictor, (context_ids, target_ids) = load_predictor(run), some_ids()
+    tokens = torch.randn(2, N, WIDTH)
+    expected = model.predictor(tokens, [context_ids], [target_ids]).last_hidden_state
+    context = gather(tokens, context_ids)
+    # Hugging Face always takes the second mask token.
+    torch.testing.assert_close(predictor(context, context_ids, target_ids, GRID, mask_index=1), expected, **CLOSE)
+    assert not torch.allclose(predictor(context, context_ids, target_ids, GRID, mask_index=0), expected, atol=1e-3)
+
+
+def test_hf_to_ours_to_hf_is_bitwise(hf, tmp_path):
+    model, _, run = hf
+    convert.main(["to-hf", str(run), str(tmp_path / "again")])
+    again, loading = transformers.VJEPA2Model.from_pretrained(tmp_path / "again", output_loading_info=True)
+    assert not loading["missing_keys"] and not loading["unexpected_keys"]
+    same(again.state_dict(), model.state_dict())
+    fields = hf_config().to_dict().keys() & {k for k in hf_config().to_dict() if re.search("size|num_|ratio|eps", k)}
+    for k in fields - {"num_pooler_layers"}:
+        assert getattr(again.config, k) == getattr(model.config, k), k
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("file", [True, False])
+def test_ours_to_hf_to_ours(tmp_path, file):
+    ours = our_checkpoint()
+    torch.save(ours, tmp_path / "checkpoint.pt")
+    convert.main(["to-hf", str(tmp_path / "checkpoint.pt" if file else tmp_path), str(tmp_path / "hf")])
+    assert {"config.json", "model.safetensors"} <= set(os.listdir(tmp_path / "hf"))
+    model = transformers.VJEPA2Model.from_pretrained(tmp_path / "hf").eval()
+    x = clips()
+    tokens = model(x.transpose(1, 2), skip_predictor=True).last_hidden_state
+    torch.testing.assert_close(load_encoder(tmp_path)(x), tokens, **CLOSE)
+
+    convert.main(["from-hf", str(tmp_path / "hf"), str(tmp_path / "back.pt")])
+    back = load_checkpoint(tmp_path / "back.pt")
+    assert back["model"] == ours["model"]
+    same(back["encoder"], ours["encoder"])
+    same(back["predictor"], ours["predictor"])
+
+
+@pytest.mark.parametrize("out_width", [1536, 40])
+def test_predictor_of_another_width_is_left_out_and_said(tmp_path, capsys, out_width):
+    ours = our_checkpoint(out_width)
+    torch.save(ours, tmp_path / "checkpoint.pt")
+    convert.main(["to-hf", str(tmp_path), str(tmp_path / "hf")])
+    assert f"predictor: left out (it predicts {out_width}" in capsys.readouterr().out
+    _, loading = transformers.VJEPA2Model.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    assert loading["missing_keys"] and all(k.startswith("predictor.") for k in loading["missing_keys"])
+
+    convert.main(["from-hf", str(tmp_path / "hf"), str(tmp_path / "back")])
+    assert "the encoder alone" in capsys.readouterr().out
+    same(load_encoder(tmp_path / "back").state_dict(), ours["encoder"])
+    assert "predictor" not in load_checkpoint(tmp_path / "back")
+
+
+def test_matched_tensors_are_counted(hf, capsys, tmp_path):
+    model, folder, _ = hf
+    convert.main(["from-hf", str(folder), str(tmp_path / "counted.pt")])
+    counts = {name: len(getattr(model, name).state_dict()) for name in ("encoder", "predictor")}
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == [f"{name}: {n} of {n} tensors matched" for name, n in counts.items()]
+
+
+def test_hf_ratio_survives_truncation():
+    for width in range(64, 2000, 32):
+        for hidden in range(width, 5 * width, 97):
+            assert int(width * convert.hf_ratio(hidden, width)) == hidden
+    assert convert.hf_ratio(6144, 1408) == 48 / 11 and convert.hf_ratio(8192, 1664) == 64 / 13
+
+
+def test_half_precision_hf_weights_come_as_float32(hf, tmp_path):
+    model, _, _ = hf
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "half")
+    convert.main(["from-hf", str(tmp_path / "half"), str(tmp_path / "half.pt")])
+    assert {p.dtype for p in load_encoder(tmp_path / "half.pt").parameters()} == {torch.float32}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the probe
+
+
+@torch.no_grad()
+def test_probe_agrees_with_hf_both_ways():
+    model = randomise(transformers.VJEPA2ForVideoClassification(hf_config()))
+    theirs = {k: v for k, v in model.state_dict().items() if not k.startswith("vjepa2.")}
+    ours = convert.probe_from_hf(model.state_dict())
+    config = dict(width=WIDTH, num_classes=5, depth=3, heads=3, eps=model.config.layer_norm_eps)
+    probe = build(AttentiveProbe, config, ours).eval()
+    tokens = torch.randn(4, N, WIDTH)
+    torch.testing.assert_close(probe(tokens), model.classifier(model.pooler(tokens)), **CLOSE)
+    same(convert.probe_to_hf(ours), theirs)
+    del theirs["pooler.cross_attention_layer.cross_attn.k_proj.bias"]
+    with pytest.raises(ValueError, match=r"missing pooler\.cross_attention_layer\.cross_attn\.k_proj\.bias$"):
+        convert.probe_from_hf(theirs)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# V-JEPA 2's files
+
+
+def vjepa2_file(checkpoint):
+    """What V-JEPA 2 would have saved, renamed by hand: independent of convert.py's tables."""
+    encoder, predictor = dict(checkpoint["encoder"]), dict(checkpoint["predictor"])
+    encoder["patch_embed.proj.weight"] = encoder.pop("patch_embed.weight").reshape(-1, 3, 2, 16, 16)
+    encoder["patch_embed.proj.bias"] = encoder.pop("patch_embed.bias")
+    encoder["pos_embed"] = torch.zeros(1, N, WIDTH)
+    renamed = {"predictor_pos_embed": torch.zeros(1, N, 24)}
+    for k, v in predictor.items():
+        if k == "mask_tokens":
+            renamed |= {f"mask_tokens.{i}": row.reshape(1, 1, -1) for i, row in enumerate(v)}
+        else:
+            renamed["predictor_" + k] = v
+    other = {k: v + 1 for k, v in encoder.items()}
+    file = dict(encoder=other, target_encoder=encoder, predictor=renamed)
+    file = {key: {f"module.backbone.{k}": v for k, v in sd.items()} for key, sd in file.items()}
+    return file | dict(epoch=3, loss=0.5, opt={"state": {}})
+
+
+@pytest.fixture
+def released(tmp_path):
+    ours = our_checkpoint()
+    file = vjepa2_file(ours)
+    torch.save(file, tmp_path / "released.pt")
+    return ours, file, tmp_path / "released.pt"
+
+
+FLAGS = ("--heads", 3, "--predictor-heads", 2)
+
+
+def from_vjepa2(path, out, *flags):
+    convert.main([str(a) for a in ("from-vjepa2", path, out, *flags)])
+
+
+@torch.no_grad()
+def test_vjepa2_file(released, tmp_path, capsys):
+    ours, _, path = released
+    from_vjepa2(path, tmp_path / "run", *FLAGS)
+    lines = capsys.readouterr().out.splitlines()
+    assert "encoder: 28 of 28 tensors matched" in lines and "predictor: 32 of 32 tensors matched" in lines
+    encoder, predictor, x = load_encoder(tmp_path / "run"), load_predictor(tmp_path / "run"), clips()
+    expected = build(Encoder, ours["model"]["encoder"], ours["encoder"])(x)
+    assert torch.equal(encoder(x), expected)
+    context_ids, target_ids = some_ids()
+    reference = build(Predictor, ours["model"]["predictor"], ours["predictor"])
+    for i in (0, 1):
+        args = (gather(expected, context_ids), context_ids, target_ids, GRID, i)
+        assert torch.equal(predictor(*args), reference(*args))
+    assert encoder.config == ours["model"]["encoder"] | dict(num_frames=64, resolution=256)
+    checkpoint = load_checkpoint(tmp_path / "run")
+    assert (checkpoint["kind"], checkpoint["step"], checkpoint["args"]) == ("vjepa2", 0, {})
+
+
+def test_vjepa2_key_and_recorded_sizes(released, tmp_path):
+    ours, _, path = released
+    from_vjepa2(path, tmp_path / "a.pt", *FLAGS, "--key", "encoder", "--num-frames", 16, "--resolution", 224)
+    encoder = load_encoder(tmp_path / "a.pt")
+    same(encoder.state_dict(), {k: v + 1 for k, v in ours["encoder"].items()})
+    assert (encoder.config["num_frames"], encoder.config["resolution"]) == (16, 224)
+
+
+def test_heads_of_vit_g():
+    # Only shapes are needed, so nothing of the giant is allocated.
+    shapes = {"patch_embed.proj.weight": (1408, 3, 2, 16, 16), "blocks.39.norm1.bias": (1408,),
+              "blocks.0.mlp.fc1.weight": (6144, 1408)}  # fmt: skip
+    weights = {k: torch.empty(v, device="meta") for k, v in shapes.items()}
+    for flag, heads in ((None, 22), (16, 16), (22, 22)):
+        encoder = convert.vjepa2_encoder(weights, flag, 64, 256)
+        assert encoder.config["heads"] == encoder.blocks[0].attn.heads == heads
+        assert encoder.config["mlp_ratio"] == 48 / 11 and len(encoder.blocks) == 40
+    assert convert.RELEASED_HEADS[1024] == 16
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("heads", [16, 22])
+def test_heads_reach_hf_and_the_computation(tmp_path, heads):
+    # A ViT-g of one narrowed block: both head counts divide 704.
+    ours = our_checkpoint(width=704, depth=1, heads=heads, mlp_ratio=0.25, out_width=704)
+    torch.save(ours, tmp_path / "checkpoint.pt")
+    convert.main(["to-hf", str(tmp_path), str(tmp_path / "hf")])
+    model, x = transformers.VJEPA2Model.from_pretrained(tmp_path / "hf").eval(), clips()
+    assert model.config.num_attention_heads == heads
+    # Looser than elsewhere: with weights this large the sums over 1536 pixels and 704 channels round at 1e-5.
+    torch.testing.assert_close(
+        load_encoder(tmp_path)(x), model(x.transpose(1, 2), skip_predictor=True).last_hidden_state, atol=1e-4, rtol=1e-4
+    )
+    torch.save(vjepa2_file(ours), tmp_path / "released.pt")
+    from_vjepa2(tmp_path / "released.pt", tmp_path / "back.pt", "--heads", heads, "--predictor-heads", 2)
+    assert torch.equal(load_encoder(tmp_path / "back.pt")(x), load_encoder(tmp_path)(x))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# refusals
+
+
+@pytest.mark.parametrize("part", ["target_encoder", "predictor"])
+@pytest.mark.parametrize("problem", ["missing", "unexpected", "wrongly shaped"])
+def test_vjepa2_file_that_does_not_fit(released, tmp_path, capsys, part, problem):
+    _, file, path = released
+    stem = "predictor_" if part == "predictor" else ""
+    key = f"{stem}blocks.1.attn.proj.weight"
+    weights = file[part]
+    if problem == "missing":
+        del weights["module.backbone." + key]
+        message = f"missing {key}"
+    elif problem == "unexpected":
+        weights["module.backbone.norms_block.0.weight"] = torch.zeros(WIDTH)
+        message = "unexpected norms_block.0.weight"
+    else:
+        weights["module.backbone." + key] = torch.zeros(5, 6)
+        message = f"{key} is (5, 6), not"
+    torch.save(file, path)
+    error = fails(capsys, "from-vjepa2", path, tmp_path / "run", *FLAGS)
+    assert message in error and error.count(";") == 0
+    assert not (tmp_path / "run").exists()
+
+
+def test_vjepa2_file_with_a_lost_mask_token(released, tmp_path, capsys):
+    _, file, path = released
+    del file["predictor"]["module.backbone.mask_tokens.0"]
+    torch.save(file, path)
+    assert "missing mask_tokens.0" in fails(capsys, "from-vjepa2", path, tmp_path / "run", *FLAGS)
+
+
+@pytest.mark.parametrize("problem", ["missing", "unexpected", "wrongly shaped"])
+def test_hf_folder_that_does_not_fit(hf, tmp_path, capsys, problem):
+    from safetensors.torch import load_file, save_file
+
+    file = hf[1] / "model.safetensors"
+    weights = load_file(file)
+    key = "encoder.layer.1.attention.key.bias"
+    if problem == "missing":
+        del weights[key]
+    elif problem == "unexpected":
+        weights["encoder.layer.1.extra"] = torch.zeros(2)
+    else:
+        weights[key] = torch.zeros(WIDTH + 1)
+    save_file(weights, file, metadata={"format": "pt"})
+    error = fails(capsys, "from-hf", hf[1], tmp_path / "refused.pt")
+    expected = dict(missing=f"missing {key}", unexpected="unexpected encoder.layer.1.extra").get(
+        problem, f"{key} is (49,)"
+    )
+    assert expected in error and error.count(";") == 0
+    assert not (tmp_path / "refused.pt").exists()
+
+
+def test_hf_config_we_cannot_compute(hf, tmp_path, capsys):
+    model, folder, _ = hf
+    model.config.layer_norm_eps = 1e-5
+    model.config.save_pretrained(folder)
+    assert "layer_norm_eps" in fails(capsys, "from-hf", folder, tmp_path / "refused")
+    transformers.ViTConfig().save_pretrained(folder)
+    assert "vit" in fails(capsys, "from-hf", folder, tmp_path / "refused")
+    (folder / "config.json").write_text("{")
+    fails(capsys, "from-hf", folder, tmp_path / "refused")
+
+
+class RunsCode:
+    def __reduce__(self):
+        return os.mkdir, (os.environ["CONVERT_TEST_TRAP"],)
+
+
+def test_files_that_are_no_checkpoints(tmp_path, capsys, monkeypatch):
+    trap = tmp_path / "trap"
+    monkeypatch.setenv("CONVERT_TEST_TRAP", str(trap))
+    text, pickled, number, empty = (tmp_path / name for name in ("text.pt", "pickled.pt", "number.pt", "empty.pt"))
+    text.write_text("not a checkpoint\n" * 100)
+    empty.touch()
+    torch.save({"target_encoder": RunsCode()}, pickled)
+    torch.save(5, number)
+    for command in ("from-vjepa2", "to-hf"):
+        for file in (text, pickled, number, empty):
+            assert str(file) in fails(capsys, command, file, tmp_path / "out")
+        assert "no" in fails(capsys, command, tmp_path / "nowhere", tmp_path / "out")
+    torch.save({"target_encoder": {"a": 1}, "predictor": {}}, number)
+    assert "no state dict 'target_encoder'" in fails(capsys, "from-vjepa2", number, tmp_path / "out")
+    fails(capsys, "from-hf", tmp_path / "nowhere", tmp_path / "out")
+    fails(capsys, "from-hf", tmp_path, tmp_path / "out")
+    assert not trap.exists() and not (tmp_path / "out").exists()
+
+
+def test_damaged_safetensors(hf, tmp_path, capsys):
+    (hf[1] / "model.safetensors").write_bytes(b"\0" * 64)
+    assert "cannot be read" in fails(capsys, "from-hf", hf[1], tmp_path / "refused")
+
+
+def test_nothing_is_overwritten_and_nothing_half_written_stays(hf, released, tmp_path, capsys, monkeypatch):
+    _, folder, run = hf
+    before = (run / "checkpoint.pt").read_bytes()
+    assert "exists already" in fails(capsys, "from-vjepa2", released[2], run, *FLAGS)
+    assert "exists already" in fails(capsys, "from-hf", folder, run)
+    assert "exists already" in fails(capsys, "to-hf", run, folder)
+    assert (run / "checkpoint.pt").read_bytes() == before
+
+    def full_disk(checkpoint, path):
+        Path(path).write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    assert "disk full" in fails(capsys, "from-hf", folder, tmp_path / "new")
+    assert not list((tmp_path / "new").iterdir())
+
+
+def test_unknown_width_and_impossible_heads(released, tmp_path, capsys):
+    path = released[2]
+    assert "--heads" in fails(capsys, "from-vjepa2", path, tmp_path / "run")
+    assert "7 heads" in fails(capsys, "from-vjepa2", path, tmp_path / "run", "--heads", 7)
+
+
+def test_without_transformers(hf, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert "pip install transformers" in fails(capsys, "to-hf", hf[2], tmp_path / "x")
+    assert "pip install transformers" in fails(capsys, "from-hf", hf[1], tmp_path / "x")

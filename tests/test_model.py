@@ -1,0 +1,467 @@
+"""The networks: sizes of the paper, V-JEPA 2's rotary embedding, what a context can see, and files read back."""
+
+import decimal
+import math
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import model
+from model import SIZES, AttentiveProbe, Encoder, Predictor, gather, rotate, tubelets, untubelets
+
+CLOSE = dict(atol=1e-5, rtol=1e-5)
+
+
+def randomise(module):
+    """Give every parameter, zero-initialised ones too, values that matter; deterministic."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            p.copy_(torch.randn(p.shape, generator=generator) * 0.2 + ("norm" in name and "weight" in name))
+    return module
+
+
+def small_encoder(**sizes):
+    return randomise(Encoder(**(dict(width=64, depth=2, heads=2) | sizes)))
+
+
+def small_predictor(**sizes):
+    return randomise(Predictor(**(dict(in_width=64, out_width=40, width=48, depth=2, heads=2) | sizes)))
+
+
+def random_clips(T=4, H=48, W=80, batch=2):
+    return torch.randn(batch, 3, T, H, W, generator=torch.Generator().manual_seed(1))
+
+
+def random_ids(N, K, batch=2):
+    return torch.rand(batch, N, generator=torch.Generator().manual_seed(2)).argsort(1)[:, :K]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# sizes
+
+
+def printed_as(count, figure):
+    """Whether `count` cut or rounded at the last digit of `figure` ("303M", "1.012B") is that figure."""
+    value = decimal.Decimal(count) / {"M": 10**6, "B": 10**9}[figure[-1]]
+    printed = decimal.Decimal(figure[:-1])
+    return printed in {value.quantize(printed, rounding=r) for r in (decimal.ROUND_DOWN, decimal.ROUND_HALF_UP)}
+
+
+def count(cls, *args, **sizes):
+    with torch.device("meta"):
+        return sum(p.numel() for p in cls(*args, **sizes).parameters())
+
+
+@pytest.mark.parametrize(
+    "name, figure", [("vit_b", "86M"), ("vit_l", "303M"), ("vit_h", "632M"), ("vit_g", "1.012B"), ("vit_G", "1.843B")]
+)
+def test_encoder_sizes_are_the_papers(name, figure):
+    assert printed_as(count(Encoder, **SIZES[name]), figure)
+
+
+@pytest.mark.parametrize(
+    "in_width, teacher_width, figure",
+    [
+        (768, 768, "21.88M"),
+        (1024, 1024, "22.08M"),
+        (1280, 1024, "22.18M"),
+        (1408, 1024, "22.23M"),
+        (1664, 1024, "22.32M"),
+    ],
+)
+def test_predictor_sizes_are_the_papers(in_width, teacher_width, figure):
+    assert printed_as(count(Predictor, in_width, teacher_width), figure)
+
+
+def test_hidden_widths():
+    # The paper's ViT-G has 8192; V-JEPA 2's misspelt ratio would give 6656.
+    with torch.device("meta"):
+        assert Encoder(**SIZES["vit_g"] | dict(depth=1)).blocks[0].mlp.fc1.out_features == 6144
+        assert Encoder(**SIZES["vit_G"] | dict(depth=1)).blocks[0].mlp.fc1.out_features == 8192
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# tubelets
+
+
+def test_tubelets_come_back():
+    x = random_clips(T=6)
+    tokens = tubelets(x, 2, 16)
+    assert tokens.shape == (2, 3 * 3 * 5, 3 * 2 * 16 * 16)
+    assert torch.equal(untubelets(tokens, (3, 3, 5), 2, 16), x)
+    # Token 22 is at time 1, row 1, column 2; channel, frame, row, column inside.
+    assert torch.equal(tokens[0, 22], x[0, :, 2:4, 16:32, 32:48].flatten())
+
+
+@torch.no_grad()
+def test_patch_embedding_is_a_convolution():
+    encoder, x = small_encoder().double(), random_clips().double()
+    weight = encoder.patch_embed.weight.reshape(64, 3, 2, 16, 16)
+    expected = F.conv3d(x, weight, encoder.patch_embed.bias, stride=(2, 16, 16)).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(encoder.patch_embed(tubelets(x, 2, 16)), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 32), (4, 40, 32), (4, 32, 40), (0, 32, 32), (4, 8, 32)])
+def test_clips_that_do_not_divide_are_refused(shape):
+    with pytest.raises(ValueError, match=f"{shape[0]} frames of {shape[1]}x{shape[2]}"):
+        small_encoder()(torch.zeros(1, 3, *shape))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# rotary embedding
+
+
+def vjepa2_rotation(x, ids, grid):
+    """V-JEPA 2's rotation of (B, h, K, d) at ids (B, K), spelt out from method.md: one number at a time."""
+    _, rows, cols = grid
+    out = x.clone()
+    d = x.shape[-1]
+    s = 2 * ((d // 3) // 2)
+    for b in range(x.shape[0]):
+        for k, i in enumerate(ids[b].tolist()):
+            places = i // (rows * cols), i // cols % rows, i % cols
+            for axis, place in enumerate(places):
+                for c in range(0, s, 2):
+                    # The quirk: neighbours are paired, yet each has its own frequency.
+                    first, second = (place * 10000 ** -((j % (s // 2)) / (s / 2)) for j in (c, c + 1))
+                    even, odd = x[b, :, k, axis * s + c], x[b, :, k, axis * s + c + 1]
+                    out[b, :, k, axis * s + c] = even * math.cos(first) - odd * math.sin(first)
+                    out[b, :, k, axis * s + c + 1] = odd * math.cos(second) + even * math.sin(second)
+    return out
+
+
+@pytest.mark.parametrize("head_dim", [24, 32, 64, 80, 88])
+def test_rotation_is_vjepa2s(head_dim):
+    grid = (4, 3, 5)
+    ids, x = random_ids(60, 9), torch.randn(2, 3, 9, head_dim)
+    rope = model.rope_at(ids, grid, head_dim, x.device)
+    torch.testing.assert_close(rotate(x, rope), vjepa2_rotation(x, ids, grid), **CLOSE)
+    everything = torch.arange(60).expand(2, -1)
+    x = torch.randn(2, 3, 60, head_dim)
+    whole = model.rope_at(None, grid, head_dim, x.device)
+    torch.testing.assert_close(rotate(x, whole), vjepa2_rotation(x, everything, grid), **CLOSE)
+
+
+def one_angle_per_pair(rope):
+    """The table without the quirk: both channels of a pair turn by the first one's angle."""
+    cos, sin = rope.unflatten(-1, (-1, 2))[..., 0]
+    return torch.stack((torch.stack((cos, cos), -1), torch.stack((sin, -sin), -1))).flatten(-2)
+
+
+def test_translation_moves_the_scores_as_in_vjepa2():
+    # A textbook RoPE would leave the scores alone. V-JEPA 2's frequencies differ within a pair, so they move, and ours
+    # must move with them.
+    grid = (4, 4, 6)
+    t, y, x = torch.cartesian_prod(torch.arange(3), torch.arange(3), torch.arange(4)).T
+    here = (t * 24 + y * 6 + x).expand(2, -1)
+    there = here + 24 + 6 + 2  # one step later, one row down, two columns right
+    q, k = torch.randn(2, 2, 3, 36, 64)
+    close = dict(atol=1e-4, rtol=1e-4)
+    ropes = [model.rope_at(ids, grid, 64, q.device) for ids in (here, there)]
+    ours = [rotate(q, rope) @ rotate(k, rope).mT for rope in ropes]
+    theirs = [vjepa2_rotation(q, ids, grid) @ vjepa2_rotation(k, ids, grid).mT for ids in (here, there)]
+    textbook = [rotate(q, rope) @ rotate(k, rope).mT for rope in map(one_angle_per_pair, ropes)]
+    torch.testing.assert_close(ours[1] - ours[0], theirs[1] - theirs[0], **close)
+    assert (ours[1] - ours[0]).abs().max() > 1
+    torch.testing.assert_close(textbook[0], textbook[1], **close)  # so nothing but the quirk moves them
+
+
+@pytest.mark.parametrize("head_dim, rotated", [(64, 60), (24, 24), (32, 30), (80, 78), (104, 102)])
+def test_channels_left_over_are_not_touched(head_dim, rotated):
+    x = torch.randn(1, 1, 27, head_dim)
+    out = rotate(x, model.rope_at(None, (3, 3, 3), head_dim, x.device))
+    assert torch.equal(out[..., rotated:], x[..., rotated:])
+    assert (out[0, 0, -1, :rotated] != x[0, 0, -1, :rotated]).all()  # at (2, 2, 2) every rotated channel moves
+    assert torch.equal(out[0, 0, 0], x[0, 0, 0])  # at the origin none
+
+
+def test_rope_table_is_computed_once_and_good_for_training_after_inference():
+    model.rope_table.cache_clear()
+    encoder, x = small_encoder(), random_clips()
+    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+        encoder(x)
+    assert (model.rope_table.cache_info().misses, model.rope_table.cache_info().currsize) == (1, 1)
+    assert model.rope_table((2, 3, 5), 32, x.device).dtype == torch.float32
+    encoder(x).sum().backward()
+    encoder(x, random_ids(30, 4)).sum().backward()
+    assert encoder.patch_embed.weight.grad.abs().sum() > 0
+    assert model.rope_table.cache_info().misses == 1
+    encoder(random_clips(T=6))
+    assert model.rope_table.cache_info().misses == 2
+
+
+def test_rotation_keeps_the_dtype():
+    x = torch.randn(1, 1, 8, 24, dtype=torch.bfloat16)
+    assert rotate(x, model.rope_at(None, (2, 2, 2), 24, x.device)).dtype == torch.bfloat16
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# encoder
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("T, H, W", [(2, 32, 32), (4, 48, 80), (8, 16, 64), (16, 64, 64)])
+def test_encoder_takes_any_length_and_resolution(T, H, W):
+    encoder = small_encoder(num_frames=4, resolution=32)
+    N = (T // 2) * (H // 16) * (W // 16)
+    tokens = encoder(random_clips(T, H, W))
+    assert tokens.shape == (2, N, 64) and tokens.isfinite().all()
+    assert encoder.grid(random_clips(T, H, W)) == (T // 2, H // 16, W // 16)
+
+
+@torch.no_grad()
+def test_position_matters_along_every_axis():
+    # Moving the content by a token, round the edge, is not just moving the encoding, as it would be without places.
+    encoder, x = small_encoder(), random_clips(batch=1)
+    for axis, size in ((2, 2), (3, 16), (4, 16)):
+        whole = encoder(x)
+        grid = encoder.grid(x)
+        moved = encoder(x.roll(size, axis)).unflatten(1, grid).roll(-1, axis - 1).flatten(1, 3)
+        assert not torch.allclose(whole, moved, atol=1e-3)
+
+
+@torch.no_grad()
+def test_all_ids_are_the_whole_clip_in_any_order():
+    encoder, x = small_encoder(), random_clips()
+    everything = torch.arange(30).expand(2, -1)
+    whole = encoder(x)
+    torch.testing.assert_close(encoder(x, everything), whole, **CLOSE)
+    permuted = random_ids(30, 30)
+    torch.testing.assert_close(encoder(x, permuted), gather(whole, permuted), **CLOSE)
+    # A part sees less, so it is not a part of the whole.
+    assert not torch.allclose(encoder(x, permuted[:, :20]), gather(whole, permuted[:, :20]), atol=1e-2)
+
+
+@torch.no_grad()
+def test_context_does_not_see_targets():
+    encoder, x = small_encoder(), random_clips()
+    ids = random_ids(30, 30)
+    context_ids, target_ids = ids[:, :12], ids[:, 12:]
+    pixels = tubelets(x, 2, 16)
+    before = encoder(x, context_ids)
+
+    def changed(token_ids):
+        noise = torch.randn(2, token_ids.shape[1], pixels.shape[-1])
+        other = pixels.scatter(1, token_ids[..., None].expand_as(noise), noise)
+        return untubelets(other, (2, 3, 5), 2, 16)
+
+    assert torch.equal(encoder(changed(target_ids), context_ids), before)
+    after = encoder(changed(context_ids[:, :1]), context_ids)
+    assert ((after - before).abs().amax(-1) > 1e-4).all()  # one context token changes them all
+    assert ((encoder(changed(target_ids[:, :1])) - encoder(x)).abs().amax(-1) > 1e-4).all()
+
+
+@torch.no_grad()
+def test_clips_of_a_batch_do_not_mix():
+    encoder, x, ids = small_encoder(), random_clips(), random_ids(30, 8)
+    for b in range(2):
+        torch.testing.assert_close(encoder(x, ids)[b : b + 1], encoder(x[b : b + 1], ids[b : b + 1]), **CLOSE)
+
+
+def without_gradient(module):
+    return [name for name, p in module.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+
+
+def test_gradients_reach_every_parameter():
+    encoder, predictor = small_encoder(), small_predictor(num_mask_tokens=2)
+    x, ids = random_clips(), random_ids(30, 22)
+    context_ids, target_ids = ids[:, :12], ids[:, 12:]
+    for mask_index in (0, 1):
+        predictor.zero_grad()
+        context = encoder(x, context_ids)
+        predictor(context, context_ids, target_ids, (2, 3, 5), mask_index).square().sum().backward()
+        assert predictor.mask_tokens.grad[mask_index].abs().sum() > 0
+        assert predictor.mask_tokens.grad[1 - mask_index].abs().sum() == 0
+        assert not without_gradient(encoder) and not without_gradient(predictor)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# predictor
+
+
+@torch.no_grad()
+def test_predictor_depends_on_place_mask_and_context_not_on_order():
+    predictor, ids = small_predictor(), random_ids(30, 22)
+    context_ids, target_ids = ids[:, :12], ids[:, 12:]
+    context, grid = torch.randn(2, 12, 64), (2, 3, 5)
+    z = predictor(context, context_ids, target_ids, grid)
+    assert z.shape == (2, 10, 40)
+    order = torch.randperm(12)
+    torch.testing.assert_close(predictor(context[:, order], context_ids[:, order], target_ids, grid), z, **CLOSE)
+    torch.testing.assert_close(predictor(context, context_ids, target_ids.flip(1), grid), z.flip(1), **CLOSE)
+    assert not torch.allclose(predictor(context, context_ids, target_ids, grid, mask_index=1), z, atol=1e-2)
+    assert not torch.allclose(predictor(context, context_ids.flip(1), target_ids, grid), z, atol=1e-2)
+    assert not torch.allclose(predictor(context.flip(0), context_ids, target_ids, grid), z, atol=1e-2)
+    assert (z[:, 0] - z[:, 1]).abs().max() > 1e-3  # mask tokens are equal but for their place
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# probe
+
+
+def norm(x, layer, eps):
+    return F.layer_norm(x, x.shape[-1:], layer.weight, layer.bias, eps)
+
+
+@torch.no_grad()
+def test_probe_pools_without_output_projection():
+    # Depth 1 is the cross-attention and the linear layer alone, here by hand, with two heads of 8.
+    probe = randomise(AttentiveProbe(16, 5, depth=1, heads=2))
+    tokens, c = torch.randn(3, 7, 16) * 1e-2, probe.cross  # small, so that a wrong eps (1e-6) would show
+    query = probe.query[0, 0]
+    seen = norm(tokens, c.norm1, 1e-5)
+    q = c.q.weight @ query + c.q.bias
+    k, v = (seen @ c.kv.weight[part].T + c.kv.bias[part] for part in (slice(0, 16), slice(16, 32)))
+    heads = []
+    for channels in (slice(0, 8), slice(8, 16)):
+        attention = (k[..., channels] @ q[channels] / math.sqrt(8)).softmax(-1)  # (B, N)
+        heads.append((attention[..., None] * v[..., channels]).sum(1))
+    x = query + torch.cat(heads, dim=-1)
+    y = F.gelu(norm(x, c.norm2, 1e-5) @ c.mlp.fc1.weight.T + c.mlp.fc1.bias)
+    x = x + y @ c.mlp.fc2.weight.T + c.mlp.fc2.bias
+    expected = x @ probe.linear.weight.T + probe.linear.bias
+    torch.testing.assert_close(probe(tokens), expected, **CLOSE)
+    assert not any("proj" in name for name, _ in c.named_parameters())
+
+
+def test_probe_shape_parameters_and_gradients():
+    probe = AttentiveProbe(32, 7, depth=4, heads=4)
+    tokens = torch.randn(2, 9, 32)
+    assert len(probe.blocks) == 3 and probe(tokens).shape == (2, 7)
+    order = torch.randperm(9)  # it knows no places
+    torch.testing.assert_close(probe(tokens[:, order]), probe(tokens), **CLOSE)
+    assert probe.blocks[0].norm1.eps == probe.cross.norm1.eps == probe.cross.norm2.eps == 1e-5
+    randomise(probe)(tokens).square().sum().backward()
+    assert not without_gradient(probe)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# initialisation
+
+
+def assert_std(weight, std):
+    # A truncated normal (at 2, i.e. 100 deviations): the sample's deviation is within 4 standard errors.
+    assert abs(weight.std().item() / std - 1) < 4 / math.sqrt(2 * weight.numel())
+
+
+def test_residual_branches_start_smaller_the_deeper():
+    torch.manual_seed(0)
+    for network in (Encoder(128, 4, 2), Predictor(128, 64, width=128, depth=4, heads=2)):
+        for i, block in enumerate(network.blocks, start=1):
+            assert_std(block.attn.proj.weight, 0.02 / math.sqrt(2 * i))
+            assert_std(block.mlp.fc2.weight, 0.02 / math.sqrt(2 * i))
+            assert_std(block.attn.qkv.weight, 0.02)
+            assert_std(block.mlp.fc1.weight, 0.02)
+        for name, p in network.named_parameters():
+            if name.endswith("bias") or name == "mask_tokens":
+                assert (p == 0).all(), name
+    assert_std(Encoder(128, 1, 2).patch_embed.weight, 0.02)
+    assert_std(network.embed.weight, 0.02)
+    assert_std(network.proj.weight, 0.02)
+    probe = AttentiveProbe(128, 10, depth=3, heads=2)
+    assert_std(probe.blocks[1].attn.proj.weight, 0.02 / 2)
+    assert_std(probe.cross.mlp.fc2.weight, 0.02 / math.sqrt(6))
+    assert_std(probe.cross.kv.weight, 0.02)
+    assert probe.query.abs().max() > 0
+
+
+def test_odd_heads_are_refused():
+    for width, heads in ((64, 3), (30, 2), (66, 22)):
+        with pytest.raises(ValueError, match="heads"):
+            Encoder(width, 1, heads)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# checkpoints
+
+
+def save(folder, **changes):
+    """A checkpoint with sizes that are nobody's default; returns encoder and predictor."""
+    sizes = dict(mlp_ratio=2.5, num_frames=6, resolution=32, patch_size=8, tubelet_size=3)
+    encoder, predictor = small_encoder(**sizes), small_predictor(num_mask_tokens=3)
+    checkpoint = dict(
+        format=model.CHECKPOINT_FORMAT, kind="student", step=5, args={},
+        model=dict(encoder=encoder.config, predictor=predictor.config),
+        encoder=encoder.state_dict(), predictor=predictor.state_dict(),
+    )  # fmt: skip
+    torch.save(checkpoint | changes, folder / "checkpoint.pt")
+    return encoder, predictor
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["", "checkpoint.pt"])
+def test_checkpoint_round_trip(tmp_path, name):
+    encoder, predictor = save(tmp_path)
+    loaded, x = model.load_encoder(tmp_path / name), random_clips(6, 32, 24)
+    assert loaded.config == encoder.config and not loaded.training
+    assert torch.equal(loaded(x), encoder(x)) and loaded(x).shape == (2, 2 * 4 * 3, 64)
+    assert all(p.requires_grad and p.dtype == torch.float32 for p in loaded.parameters())
+    loaded = model.load_predictor(str(tmp_path / name))
+    assert loaded.config == predictor.config and not loaded.training
+    ids = torch.arange(8).expand(2, -1)
+    args = (torch.randn(2, 5, 64), ids[:, :5], ids[:, 5:], (2, 2, 2), 2)
+    assert torch.equal(loaded(*args), predictor(*args))
+
+
+def test_missing_checkpoint(tmp_path):
+    for path in (tmp_path, tmp_path / "nowhere", tmp_path / "nowhere.pt"):
+        with pytest.raises(FileNotFoundError, match="no checkpoint at"):
+            model.load_checkpoint(path)
+
+
+@pytest.mark.parametrize("damage", ["cut", "text", "empty", "not a dictionary", "another format", "no format"])
+def test_damaged_checkpoint(tmp_path, damage):
+    file = tmp_path / "checkpoint.pt"
+    save(tmp_path)
+    if damage == "cut":
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    elif damage == "text":
+        file.write_text("hello, I am not a checkpoint\n" * 50)
+    elif damage == "empty":
+        file.write_bytes(b"")
+    else:
+        contents = {"not a dictionary": [1], "another format": {"format": "salt-0"}, "no format": {"encoder": {}}}
+        torch.save(contents[damage], file)
+    expected = "cannot be read" if damage in ("cut", "text", "empty") else f"not a {model.CHECKPOINT_FORMAT} checkpoint"
+    with pytest.raises(ValueError, match=expected) as error:
+        model.load_checkpoint(tmp_path)
+    assert str(file) in str(error.value)
+
+
+class RunsCode:
+    def __reduce__(self):
+        return os.mkdir, (os.environ["MODEL_TEST_TRAP"],)
+
+
+def test_checkpoint_that_would_run_code_does_not(tmp_path, monkeypatch):
+    monkeypatch.setenv("MODEL_TEST_TRAP", str(tmp_path / "trap"))
+    save(tmp_path, args=RunsCode())
+    with pytest.raises(ValueError, match="cannot be read"):
+        model.load_checkpoint(tmp_path)
+    assert not (tmp_path / "trap").exists()
+    torch.load(tmp_path / "checkpoint.pt", weights_only=False)  # the trap is a real one
+    assert (tmp_path / "trap").exists()
+
+
+def test_weights_that_do_not_fit_are_named(tmp_path):
+    encoder, _ = save(tmp_path)
+    weights = encoder.state_dict()
+    del weights["blocks.1.mlp.fc2.bias"], weights["norm.weight"]
+    weights["blocks.2.norm1.weight"] = torch.zeros(64)
+    weights["patch_embed.bias"] = torch.zeros(65)
+    save(tmp_path, encoder=weights)
+    with pytest.raises(ValueError) as error:
+        model.load_encoder(tmp_path)
+    start, *problems = str(error.value).removeprefix("weights do not fit Encoder: ").split("; ")
+    assert [start, *problems] == [
+        "missing blocks.1.mlp.fc2.bias",
+        "missing norm.weight",
+        "unexpected blocks.2.norm1.weight",
+        "patch_embed.bias is (65,), not (64,)",
+    ]

@@ -1,0 +1,81 @@
+"""SALT stage 2: train the student to predict a frozen teacher's latents (paper section 2.2, method.md section 1).
+
+    python train_student.py --teacher out/teacher --steps 800 --warmup-steps 80 --batch-size 32 --model vit_ti
+    torchrun --nproc_per_node=8 train_student.py --teacher teacher.pt --model vit_g --data k710.csv ssv2.csv
+
+The teacher sees the whole clip; it may be of any size, and a student may be the next student's teacher. The student
+sees the context tokens only; the predictor predicts the teacher's latents at the target tokens. The teacher never
+changes, so there is nothing to collapse to: no EMA, no stop-gradient. Leaves out/student/checkpoint.pt.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from model import Encoder, Predictor, gather, load_encoder
+from training import (
+    Run, clip_source, encoder_config, fail, make_optimizer, predictor_config, set_schedules, setup, training_flags,
+    training_loader, update,
+)  # fmt: skip
+
+
+def load_teacher(args):
+    """The frozen teacher, in eval mode. Ends the script if there is none, or if its tokens are not the student's."""
+    try:
+        teacher = load_encoder(args.teacher)
+    except (OSError, ValueError) as error:
+        fail(f"--teacher: {error}; train_teacher.py makes one")
+    for name in ("patch_size", "tubelet_size"):
+        if teacher.config[name] != getattr(args, name):
+            fail(f"the teacher has {name} {teacher.config[name]}, the student {getattr(args, name)}; they must agree")
+    return teacher.requires_grad_(False).to(args.device)
+
+
+@torch.no_grad()
+def latent_targets(teacher, clips):
+    """The teacher's layer-normed latents of the whole clip: (B, 3, T, H, W) -> (B, N, D_teacher) float32."""
+    return F.layer_norm(teacher(clips).float(), (teacher.width,))
+
+
+def latent_loss(student, predictor, targets, clips, masks):
+    """Mean absolute error at the target tokens, averaged over the masks. targets: (B, N, D_teacher)."""
+    loss = 0.0
+    for i, mask in enumerate(masks):
+        context = student(clips, mask.context_ids)
+        predicted = predictor(context, mask.context_ids, mask.target_ids, student.grid(clips), i)
+        loss += (predicted.float() - gather(targets, mask.target_ids)).abs().mean() / len(masks)
+    return loss
+
+
+def main():
+    parser = training_flags(__doc__, out="out/student", steps=160_000)
+    parser.add_argument("--teacher", required=True, metavar="RUN|FILE", help="stage-1 or stage-2 checkpoint")
+    args = parser.parse_args()
+    setup(args)
+    config = encoder_config(args)
+    teacher = load_teacher(args)
+    source = clip_source(args)
+
+    student = Encoder(**config).to(args.device)
+    predictor = Predictor(**predictor_config(args, student.width, teacher.width)).to(args.device)
+    optimizer = make_optimizer([student, predictor], args)
+    run = Run("student", args, student, predictor, optimizer, teacher)
+    if args.compile:
+        for block in (*teacher.blocks, *student.blocks, *predictor.blocks):
+            block.compile()
+
+    loader = training_loader(source, args, run.start_step)
+    for step in range(run.start_step, args.steps):
+        set_schedules(optimizer, step, args)
+        losses = []
+        for clips, masks in run.micro_batches(loader, step):
+            with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+                targets = latent_targets(teacher, clips)
+                losses.append(latent_loss(student, predictor, targets, clips, masks) / run.num_micro_batches)
+            losses[-1].backward()
+        grad_norm = update(optimizer, args)
+        run.end_step(step, torch.stack(losses).sum(), grad_norm)
+    run.finish()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""SALT stage 1, V-Pixel: train the teacher by filling in masked pixels (paper section 2.2, method.md section 1).
+
+    python train_teacher.py --steps 500 --warmup-steps 50 --batch-size 32 --model vit_ti     # built-in videos
+    torchrun --nproc_per_node=8 train_teacher.py --model vit_l --data k710.csv ssv2.csv --steps 80000
+
+The encoder sees the context tokens only; the predictor, here a pixel decoder, fills in the normalised pixels of the
+target tokens. Leaves out/teacher/checkpoint.pt for train_student.py.
+"""
+
+import torch
+
+from model import Encoder, Predictor, gather, tubelets
+from training import (
+    Run, clip_source, encoder_config, make_optimizer, predictor_config, set_schedules, setup, training_flags,
+    training_loader, update,
+)  # fmt: skip
+
+
+def pixel_targets(clips, tubelet_size, patch_size):
+    """Pixels of every tubelet, normalised per tubelet and colour (VideoMAE): clips (B, 3, T, H, W) -> (B, N, P)."""
+    y = tubelets(clips, tubelet_size, patch_size).unflatten(-1, (3, -1))  # (B, N, 3, 2*16*16)
+    y = (y - y.mean(-1, keepdim=True)) / (y.std(-1, keepdim=True) + 1e-6)
+    return y.flatten(-2)
+
+
+def pixel_loss(encoder, predictor, clips, masks):
+    """Mean squared error at the target tokens, averaged over the masks."""
+    targets = pixel_targets(clips, encoder.tubelet_size, encoder.patch_size)
+    loss = 0.0
+    for i, mask in enumerate(masks):
+        context = encoder(clips, mask.context_ids)
+        predicted = predictor(context, mask.context_ids, mask.target_ids, encoder.grid(clips), i)
+        loss += (predicted.float() - gather(targets, mask.target_ids)).square().mean() / len(masks)
+    return loss
+
+
+def main():
+    args = training_flags(__doc__, out="out/teacher", steps=80_000).parse_args()
+    setup(args)
+    config = encoder_config(args)
+    source = clip_source(args)
+
+    pixels = 3 * args.tubelet_size * args.patch_size**2
+    encoder = Encoder(**config).to(args.device)
+    predictor = Predictor(**predictor_config(args, encoder.width, pixels)).to(args.device)
+    optimizer = make_optimizer([encoder, predictor], args)
+    run = Run("teacher", args, encoder, predictor, optimizer)
+    if args.compile:
+        for block in (*encoder.blocks, *predictor.blocks):
+            block.compile()
+
+    loader = training_loader(source, args, run.start_step)
+    for step in range(run.start_step, args.steps):
+        set_schedules(optimizer, step, args)
+        losses = []
+        for clips, masks in run.micro_batches(loader, step):
+            with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+                losses.append(pixel_loss(encoder, predictor, clips, masks) / run.num_micro_batches)
+            losses[-1].backward()
+        grad_norm = update(optimizer, args)
+        run.end_step(step, torch.stack(losses).sum(), grad_norm)
+    run.finish()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,466 @@
+"""What every training script needs and no method depends on: flags, processes and devices, optimiser and schedules,
+checkpoints and resuming, logging. Plain functions, and one class, `Run`, for what has state.
+
+A run is determined by its flags: sample n, the masks of micro-batch g of step s, and the initial weights depend on the
+seed and on n, g, s alone, so neither restarting nor spreading a run over more processes changes it.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+import data
+import flops
+import masking
+from model import CHECKPOINT_FORMAT, SIZES, Encoder, Predictor, token_grid
+
+
+def fail(message):
+    """End with one line that says what is wrong and what to do, exit status 2; once per node at most, during set-up."""
+    if os.environ.get("LOCAL_RANK", "0") == "0" or dist.is_initialized():
+        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# flags
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    pass
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line."""
+
+    def __init__(self, description):
+        super().__init__(description=description, formatter_class=_Help, allow_abbrev=False)
+
+    def error(self, message):
+        fail(f"{message} (--help lists the flags)")
+
+
+def training_flags(description, out, steps):
+    """The flags that teacher and student share. Defaults are the paper's (table 3 sizes, table 4 predictor, table 5)."""
+    parser = Parser(description)
+    flag = parser.add_argument_group("what is built").add_argument
+    flag("--model", choices=SIZES, default="vit_l", help="size of the encoder (paper table 3)")
+    flag("--width", type=int, help="overrides the size's width; likewise --depth and --heads")
+    flag("--depth", type=int, help="number of blocks")
+    flag("--heads", type=int, help="attention heads")
+    flag("--patch-size", type=int, default=16, help="pixels")
+    flag("--tubelet-size", type=int, default=2, help="frames that a token spans")
+    flag("--num-frames", type=int, default=16, help="frames of a clip (table 5)")
+    flag("--resolution", type=int, default=224, help="pixels, both sides (table 5)")
+    flag("--predictor-width", type=int, default=384, help="(table 4)")
+    flag("--predictor-depth", type=int, default=12, help="(table 4)")
+    flag("--predictor-heads", type=int, default=16, help="(table 4)")
+
+    flag = parser.add_argument_group("what it sees").add_argument
+    flag("--data", nargs="+", metavar="MANIFEST", help="text files of 'path label' lines; built-in videos without")
+    flag("--data-weights", nargs="+", type=float, metavar="WEIGHT", help="share of each manifest in the samples")
+    flag("--frame-step", type=int, default=4, help="video frames from one clip frame to the next (table 5)")
+    flag("--workers", type=int, help="loader processes; default 8 per process on a GPU, 1 on the CPU")
+    flag("--mask", choices=masking.STRATEGIES, default="multiblock", help="which tokens are predicted (section 5.2)")
+    flag("--mask-truncation", choices=("random", "raster"), default="random", help="raster is V-JEPA's (masking.py)")
+
+    flag = parser.add_argument_group("how it learns").add_argument
+    flag("--steps", type=int, default=steps, help="optimiser steps of the whole run")
+    flag("--batch-size", type=int, default=3072, help="clips per step, over all processes (table 5)")
+    flag("--micro-batch-size", type=int, help="clips at a time and process; default the largest that divides, <= 24")
+    flag("--lr", type=float, default=6.25e-4, help="after warm-up (table 5)")
+    flag("--start-lr", type=float, help="at step 0 (table 5: 2e-4); default 0.32 of --lr")
+    flag("--final-lr", type=float, default=1e-6, help="at the last step (table 5)")
+    flag("--warmup-steps", type=int, default=10_000, help="(table 5)")
+    flag("--weight-decay", type=float, default=0.04, help="at step 0 (table 5)")
+    flag("--final-weight-decay", type=float, default=0.4, help="at the last step (table 5)")
+    flag("--clip-grad", type=float, default=0.02, help="largest global gradient norm (table 5)")
+    flag("--betas", type=float, nargs=2, default=(0.9, 0.95), help="AdamW (table 5)")
+    flag("--seed", type=int, default=0)
+
+    flag = parser.add_argument_group("on what").add_argument
+    flag("--device", choices=("cpu", "cuda"), help="default cuda where there is one")
+    flag("--dtype", choices=("float32", "bfloat16"), help="of the forward pass; default bfloat16 on a GPU, else float32")
+    flag("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the blocks; default on a GPU only")
+
+    flag = parser.add_argument_group("what it leaves").add_argument
+    flag("--out", type=Path, default=Path(out), help="run folder; one that holds this run already is continued")
+    flag("--save-every", type=int, default=1000, help="steps")
+    flag("--log-every", type=int, default=10, help="steps")
+    flag("--fresh", action="store_true", help="start anew; a run that is in --out already is moved aside")
+    return parser
+
+
+def encoder_config(args):
+    """What `Encoder` takes, from a size and its overrides. Ends the script if the numbers do not fit together."""
+    config = dict(SIZES[args.model])
+    config.update({k: getattr(args, k) for k in ("width", "depth", "heads") if getattr(args, k) is not None})
+    config.update({k: getattr(args, k) for k in ("num_frames", "resolution", "patch_size", "tubelet_size")})
+    try:
+        token_grid((args.num_frames, args.resolution, args.resolution), args.tubelet_size, args.patch_size)
+        with torch.device("meta"):
+            Encoder(**config)
+    except ValueError as error:
+        fail(str(error))
+    return config
+
+
+def predictor_config(args, in_width, out_width):
+    """What `Predictor` takes. Ends the script if the numbers do not fit together."""
+    config = dict(
+        in_width=in_width, out_width=out_width, width=args.predictor_width, depth=args.predictor_depth,
+        heads=args.predictor_heads, num_mask_tokens=masking.NUM_MASKS[args.mask],
+    )  # fmt: skip
+    try:
+        with torch.device("meta"):
+            Predictor(**config)
+    except ValueError as error:
+        fail(f"predictor: {error}")
+    return config
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# processes, devices, data
+
+
+def setup(args):
+    """Resolve the flags that depend on the machine, in place; join torchrun's process group; say what it runs on."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        fail("--device cuda: this machine has no GPU that torch can use")
+    gpu = args.device == "cuda"
+    args.dtype = args.dtype or ("bfloat16" if gpu else "float32")
+    args.compile = gpu if args.compile is None else args.compile
+    args.workers = (8 if gpu else 1) if args.workers is None else args.workers
+    args.start_lr = 0.32 * args.lr if args.start_lr is None else args.start_lr
+    if args.steps < 1 or args.batch_size < 1 or args.batch_size % world:
+        fail(f"--steps and --batch-size are at least 1, --batch-size divisible by the {world} processes")
+    if args.warmup_steps >= args.steps:
+        fail(f"--warmup-steps {args.warmup_steps} leaves nothing of --steps {args.steps}; a tenth of it is usual")
+    share = args.batch_size // world
+    if args.micro_batch_size is None:
+        args.micro_batch_size = next(n for n in range(min(24, share), 0, -1) if share % n == 0)
+    if args.micro_batch_size < 1 or share % args.micro_batch_size:
+        fail(f"--micro-batch-size {args.micro_batch_size} does not divide {args.batch_size} clips / {world} processes")
+    if world > 1:
+        if gpu:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if gpu else "gloo")
+    torch.set_float32_matmul_precision("high")
+    torch.manual_seed(args.seed)
+    if rank == 0:
+        name = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads (no GPU is used)"
+        print(f"on {world} x {name}, {args.dtype}, batch {args.batch_size} = {world} processes x "
+              f"{share // args.micro_batch_size} micro-batches x {args.micro_batch_size} clips")  # fmt: skip
+
+
+def clip_source(args):
+    """The training data that the flags name. Ends the script if a manifest cannot be used."""
+    if not args.data:
+        if os.environ.get("RANK", "0") == "0":
+            print("no --data: training on the built-in synthetic videos")
+        return data.Synthetic(args.num_frames, args.resolution, args.seed)
+    try:
+        return data.Manifest(
+            args.data, args.num_frames, args.frame_step, args.resolution, args.seed, weights=args.data_weights
+        )
+    except (OSError, ValueError) as error:
+        fail(f"--data: {error}")
+
+
+def micro_batch_indices(args):
+    """Which of a step's micro-batches, counted over all processes, this process computes."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    return range(rank, args.batch_size // args.micro_batch_size, world)
+
+
+def training_loader(source, args, start_step):
+    """An iterator over the `data.Batch`es of this process, from start_step to the end of the run."""
+    size = args.micro_batch_size
+    numbers = [
+        range(first, first + size)
+        for step in range(start_step, args.steps)
+        for first in (step * args.batch_size + g * size for g in micro_batch_indices(args))
+    ]
+    return iter(data.clip_loader(source, numbers, args.workers, pin_memory=args.device == "cuda"))
+
+
+def generator(*key):
+    """A CPU random generator determined by a tuple of non-negative integers."""
+    state = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(state >> np.uint64(1)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# optimiser and schedules (paper table 5)
+
+
+def learning_rate(step, args):
+    """Linear from start_lr to lr over warmup_steps, then cosine to final_lr at the last step."""
+    if step < args.warmup_steps:
+        return args.start_lr + (args.lr - args.start_lr) * step / args.warmup_steps
+    progress = (step - args.warmup_steps) / max(1, args.steps - 1 - args.warmup_steps)
+    return args.final_lr + (args.lr - args.final_lr) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def weight_decay(step, args):
+    """Cosine from weight_decay at step 0 to final_weight_decay at the last step."""
+    progress = step / max(1, args.steps - 1)
+    return args.final_weight_decay + (args.weight_decay - args.final_weight_decay) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def make_optimizer(modules, args):
+    """AdamW over the modules' parameters; no weight decay on biases, norms and mask tokens."""
+    named = [item for module in modules for item in module.named_parameters()]
+    decayed = [p for name, p in named if p.ndim > 1 and "mask_tokens" not in name]
+    others = [p for name, p in named if p.ndim <= 1 or "mask_tokens" in name]
+    groups = [{"params": decayed, "decayed": True}, {"params": others, "decayed": False, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=args.lr, betas=tuple(args.betas), fused=True)
+
+
+def set_schedules(optimizer, step, args):
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(step, args)
+        if group["decayed"]:
+            group["weight_decay"] = weight_decay(step, args)
+
+
+def update(optimizer, args):
+    """Average the gradients over the processes, clip them, step. Returns the gradient norm before clipping, a tensor."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    if dist.is_initialized():
+        flat = torch.cat([p.grad.flatten() for p in params])
+        dist.all_reduce(flat)
+        for p, grad in zip(params, flat.split([p.numel() for p in params]), strict=True):
+            p.grad.copy_(grad.view_as(p)).div_(dist.get_world_size())
+    norm = torch.nn.utils.clip_grad_norm_(params, args.clip_grad)
+    optimizer.step()
+    optimizer.zero_grad()
+    return norm
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the run: what it leaves behind, how it goes on
+
+
+def duration(seconds):
+    """1h02m, 3m20s or 12s."""
+    s = round(seconds)
+    return f"{s // 3600}h{s % 3600 // 60:02}m" if s >= 3600 else f"{s // 60}m{s % 60:02}s" if s >= 60 else f"{s}s"
+
+
+def write_aside(path, write):
+    """Call write(temporary path), then rename it to `path`: a file of that name is complete at every moment."""
+    aside = path.with_name(path.name + ".tmp")
+    write(aside)
+    os.replace(aside, path)
+
+
+def git_commit():
+    """The commit of the code that runs, "+" if files were changed; None outside a git checkout."""
+    try:
+        describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--abbrev=40"]
+        return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+class Run:
+    """A training run and its folder: restores what an earlier start saved, logs, saves.
+
+    kind is "teacher", "student", ...; the networks and the optimiser are restored in place where --out holds an earlier
+    part of this run. `start_step` is where to go on.
+    """
+
+    MAX_BAD = 0.05  # share of unreadable videos above which a run ends
+
+    def __init__(self, kind, args, encoder, predictor, optimizer, teacher=None):
+        self.kind, self.args, self.encoder, self.predictor, self.optimizer = kind, args, encoder, predictor, optimizer
+        self.teacher_config = teacher.config if teacher else None
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.device = torch.device(args.device)
+        self.grid = token_grid((args.num_frames, args.resolution, args.resolution), args.tubelet_size, args.patch_size)
+        self.num_micro_batches = len(micro_batch_indices(args))  # per step, of this process
+        self.start_step, self.seconds, self.flops = 0, 0.0, 0.0
+        self.samples, self.num_bad, self.bad = 0, 0, set()
+        self.metrics_file, self.resume_file = args.out / "metrics.jsonl", args.out / "resume" / "state.pt"
+        try:
+            self._open_folder()
+        except OSError as error:
+            fail(f"--out {args.out}: {error.strerror}")
+        if self.resume_file.is_file():
+            self._resume()
+        elif self.rank == 0:
+            self._describe()
+        self._start_window()
+
+    # -- what a step sees
+
+    def micro_batches(self, loader, step):
+        """Yields this process's micro-batches of a step: clips, normalised (B, 3, T, H, W) on the device, and masks."""
+        for g in micro_batch_indices(self.args):
+            started = time.perf_counter()
+            batch = next(loader)
+            self.waited += time.perf_counter() - started
+            self._count_bad(batch)
+            masks = masking.sample_masks(
+                self.args.mask, self.grid, len(batch.clips), generator(self.args.seed, step, g), self.args.mask_truncation
+            )
+            self._count_tokens(masks)
+            yield data.normalise(batch.clips, self.device), [mask.to(self.device) for mask in masks]
+
+    def _count_bad(self, batch):
+        self.samples += len(batch.clips)
+        self.num_bad += len(batch.skipped)
+        for reason in sorted(set(batch.skipped) - self.bad):
+            print(f"unreadable, another video stands in: {reason}", file=sys.stderr, flush=True)
+        self.bad.update(batch.skipped)
+        if self.samples >= 100 and self.num_bad > self.MAX_BAD * self.samples:
+            fail(f"{self.num_bad} of {self.samples} samples are unreadable, more than {self.MAX_BAD:.0%}: check --data")
+
+    def _count_tokens(self, masks):
+        counts = [(mask.context_ids.shape[1], mask.target_ids.shape[1]) for mask in masks]
+        clips = len(masks[0].context_ids)
+        self.window_clips += clips
+        self.window_flops += clips * flops.step_flops(
+            self.encoder.config, self.predictor.config, counts, self.teacher_config, math.prod(self.grid)
+        )
+        for i, name in enumerate(("context", "target")):
+            lost = sum(mask[i + 2].sum().item() for mask in masks)
+            self.tokens[f"{name}_kept"] += clips * sum(count[i] for count in counts)
+            self.tokens[f"{name}_lost"] += lost
+
+    # -- what it says and saves
+
+    def _start_window(self):
+        """Figures are averages since the last logged step."""
+        self.started, self.waited, self.window_clips, self.window_flops = time.perf_counter(), 0.0, 0, 0.0
+        self.tokens = dict.fromkeys(("context_kept", "context_lost", "target_kept", "target_lost"), 0)
+        self.losses = []
+
+    def end_step(self, step, loss, grad_norm):
+        """Log and save where it is time. loss: this process's mean over the step, a tensor; grad_norm: from `update`."""
+        args, done = self.args, step + 1
+        self.losses.append(loss.detach())  # read only when logged: no device synchronisation per step
+        saving = done % args.save_every == 0 or done == args.steps
+        if done % args.log_every == 0 or saving:
+            self._log(done, grad_norm)
+        if saving:
+            self.save(done)
+
+    def _log(self, done, grad_norm):
+        args = self.args
+        loss = torch.stack(self.losses).mean()
+        if dist.is_initialized():
+            dist.all_reduce(loss)
+            loss /= self.world
+        loss, grad_norm = loss.item(), grad_norm.item()  # waits for the device, so the time below is right
+        seconds = time.perf_counter() - self.started
+        self.seconds += seconds
+        self.flops += self.window_flops * self.world
+        steps, kept = len(self.losses), self.tokens
+        line = {
+            "step": done, "loss": loss, "lr": learning_rate(done - 1, args), "weight_decay": weight_decay(done - 1, args),
+            "grad_norm": grad_norm, "clips_per_s": self.window_clips * self.world / seconds,
+            "data_wait": self.waited / seconds, "seconds": self.seconds, "flops": self.flops,
+            "tflops": self.window_flops * self.world / seconds / 1e12,
+            # tokens of a clip, summed over its masks
+            **{name: count / self.window_clips for name, count in kept.items()},
+            "bad_videos": self.num_bad,
+        }  # fmt: skip
+        self._start_window()
+        if not math.isfinite(loss):
+            fail(f"the loss is {loss} at step {done}; the last checkpoint is kept; a lower --lr may help")
+        if self.rank == 0:
+            with open(self.metrics_file, "a") as file:
+                file.write(json.dumps(line) + "\n")
+            left = duration((args.steps - done) * seconds / steps)
+            print(f"{self.kind} {done}/{args.steps}  loss {loss:.4f}  lr {line['lr']:.1e}  grad {grad_norm:.3f}  "
+                  f"{line['clips_per_s']:.0f} clips/s  waiting for data {line['data_wait']:.0%}  {left} left",
+                  flush=True)  # fmt: skip
+
+    def save(self, step):
+        """Write checkpoint.pt for others and resume/ for this run."""
+        if self.rank == 0:
+            shared = {
+                "format": CHECKPOINT_FORMAT, "kind": self.kind, "step": step, "model": self._model(),
+                "encoder": self.encoder.state_dict(), "predictor": self.predictor.state_dict(),
+                "args": self._plain_args(),
+            }  # fmt: skip
+            own = {"optimizer": self.optimizer.state_dict(), "seconds": self.seconds, "flops": self.flops}
+            write_aside(self.resume_file, lambda path: torch.save(shared | own, path))
+            write_aside(self.args.out / "checkpoint.pt", lambda path: torch.save(shared, path))
+        if dist.is_initialized():
+            dist.barrier()
+
+    def finish(self):
+        """Say what there is now, and leave the process group."""
+        if self.rank == 0:
+            print(f"{self.kind} done: {self.args.steps} steps in {duration(self.seconds)}, "
+                  f"{self.flops:.3g} FLOPs; {self.args.out / 'checkpoint.pt'}", flush=True)  # fmt: skip
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    # -- how it starts
+
+    def _open_folder(self):
+        out = self.args.out
+        if self.rank == 0 and self.args.fresh and (out / "args.json").exists():
+            older = next(p for i in itertools.count(1) if not (p := out.with_name(f"{out.name}.{i}")).exists())
+            shutil.move(out, older)
+            print(f"--fresh: the run that was in {out} is now in {older}")
+        if dist.is_initialized():
+            dist.barrier()
+        self.resume_file.parent.mkdir(parents=True, exist_ok=True)
+
+    def _describe(self):
+        versions = {"python": platform.python_version(), "torch": torch.__version__, "av": data.av.__version__}
+        record = {"kind": self.kind, "args": self._plain_args(), "model": self._model(), "world_size": self.world,
+                  "versions": versions, "git_commit": git_commit()}  # fmt: skip
+        write_aside(self.args.out / "args.json", lambda path: path.write_text(json.dumps(record, indent=2) + "\n"))
+        self.metrics_file.write_text("")
+        sizes = [sum(p.numel() for p in m.parameters()) / 1e6 for m in (self.encoder, self.predictor)]
+        print(f"{self.kind}: encoder {sizes[0]:.2f}M parameters, predictor {sizes[1]:.2f}M; "
+              f"{self.args.steps} steps into {self.args.out}", flush=True)  # fmt: skip
+
+    def _resume(self):
+        try:
+            state = torch.load(self.resume_file, map_location="cpu", weights_only=True)
+        except Exception as error:  # whatever a damaged file makes torch.load raise, the remedy is one
+            fail(f"{self.resume_file} cannot be read ({type(error).__name__}); --fresh starts anew")
+        if state["kind"] != self.kind or state["model"] != self._model():
+            fail(f"{self.args.out} holds a run of another kind or model; choose another --out, or --fresh")
+        changed = [k for k, v in self._plain_args().items() if k not in ("fresh", "out") and state["args"].get(k) != v]
+        self.encoder.load_state_dict(state["encoder"])
+        self.predictor.load_state_dict(state["predictor"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.start_step, self.seconds, self.flops = state["step"], state["seconds"], state["flops"]
+        if self.rank == 0:
+            lines = self.metrics_file.read_text().splitlines() if self.metrics_file.exists() else []
+            kept = [line for line in lines if json.loads(line)["step"] <= self.start_step]
+            write_aside(self.metrics_file, lambda path: path.write_text("".join(line + "\n" for line in kept)))
+            print(f"continuing {self.args.out} at step {self.start_step} of {self.args.steps}")
+            if changed:
+                print("  with other flags than before: " + ", ".join("--" + k.replace("_", "-") for k in changed))
+
+    def _model(self):
+        return {"encoder": self.encoder.config, "predictor": self.predictor.config}
+
+    def _plain_args(self):
+        def plain(value):
+            return str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+
+        return {name: plain(value) for name, value in vars(self.args).items()}
