@@ -53,8 +53,11 @@ class BadVideo(ValueError):
     """A video or image that gives no clip; the message names it and says why."""
 
 
-def read_manifest(path):
-    """(paths, labels) of a manifest; label -1 where a line has none. OSError, or ValueError naming file and line."""
+def read_manifest(path, num_classes=None):
+    """(paths, labels) of a manifest; label -1 where a line has none.
+
+    With num_classes every line must have a label in 0 .. num_classes - 1. OSError, or ValueError naming file and line.
+    """
     path = Path(path)
     if path.suffix.lower() in IMAGE_SUFFIXES | {".mp4", ".webm", ".mkv", ".avi", ".mov"}:
         raise ValueError(f"{path} is a video or an image; --data takes manifests: text files of 'path label' lines")
@@ -63,12 +66,14 @@ def read_manifest(path):
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not a text file; a manifest has lines of 'path label'") from error
-    for line in map(str.strip, lines):
+    for number, line in enumerate(map(str.strip, lines), start=1):
         if not line:
             continue
         name, _, label = line.rpartition(" ")
         if not name or not label.lstrip("-").isdigit():
             name, label = line, -1
+        if num_classes and not 0 <= int(label) < num_classes:
+            raise ValueError(f"{path} line {number}: a label from 0 to {num_classes - 1} is needed: {line!r}")
         paths.append(str(path.parent / name.strip().strip('"')))
         labels.append(int(label))
     if not paths:
@@ -143,10 +148,11 @@ class Manifest:
 
     label_names = ("label",)
 
-    def __init__(self, manifests, num_frames, frame_step, resolution, seed=0, train=True, weights=None):
+    def __init__(self, manifests, num_frames, frame_step, resolution, seed=0, train=True, weights=None,
+                 num_classes=None):  # fmt: skip
         if weights and len(weights) != len(manifests):
             raise ValueError(f"{len(manifests)} manifests but {len(weights)} weights")
-        parts = [read_manifest(m) for m in manifests]
+        parts = [read_manifest(m, num_classes) for m in manifests]
         self.paths = [p for paths, _ in parts for p in paths]
         self.labels = [label for _, labels in parts for label in labels]
         self.ends = list(itertools.accumulate(len(paths) for paths, _ in parts))

@@ -313,7 +313,10 @@ class Run:
         """Yields this process's micro-batches of a step: clips, normalised (B, 3, T, H, W) on the device, and masks."""
         for g in micro_batch_indices(self.args):
             started = time.perf_counter()
-            batch = next(loader)
+            try:
+                batch = next(loader)
+            except data.BadVideo as error:  # its last line; before it, a worker's traceback
+                fail(f"ten unreadable videos in a row, the last one: {str(error).splitlines()[-1]}")
             self.waited += time.perf_counter() - started
             self._count_bad(batch)
             masks = masking.sample_masks(

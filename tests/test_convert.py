@@ -192,7 +192,8 @@ def test_half_precision_hf_weights_come_as_float32(hf, tmp_path):
 
 @torch.no_grad()
 def test_probe_agrees_with_hf_both_ways():
-    model = randomise(transformers.VJEPA2ForVideoClassification(hf_config()))
+    # An epsilon so large that a LayerNorm with another one would show.
+    model = randomise(transformers.VJEPA2ForVideoClassification(hf_config(layer_norm_eps=0.1)))
     theirs = {k: v for k, v in model.state_dict().items() if not k.startswith("vjepa2.")}
     ours = convert.probe_from_hf(model.state_dict())
     config = dict(width=WIDTH, num_classes=5, depth=3, heads=3, eps=model.config.layer_norm_eps)
