@@ -1,9 +1,9 @@
 """Look at runs: loss curves, what a teacher fills in, what an encoder's features are, and a table of probed runs.
 
-    python analyze.py curves out/teacher out/student --save curves.png
-    python analyze.py reconstruct out/teacher --save reconstruction.png
-    python analyze.py features out/teacher out/student --save features.png
-    python analyze.py table out/probe-untrained out/probe-teacher out/probe-student --save table.md
+python analyze.py curves out/teacher out/student --save curves.png
+python analyze.py reconstruct out/teacher --save reconstruction.png
+python analyze.py features out/teacher out/student --save features.png
+python analyze.py table out/probe-untrained out/probe-teacher out/probe-student --save table.md
 """
 
 import json
@@ -55,7 +55,7 @@ def curves(args):
         lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
         kind = json.loads((path / "args.json").read_text())["kind"]
         runs.append((path, kind, [line["step"] for line in lines], [line["loss"] for line in lines]))
-    labels = {"teacher": "pixel loss (mean squared error, normalised pixels)", "student": "latent loss (mean abs. error)"}
+    labels = {"teacher": "pixel loss (mean squared error)", "student": "latent loss (mean absolute error)"}
     kinds = list(dict.fromkeys(kind for _, kind, _, _ in runs))
     figure, axes = plt.subplots(1, len(kinds), figsize=(5 * len(kinds), 3.2), squeeze=False)
     for ax, kind in zip(axes[0], kinds, strict=True):
@@ -166,7 +166,7 @@ def main():
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for function, suffix in ((curves, "png"), (reconstruct, "png"), (features, "png"), (table, "md")):
         name = function.__name__
-        command = commands.add_parser(name, help=function.__doc__.splitlines()[0], description=function.__doc__)
+        command = commands.add_parser(name, description=function.__doc__, help=function.__doc__.splitlines()[0])
         command.add_argument("runs", nargs="+", metavar="RUN", help="run folders (table: folders that probe.py wrote)")
         command.add_argument("--save", type=Path, default=Path(f"out/{name}.{suffix}"), help="file to write")
         if function in (reconstruct, features):

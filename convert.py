@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from model import CHECKPOINT_FORMAT, SIZES, AttentiveProbe, Encoder, Predictor, build, load_checkpoint
+from model import CHECKPOINT_FORMAT, SIZES, AttentiveProbe, Encoder, Predictor, build, check_state_dict, load_checkpoint
 
 # ---------------------------------------------------------------------------------------------------------------------
 # names: ours, V-JEPA 2's, Hugging Face's; the first row that fits counts
@@ -99,16 +99,8 @@ def from_theirs(module, weights, table, column, tubelet=None):
     """
     ours = module.state_dict()
     expected = to_theirs(ours, table, column, tubelet)
-    problems = [f"missing {k}" for k in expected if k not in weights]
-    problems += [f"unexpected {k}" for k in weights if k not in expected]
-    problems += [
-        f"{k} is {tuple(weights[k].shape)}, not {tuple(t.shape)}"
-        for k, t in expected.items()
-        if k in weights and weights[k].shape != t.shape
-    ]
     name = type(module).__name__.lower()
-    if problems:
-        raise ValueError(f"weights do not fit this {name}: " + "; ".join(problems))
+    check_state_dict(expected, weights, name)
     print(f"{name}: {len(weights)} of {len(expected)} tensors matched")
     return {
         k: torch.cat([weights[n] for n in their_names(k, table, column, len(t))]).float().reshape(t.shape)

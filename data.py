@@ -8,7 +8,6 @@ Letters: B clips, T frames, H and W pixels. A manifest is V-JEPA's: one "path la
 paths relative to the manifest; the label may be left out for pretraining.
 """
 
-import bisect
 import itertools
 import math
 from pathlib import Path
@@ -19,7 +18,6 @@ import numpy as np
 import torch
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
-from torchvision.transforms.v2 import functional as F
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png"}
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as V-JEPA
@@ -259,12 +257,12 @@ def synthetic_clips(seed, numbers, num_frames, resolution):
     The frame is a wallpaper of one shape on a tilted lattice; all shapes travel together in one of 8 directions, at a
     speed, size, angle and phase of their own. The background (the camera) travels independently of them, as do
     distractor discs on top; colours, textures and lighting vary from clip to clip, brightness flickers from frame to
-    frame. Phases are uniform, so that a single frame says nothing about the motion; colours say nothing about the shape.
+    frame. Phases are uniform, so that a single frame does not tell the motion; colours do not tell the shape.
 
     numbers: int64 (B,), which clips. Returns clips uint8 (B, 3, T, H, W), and labels int64 (B, 2): motion, shape (the
     indices in MOTIONS and SHAPES), independent of each other.
     """
-    B, T, S, device = len(numbers), num_frames, resolution, numbers.device
+    T, S, device = num_frames, resolution, numbers.device
     columns = iter(uniforms(seed, numbers, 64).unbind(1))
     flicker = uniforms(seed + 1, numbers, T) - 0.5
     time = torch.linspace(0, 1, T, device=device)

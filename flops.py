@@ -29,7 +29,7 @@ def predictor_flops(config, context, targets, train):
 
 
 def step_flops(encoder, predictor, masks, teacher=None, tokens=0):
-    """One clip of a training step. masks: [(context, targets), ...] token counts; teacher: config, run on all `tokens`."""
+    """One clip of a training step. masks: [(context, targets), ...] counts; teacher: config, sees all `tokens`."""
     total = encoder_flops(teacher, tokens, train=False) if teacher else 0
     for context, targets in masks:
         total += encoder_flops(encoder, context, train=True) + predictor_flops(predictor, context, targets, train=True)

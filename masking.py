@@ -86,7 +86,7 @@ def _outside_blocks(grid, batch, generator, blocks, scale):
     device = generator.device
     rows, cols = _block_size(h, w, scale, generator)
     if rows * cols == 0 or (rows == h and cols == w):
-        raise ValueError(f"a frame of {h}x{w} tokens is too small for multi-block masks: a block would be {rows}x{cols}")
+        raise ValueError(f"a frame of {h}x{w} tokens is too small for multi-block masks (a block of {rows}x{cols})")
 
     def draw():
         top = torch.randint(h - rows + 1, (batch, blocks, 1), generator=generator, device=device)

@@ -6,7 +6,7 @@ with it (convert.py). Nothing here knows about masking strategies, losses or tra
 Letters in shape comments:
     B  clips             T, H, W  frames, pixels down, pixels across
     N  tokens of a clip  K        tokens of a subset (context or targets), named by their ids in 0 .. N-1
-    D  width             h, d     attention heads, channels per head      P  numbers in a tubelet (3 * 2 * 16 * 16 = 1536)
+    D  width             h, d     attention heads, channels per head      P  numbers of a tubelet (3*2*16*16 = 1536)
 
     from model import load_encoder
     encoder = load_encoder("out/student")     # a run folder or a checkpoint file
@@ -39,7 +39,7 @@ SIZES = {
 
 
 def token_grid(clip_shape, tubelet_size, patch_size):
-    """The token grid (time, rows, columns) of a clip of shape (..., T, H, W). ValueError if it does not divide evenly."""
+    """The token grid (time, rows, columns) of a clip of shape (..., T, H, W). ValueError if it does not divide."""
     T, H, W = clip_shape[-3:]
     if T % tubelet_size or H % patch_size or W % patch_size or 0 in (T, H, W):
         raise ValueError(
@@ -85,7 +85,7 @@ def rope_table(grid, head_dim, device):
     # The table is shared by training and evaluation, so it must not be an inference tensor, whoever asks first.
     with torch.inference_mode(False), torch.autocast(torch.device(device).type, enabled=False):
         axes = [torch.arange(n, device=device, dtype=torch.float32) for n in grid]
-        positions = torch.cartesian_prod(*axes).reshape(-1, 3)  # (N, 3); the reshape is for grids of one token
+        positions = torch.cartesian_prod(*axes)  # (N, 3)
         omega = 10000 ** -(torch.arange(s // 2, device=device, dtype=torch.float32) / (s / 2))
         angles = (positions[:, :, None] * omega.repeat(2)).flatten(1)  # (N, 3s)
         angles = F.pad(angles, (0, head_dim - 3 * s))
@@ -178,7 +178,9 @@ class Encoder(nn.Module):
     `num_frames` and `resolution` only record what the encoder was trained on.
     """
 
-    def __init__(self, width, depth, heads, mlp_ratio=4.0, num_frames=16, resolution=224, patch_size=16, tubelet_size=2):
+    def __init__(
+        self, width, depth, heads, mlp_ratio=4.0, num_frames=16, resolution=224, patch_size=16, tubelet_size=2
+    ):
         super().__init__()
         self.config = dict(
             width=width, depth=depth, heads=heads, mlp_ratio=mlp_ratio, num_frames=num_frames, resolution=resolution,
@@ -210,9 +212,10 @@ class Encoder(nn.Module):
 class Predictor(nn.Module):
     """Predicts the targets from the context: a narrow ViT over context and mask tokens (paper table 4).
 
-    With out_width = the teacher's width it predicts latents (stage 2); with out_width = P it is stage 1's pixel decoder.
+    out_width is the teacher's width to predict latents (stage 2), P to predict pixels (stage 1's decoder).
 
-    predictor(context (B, Kc, in_width), context_ids (B, Kc), target_ids (B, Kt), grid, mask_index) -> (B, Kt, out_width)
+    predictor(context, context_ids, target_ids, grid, mask_index)
+        context (B, Kc, in_width), context_ids (B, Kc), target_ids (B, Kt) -> (B, Kt, out_width)
 
     `mask_index` says which mask the targets come from; each has its own mask token.
     """
@@ -315,32 +318,36 @@ def build(cls, config, weights):
     """cls(**config) holding `weights`; ValueError naming every tensor that is missing, extra or of another shape."""
     with torch.device("meta"):
         module = cls(**config)
-    check_state_dict(module, weights)
+    check_state_dict(module.state_dict(), weights, cls.__name__)
     module.load_state_dict(weights, assign=True)
     return module
 
 
-def check_state_dict(module, weights):
-    """ValueError naming every tensor of `weights` that is missing, extra or of another shape than in `module`."""
-    own = module.state_dict()
-    problems = [f"missing {k}" for k in own if k not in weights]
-    problems += [f"unexpected {k}" for k in weights if k not in own]
+def check_state_dict(expected, weights, name):
+    """ValueError naming every tensor of `weights` that is missing, extra or of another shape than in `expected`."""
+    problems = [f"missing {k}" for k in expected if k not in weights]
+    problems += [f"unexpected {k}" for k in weights if k not in expected]
     problems += [
-        f"{k} is {tuple(weights[k].shape)}, not {tuple(own[k].shape)}"
-        for k in own
-        if k in weights and weights[k].shape != own[k].shape
+        f"{k} is {tuple(weights[k].shape)}, not {tuple(tensor.shape)}"
+        for k, tensor in expected.items()
+        if k in weights and weights[k].shape != tensor.shape
     ]
     if problems:
-        raise ValueError(f"weights do not fit {type(module).__name__}: " + "; ".join(problems))
+        raise ValueError(f"weights do not fit {name}: " + "; ".join(problems))
 
 
 def load_encoder(path):
     """The encoder of a run folder or checkpoint file, in eval mode, float32, on the CPU. Errors as load_checkpoint."""
-    checkpoint = load_checkpoint(path)
-    return build(Encoder, checkpoint["model"]["encoder"], checkpoint["encoder"]).eval()
+    return _load_part(Encoder, "encoder", path)
 
 
 def load_predictor(path):
     """The predictor of a run folder or checkpoint file, likewise."""
+    return _load_part(Predictor, "predictor", path)
+
+
+def _load_part(cls, name, path):
     checkpoint = load_checkpoint(path)
-    return build(Predictor, checkpoint["model"]["predictor"], checkpoint["predictor"]).eval()
+    if name not in checkpoint:
+        raise ValueError(f"the checkpoint {path} holds no {name}")
+    return build(cls, checkpoint["model"][name], checkpoint[name]).float().eval()

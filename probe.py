@@ -56,7 +56,7 @@ def parse_args():
     flag("--probe-depth", type=int, default=4, help="blocks, the last one cross-attention (appendix D)")
     flag("--probe-heads", type=int, default=16, help="(V-JEPA 2)")
     flag("--standardize", action=argparse.BooleanOptionalAction, default=False,
-         help="give the probe tokens of zero mean and unit variance per channel; worth it when epochs are few")  # fmt: skip
+         help="give the probe tokens of zero mean and unit variance per channel; pays when epochs are few")  # fmt: skip
     flag("--seeds", type=int, default=1, help="probes trained, with different initialisation and order")
 
     flag = parser.add_argument_group("on what, and what it leaves").add_argument

@@ -11,11 +11,8 @@ changes, so there is nothing to collapse to: no EMA, no stop-gradient. Leaves ou
 import torch
 import torch.nn.functional as F
 
+import training
 from model import Encoder, Predictor, gather, load_encoder
-from training import (
-    Run, clip_source, encoder_config, fail, make_optimizer, predictor_config, set_schedules, setup, training_flags,
-    training_loader, update,
-)  # fmt: skip
 
 
 def load_teacher(args):
@@ -23,10 +20,12 @@ def load_teacher(args):
     try:
         teacher = load_encoder(args.teacher)
     except (OSError, ValueError) as error:
-        fail(f"--teacher: {error}; train_teacher.py makes one")
+        training.fail(f"--teacher: {error}; train_teacher.py makes one")
     for name in ("patch_size", "tubelet_size"):
         if teacher.config[name] != getattr(args, name):
-            fail(f"the teacher has {name} {teacher.config[name]}, the student {getattr(args, name)}; they must agree")
+            training.fail(
+                f"the teacher has {name} {teacher.config[name]}, the student {getattr(args, name)}: not one grid"
+            )
     return teacher.requires_grad_(False).to(args.device)
 
 
@@ -47,32 +46,32 @@ def latent_loss(student, predictor, targets, clips, masks):
 
 
 def main():
-    parser = training_flags(__doc__, out="out/student", steps=160_000)
+    parser = training.training_flags(__doc__, out="out/student", steps=160_000)
     parser.add_argument("--teacher", required=True, metavar="RUN|FILE", help="stage-1 or stage-2 checkpoint")
     args = parser.parse_args()
-    setup(args)
-    config = encoder_config(args)
+    training.setup(args)
+    config = training.encoder_config(args)
     teacher = load_teacher(args)
-    source = clip_source(args)
+    source = training.clip_source(args)
 
     student = Encoder(**config).to(args.device)
-    predictor = Predictor(**predictor_config(args, student.width, teacher.width)).to(args.device)
-    optimizer = make_optimizer([student, predictor], args)
-    run = Run("student", args, student, predictor, optimizer, teacher)
+    predictor = Predictor(**training.predictor_config(args, student.width, teacher.width)).to(args.device)
+    optimizer = training.make_optimizer([student, predictor], args)
+    run = training.Run("student", args, student, predictor, optimizer, teacher)
     if args.compile:
         for block in (*teacher.blocks, *student.blocks, *predictor.blocks):
             block.compile()
 
-    loader = training_loader(source, args, run.start_step)
+    loader = training.training_loader(source, args, run.start_step)
     for step in range(run.start_step, args.steps):
-        set_schedules(optimizer, step, args)
+        training.set_schedules(optimizer, step, args)
         losses = []
         for clips, masks in run.micro_batches(loader, step):
             with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
                 targets = latent_targets(teacher, clips)
                 losses.append(latent_loss(student, predictor, targets, clips, masks) / run.num_micro_batches)
             losses[-1].backward()
-        grad_norm = update(optimizer, args)
+        grad_norm = training.update(optimizer, args)
         run.end_step(step, torch.stack(losses).sum(), grad_norm)
     run.finish()
 

@@ -9,11 +9,8 @@ target tokens. Leaves out/teacher/checkpoint.pt for train_student.py.
 
 import torch
 
+import training
 from model import Encoder, Predictor, gather, tubelets
-from training import (
-    Run, clip_source, encoder_config, make_optimizer, predictor_config, set_schedules, setup, training_flags,
-    training_loader, update,
-)  # fmt: skip
 
 
 def pixel_targets(clips, tubelet_size, patch_size):
@@ -35,29 +32,29 @@ def pixel_loss(encoder, predictor, clips, masks):
 
 
 def main():
-    args = training_flags(__doc__, out="out/teacher", steps=80_000).parse_args()
-    setup(args)
-    config = encoder_config(args)
-    source = clip_source(args)
+    args = training.training_flags(__doc__, out="out/teacher", steps=80_000).parse_args()
+    training.setup(args)
+    config = training.encoder_config(args)
+    source = training.clip_source(args)
 
     pixels = 3 * args.tubelet_size * args.patch_size**2
     encoder = Encoder(**config).to(args.device)
-    predictor = Predictor(**predictor_config(args, encoder.width, pixels)).to(args.device)
-    optimizer = make_optimizer([encoder, predictor], args)
-    run = Run("teacher", args, encoder, predictor, optimizer)
+    predictor = Predictor(**training.predictor_config(args, encoder.width, pixels)).to(args.device)
+    optimizer = training.make_optimizer([encoder, predictor], args)
+    run = training.Run("teacher", args, encoder, predictor, optimizer)
     if args.compile:
         for block in (*encoder.blocks, *predictor.blocks):
             block.compile()
 
-    loader = training_loader(source, args, run.start_step)
+    loader = training.training_loader(source, args, run.start_step)
     for step in range(run.start_step, args.steps):
-        set_schedules(optimizer, step, args)
+        training.set_schedules(optimizer, step, args)
         losses = []
         for clips, masks in run.micro_batches(loader, step):
             with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
                 losses.append(pixel_loss(encoder, predictor, clips, masks) / run.num_micro_batches)
             losses[-1].backward()
-        grad_norm = update(optimizer, args)
+        grad_norm = training.update(optimizer, args)
         run.end_step(step, torch.stack(losses).sum(), grad_norm)
     run.finish()
 

@@ -45,15 +45,15 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line."""
 
-    def __init__(self, description):
-        super().__init__(description=description, formatter_class=_Help, allow_abbrev=False)
+    def __init__(self, description, **rest):
+        super().__init__(description=description, formatter_class=_Help, allow_abbrev=False, **rest)
 
     def error(self, message):
         fail(f"{message} (--help lists the flags)")
 
 
 def training_flags(description, out, steps):
-    """The flags that teacher and student share. Defaults are the paper's (table 3 sizes, table 4 predictor, table 5)."""
+    """The flags that teacher and student share; defaults are the paper's (tables 3, 4 and 5)."""
     parser = Parser(description)
     flag = parser.add_argument_group("what is built").add_argument
     flag("--model", choices=SIZES, default="vit_l", help="size of the encoder (paper table 3)")
@@ -92,7 +92,7 @@ def training_flags(description, out, steps):
 
     flag = parser.add_argument_group("on what").add_argument
     flag("--device", choices=("cpu", "cuda"), help="default cuda where there is one")
-    flag("--dtype", choices=("float32", "bfloat16"), help="of the forward pass; default bfloat16 on a GPU, else float32")
+    flag("--dtype", choices=("float32", "bfloat16"), help="of the forward pass; default bfloat16 on a GPU only")
     flag("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the blocks; default on a GPU only")
 
     flag = parser.add_argument_group("what it leaves").add_argument
@@ -219,7 +219,8 @@ def learning_rate(step, args):
 def weight_decay(step, args):
     """Cosine from weight_decay at step 0 to final_weight_decay at the last step."""
     progress = step / max(1, args.steps - 1)
-    return args.final_weight_decay + (args.weight_decay - args.final_weight_decay) * (1 + math.cos(math.pi * progress)) / 2
+    change = args.weight_decay - args.final_weight_decay
+    return args.final_weight_decay + change * (1 + math.cos(math.pi * progress)) / 2
 
 
 def make_optimizer(modules, args):
@@ -239,7 +240,7 @@ def set_schedules(optimizer, step, args):
 
 
 def update(optimizer, args):
-    """Average the gradients over the processes, clip them, step. Returns the gradient norm before clipping, a tensor."""
+    """Average the gradients over the processes, clip them, step. Returns the norm before clipping, a tensor."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     if dist.is_initialized():
         flat = torch.cat([p.grad.flatten() for p in params])
@@ -319,9 +320,8 @@ class Run:
                 fail(f"ten unreadable videos in a row, the last one: {str(error).splitlines()[-1]}")
             self.waited += time.perf_counter() - started
             self._count_bad(batch)
-            masks = masking.sample_masks(
-                self.args.mask, self.grid, len(batch.clips), generator(self.args.seed, step, g), self.args.mask_truncation
-            )
+            rng, truncation = generator(self.args.seed, step, g), self.args.mask_truncation
+            masks = masking.sample_masks(self.args.mask, self.grid, len(batch.clips), rng, truncation)
             self._count_tokens(masks)
             yield data.normalise(batch.clips, self.device), [mask.to(self.device) for mask in masks]
 
@@ -355,7 +355,7 @@ class Run:
         self.losses = []
 
     def end_step(self, step, loss, grad_norm):
-        """Log and save where it is time. loss: this process's mean over the step, a tensor; grad_norm: from `update`."""
+        """Log and save where it is time. loss: this process's mean, a tensor; grad_norm: from `update`."""
         args, done = self.args, step + 1
         self.losses.append(loss.detach())  # read only when logged: no device synchronisation per step
         saving = done % args.save_every == 0 or done == args.steps
@@ -374,16 +374,22 @@ class Run:
         seconds = time.perf_counter() - self.started
         self.seconds += seconds
         self.flops += self.window_flops * self.world
-        steps, kept = len(self.losses), self.tokens
+        steps = len(self.losses)
         line = {
-            "step": done, "loss": loss, "lr": learning_rate(done - 1, args), "weight_decay": weight_decay(done - 1, args),
-            "grad_norm": grad_norm, "clips_per_s": self.window_clips * self.world / seconds,
-            "data_wait": self.waited / seconds, "seconds": self.seconds, "flops": self.flops,
+            "step": done,
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "lr": learning_rate(done - 1, args),
+            "weight_decay": weight_decay(done - 1, args),
+            "clips_per_s": self.window_clips * self.world / seconds,
+            "data_wait": self.waited / seconds,
+            "seconds": self.seconds,
+            "flops": self.flops,
             "tflops": self.window_flops * self.world / seconds / 1e12,
             # tokens of a clip, summed over its masks
-            **{name: count / self.window_clips for name, count in kept.items()},
+            **{name: count / self.window_clips for name, count in self.tokens.items()},
             "bad_videos": self.num_bad,
-        }  # fmt: skip
+        }
         self._start_window()
         if not math.isfinite(loss):
             fail(f"the loss is {loss} at step {done}; the last checkpoint is kept; a lower --lr may help")
