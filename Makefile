@@ -1,0 +1,26 @@
+# make venv | demo | test | lint | clean.  PYTHON chooses the interpreter that .venv is made from (3.11 or later).
+PYTHON ?= python3
+
+.PHONY: venv demo test lint clean
+
+venv: .venv/installed
+
+.venv/installed: requirements.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=...")'
+	$(PYTHON) -m venv .venv
+	@echo "installing requirements.txt into .venv (torch is large: a minute or more)"
+	.venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+demo: venv
+	./demo.sh
+
+test: venv
+	.venv/bin/python -m pytest
+
+lint: venv
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+clean:
+	rm -rf .venv out .pytest_cache .ruff_cache __pycache__ tests/__pycache__
