@@ -8,6 +8,7 @@ Letters: B clips, T frames, H and W pixels. A manifest is V-JEPA's: one "path la
 paths relative to the manifest; the label may be left out for pretraining.
 """
 
+import functools
 import itertools
 import math
 from pathlib import Path
@@ -251,20 +252,26 @@ def _shape_outlines(steps=360):
     return outline * scale[:, None], hole * scale
 
 
+@functools.cache
+def _grain(device):
+    """A fixed strip of white noise, from which frames cut their own piece."""
+    return torch.randn(2**20, generator=torch.Generator().manual_seed(0)).to(device)
+
+
 def synthetic_clips(seed, numbers, num_frames, resolution):
     """Built-in videos: textured shapes moving over a textured background that moves too. Any device, no files.
 
-    The frame is a wallpaper of one shape on a tilted lattice; all shapes travel together in one of 8 directions, at a
-    speed, size, angle and phase of their own. The background (the camera) travels independently of them, as do
-    distractor discs on top; colours, textures and lighting vary from clip to clip, brightness flickers from frame to
-    frame. Phases are uniform, so that a single frame does not tell the motion; colours do not tell the shape.
+    The frame is a wallpaper of one shape, two across and two down; all of them travel together in one of 8 directions,
+    at a speed, size, angle and phase of their own. The background (the camera) travels independently of them, and so
+    does a disc on top of both. Colours, textures and lighting vary from clip to clip, brightness flickers from frame to
+    frame, and there is film grain. Phases are uniform, so that a single frame does not tell the motion; colours do not
+    tell the shape.
 
     numbers: int64 (B,), which clips. Returns clips uint8 (B, 3, T, H, W), and labels int64 (B, 2): motion, shape (the
     indices in MOTIONS and SHAPES), independent of each other.
     """
     T, S, device = num_frames, resolution, numbers.device
-    columns = iter(uniforms(seed, numbers, 64).unbind(1))
-    flicker = uniforms(seed + 1, numbers, T) - 0.5
+    columns = iter(uniforms(seed, numbers, 64 + T).unbind(1))
     time = torch.linspace(0, 1, T, device=device)
     pixel = (torch.arange(S, device=device) + 0.5) / S  # lengths are in frame widths, times in clips
 
@@ -276,8 +283,8 @@ def synthetic_clips(seed, numbers, num_frames, resolution):
     def travel(direction, speed):  # x and y of something that moves straight, 2 x (B, T)
         return (direction.cos() * speed)[:, None] * time, (-direction.sin() * speed)[:, None] * time
 
-    def texture(x, y, waves=3):
-        """A sum of plane waves that moves with (x, y): (B, 3, T, S, S), a colour varied along another one."""
+    def texture(x, y, darkest, waves=2):
+        """Plane waves that move with (x, y), in a random colour: (B, 3, T, S, S)."""
         frequency, angle, phase = draw(0.5, 1.5, waves), draw(0, TAU, waves), draw(0, TAU, waves)
         kx, ky = TAU * frequency * angle.cos(), TAU * frequency * angle.sin()
         px = kx[:, None, :, None] * (pixel - x[:, :, None, None]) + phase[:, None, :, None]  # (B, T, waves, S)
@@ -285,40 +292,42 @@ def synthetic_clips(seed, numbers, num_frames, resolution):
         # cos(px + py) as a matrix product over the waves
         across, down = torch.cat((px.cos(), px.sin()), dim=2), torch.cat((py.cos(), -py.sin()), dim=2)
         field = down.transpose(2, 3) @ across * math.sqrt(2 / waves)  # (B, T, S, S)
-        colour, variation = draw(0.2, 0.8, 3), draw(-0.25, 0.25, 3)
+        colour, variation = draw(darkest, darkest + 0.15, 3), draw(-0.075, 0.075, 3)
         return colour[:, :, None, None, None] + variation[:, :, None, None, None] * field[:, None]
 
-    def offsets(x, y):  # from a moving centre to every pixel: (B, T, 1, S), (B, T, S, 1)
-        return (pixel - x[:, :, None])[:, :, None, :], (pixel - y[:, :, None])[:, :, :, None]
+    def offsets(x, y, across=1):
+        """From every pixel to a moving point, or to the nearest of across*across copies: (B, T, 1, S), (B, T, S, 1)."""
+        x, y = x + draw(0, 1)[:, None], y + draw(0, 1)[:, None]
+        dx, dy = (pixel - x[:, :, None])[:, :, None, :], (pixel - y[:, :, None])[:, :, :, None]
+        return dx - (dx * across).round() / across, dy - (dy * across).round() / across
 
     def cover(inside):  # signed distance inside an edge -> opacity (B, 1, T, S, S), one pixel wide
         return (inside * S + 0.5).clamp(0, 1).unsqueeze(1)
 
-    motion, shape = (draw(0, len(MOTIONS))).long(), (draw(0, len(SHAPES))).long()
-    clips = texture(*travel(draw(0, TAU), draw(0.25, 0.6)))
+    motion, shape = draw(0, len(MOTIONS)).long(), draw(0, len(SHAPES)).long()
+    clips = texture(*travel(draw(0, TAU), draw(0.1, 0.4)), darkest=0.3)
 
-    x, y = travel(motion * (TAU / len(MOTIONS)), draw(0.25, 0.6))
-    shapes = texture(x, y)
-    period, tilt, spin = (draw(*limits)[:, None, None, None] for limits in ((0.4, 0.55), (0, TAU), (0, TAU)))
-    dx, dy = offsets(x + draw(0, 1)[:, None], y + draw(0, 1)[:, None])
-    dx, dy = (dx * tilt.cos() + dy * tilt.sin()) / period, (dy * tilt.cos() - dx * tilt.sin()) / period
-    dx, dy = (dx - dx.round()) * period, (dy - dy.round()) * period  # to the nearest point of the lattice
+    x, y = travel(motion * (TAU / len(MOTIONS)), draw(0.1, 0.4))
+    shapes = texture(x, y, darkest=0.55)
+    dx, dy = offsets(x, y, across=2)
     outline, hole = (table.to(device) for table in _shape_outlines())
     steps = outline.shape[1]
-    radius = draw(0.3, 0.4)[:, None, None, None] * period
-    angle = ((torch.atan2(dy, dx) - spin) * (steps / TAU)).long() % steps
+    radius, turned = draw(0.16, 0.21)[:, None, None, None], draw(-0.4, 0.4)[:, None, None, None]
+    angle = ((torch.atan2(dy, dx) - turned) * (steps / TAU)).long() % steps
     distance = (dx.square() + dy.square()).sqrt()
     edge = outline.flatten()[shape[:, None, None, None] * steps + angle] * radius
     opacity = cover(edge - distance) * cover(distance - hole[shape][:, None, None, None] * radius)
     clips = torch.lerp(clips, shapes, opacity)
 
-    x, y = travel(draw(0, TAU), draw(0.0, 0.6))
-    dx, dy = offsets(x + draw(0, 1)[:, None], y + draw(0, 1)[:, None])
-    disc = draw(0, 1, 3)[:, :, None, None, None].expand_as(clips)
+    x, y = travel(draw(0, TAU), draw(0, 0.6))
+    dx, dy = offsets(x, y)
+    disc = draw(0.25, 0.75, 3)[:, :, None, None, None].expand_as(clips)
     clips = torch.lerp(clips, disc, cover(draw(0.05, 0.1)[:, None, None, None] - (dx.square() + dy.square()).sqrt()))
 
-    light = 1 + 0.2 * (TAU * (draw(0, 1)[:, None] + draw(0, 1)[:, None] * time)).sin() + 0.2 * flicker
-    clips = (clips * light[:, None, :, None, None]).clamp(0, 1)
+    light = 1 + 0.05 * (TAU * (draw(0, 1)[:, None] + draw(0, 1)[:, None] * time)).sin() + draw(-0.05, 0.05, T)
+    start = (uniforms(seed + 1, numbers, T) * (2**20 - 3 * S * S)).long()  # of every frame's grain
+    grain = _grain(device).unfold(0, 3 * S * S, 1)[start].unflatten(2, (3, S, S)).transpose(1, 2)
+    clips = (clips * light[:, None, :, None, None] + 0.15 * grain).clamp(0, 1)
     return (clips * 255).round().to(torch.uint8), torch.stack((motion, shape), dim=1)
 
 

@@ -1,0 +1,529 @@
+"""Losses, schedules and what a run leaves behind; a run does not depend on interruptions or the number of processes."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import TINY, flat, refusal, run_script, write_video
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.io import write_png
+
+import data
+import flops
+import masking
+import train_student
+import train_teacher
+import training
+from model import Encoder, Predictor, gather, load_checkpoint, load_encoder
+
+GRID = (2, 4, 4)
+
+
+def networks(out_width, width=32, predictor_width=16):
+    torch.manual_seed(0)
+    encoder = Encoder(width=width, depth=1, heads=2, num_frames=4, resolution=32, patch_size=8)
+    return encoder, Predictor(width, out_width, width=predictor_width, depth=1, heads=2)
+
+
+def some_batch(count=4):
+    rng = torch.Generator().manual_seed(0)
+    return torch.randn(count, 3, 4, 32, 32, generator=rng), masking.sample_masks("multiblock", GRID, count, rng)
+
+
+def losses_of(stage, encoder, predictor, clips, masks):
+    if stage == 1:
+        return train_teacher.pixel_loss(encoder, predictor, clips, masks)
+    targets = train_student.latent_targets(some_teacher(), clips)
+    return train_student.latent_loss(encoder, predictor, targets, clips, masks)
+
+
+def some_teacher(width=48):
+    return networks(1, width)[0].eval().requires_grad_(False)
+
+
+OUT_WIDTH = {1: 3 * 2 * 8 * 8, 2: 48}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# schedules and optimiser
+
+
+def paper_args(steps, *flags):
+    args = training.training_flags("", out="out", steps=steps).parse_args(["--device", "cpu", *flags])
+    training.setup(args)
+    return args
+
+
+@pytest.mark.parametrize("steps", [80_000, 160_000])
+def test_schedules_are_the_papers(steps):
+    args = paper_args(steps)
+    assert (args.batch_size, args.clip_grad, args.betas, args.steps) == (3072, 0.02, (0.9, 0.95), steps)
+    lr, decay = (lambda step: training.learning_rate(step, args)), (lambda step: training.weight_decay(step, args))
+    near = lambda x: pytest.approx(x, rel=1e-9)  # noqa: E731
+    assert (lr(0), lr(2500), lr(10_000)) == (near(2e-4), near(3.0625e-4), near(6.25e-4))
+    assert lr(9999) < lr(10_000) > lr(10_001) and lr(steps - 1) == near(1e-6)
+    half = (10_000 + steps - 1) / 2
+    assert (lr(math.floor(half)) + lr(math.ceil(half))) / 2 == near((6.25e-4 + 1e-6) / 2)
+    quarter = 1e-6 + (6.25e-4 - 1e-6) * (1 + math.cos(math.pi / 4)) / 2
+    assert lr(10_000 + (steps - 10_001) // 4) == pytest.approx(quarter, rel=1e-4)
+    assert (decay(0), decay(steps - 1)) == (near(0.04), near(0.4))
+    assert (decay(steps // 2 - 1) + decay(steps // 2)) / 2 == near(0.22)
+    assert decay((steps - 1) // 4) == pytest.approx(0.4 - 0.36 * (1 + math.cos(math.pi / 4)) / 2, rel=1e-3)
+
+
+def test_start_lr_follows_lr():
+    assert paper_args(80_000, "--lr", "1e-3").start_lr == pytest.approx(3.2e-4)
+    assert paper_args(80_000, "--start-lr", "1e-5").start_lr == 1e-5
+
+
+def test_optimiser_groups():
+    args = paper_args(80_000)
+    encoder, predictor = networks(48)
+    optimizer = training.make_optimizer([encoder, predictor], args)
+    training.set_schedules(optimizer, 5000, args)
+    names = {p: n for m in (encoder, predictor) for n, p in m.named_parameters()}
+    settings = {p: (g["weight_decay"], g["lr"], g["betas"]) for g in optimizer.param_groups for p in g["params"]}
+    assert settings.keys() == names.keys()
+    for p, name in names.items():
+        free = "norm" in name or name.endswith("bias") or name == "mask_tokens"
+        assert settings[p] == (0.0 if free else training.weight_decay(5000, args), 4.125e-4, (0.9, 0.95)), name
+    assert len(settings) == len(set(settings)) and any(n == "mask_tokens" for n in names.values())
+
+
+def test_update_clips_the_global_norm():
+    """With AdamW a scale does not show in the step, so look at what the optimiser keeps."""
+    args = paper_args(80_000, "--clip-grad", "0.5")
+    modules = [torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)]
+    optimizer = training.make_optimizer(modules, args)
+    params = [p for m in modules for p in m.parameters()]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    assert training.update(optimizer, args).item() == pytest.approx(math.sqrt(24))
+    assert all(p.grad is None for p in params)
+    first = torch.cat([optimizer.state[p]["exp_avg"].flatten() for p in params]) / 0.1
+    assert first.norm().item() == pytest.approx(0.5, rel=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# losses
+
+
+def test_pixel_targets_are_videomaes():
+    clips = torch.rand(2, 3, 4, 24, 16, generator=torch.Generator().manual_seed(0))
+    targets = train_teacher.pixel_targets(clips, 2, 8)
+    assert targets.shape == (2, 2 * 3 * 2, 3 * 2 * 8 * 8)
+    for b in range(2):
+        for n in range(12):
+            t, y, x = n // 6, n // 2 % 3, n % 2
+            cube = clips[b, :, 2 * t : 2 * t + 2, 8 * y : 8 * y + 8, 8 * x : 8 * x + 8].reshape(3, -1).double()
+            mean = cube.sum(1, keepdim=True) / 128
+            std = ((cube - mean).square().sum(1, keepdim=True) / 127).sqrt()
+            torch.testing.assert_close(targets[b, n].double(), ((cube - mean) / (std + 1e-6)).flatten(), **CLOSE)
+    faint = clips * 1e-6  # where the 1e-6 matters
+    std = faint[:, :, :2, :8, :8].flatten(2).std(2)
+    found = train_teacher.pixel_targets(faint, 2, 8)[:, 0].view(2, 3, -1).std(2)
+    torch.testing.assert_close(found, std / (std + 1e-6), **CLOSE)
+
+
+CLOSE = dict(atol=1e-4, rtol=1e-4)
+
+
+class Says(torch.nn.Module):
+    """Stands in for a predictor: answers with given targets, off by 0.5 for the first mask and 2 for the second."""
+
+    def __init__(self, targets, masks, off):
+        super().__init__()
+        self.targets, self.masks, self.off = targets, masks, off
+
+    def forward(self, context, context_ids, target_ids, grid, mask_index):
+        mask = self.masks[mask_index]
+        assert torch.equal(context_ids, mask.context_ids) and torch.equal(target_ids, mask.target_ids)
+        assert context.shape[:2] == context_ids.shape and tuple(grid) == GRID
+        return gather(self.targets, target_ids) + self.off[mask_index]
+
+
+@pytest.mark.parametrize("stage, expected", [(1, (0.25 + 4) / 2), (2, (0.5 + 2) / 2)])
+def test_losses(stage, expected):
+    """Squared error in stage 1, absolute in stage 2, averaged over the masks; 0 when the predictor is right."""
+    encoder, _ = networks(1)
+    clips, masks = some_batch()
+    if stage == 1:
+        targets = train_teacher.pixel_targets(clips, 2, 8)
+    else:
+        targets = F.layer_norm(some_teacher()(clips), (48,), eps=1e-5)
+    for off, loss in (((0, 0), 0), ((0.5, -2), expected)):
+        found = losses_of(stage, encoder, Says(targets, masks, off), clips, masks).item()
+        assert found == pytest.approx(loss, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_gradients_reach_student_and_predictor_only(stage):
+    encoder, predictor = networks(OUT_WIDTH[stage])
+    clips, masks = some_batch()
+    teacher = some_teacher()
+    if stage == 1:
+        loss = train_teacher.pixel_loss(encoder, predictor, clips, masks)
+    else:
+        targets = train_student.latent_targets(teacher.requires_grad_(True), clips)
+        assert not targets.requires_grad and targets.dtype == torch.float32
+        loss = train_student.latent_loss(encoder, predictor, targets, clips, masks)
+    loss.backward()
+    for name, p in (*encoder.named_parameters(), *predictor.named_parameters()):
+        assert p.grad is not None and p.grad.abs().max() > 0, name
+    assert (predictor.mask_tokens.grad.abs().max(1).values > 0).all()  # both masks take part
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+@pytest.mark.parametrize("stage, factor", [(1, 0.8), (2, 0.7)])
+def test_one_batch_can_be_learnt(stage, factor):
+    encoder, predictor = networks(OUT_WIDTH[stage], 64, 64)
+    clips, masks = some_batch(1)
+    args = paper_args(10, "--warmup-steps", "1", "--clip-grad", "10")
+    optimizer = training.make_optimizer([encoder, predictor], args)
+    for group in optimizer.param_groups:
+        group["lr"] = 2e-3
+    losses = []
+    for _ in range(150):
+        loss = losses_of(stage, encoder, predictor, clips, masks)
+        loss.backward()
+        training.update(optimizer, args)
+        losses.append(loss.item())
+    assert losses[-1] < factor * losses[0]
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_flops_are_those_that_torch_counts(stage):
+    torch.manual_seed(0)
+    encoder = Encoder(width=64, depth=2, heads=2, mlp_ratio=3.0, num_frames=4, resolution=32, patch_size=8)
+    predictor = Predictor(64, OUT_WIDTH[stage], width=32, depth=3, heads=2)
+    clips, masks = some_batch()
+    teacher = some_teacher() if stage == 2 else None
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        losses_of(stage, encoder, predictor, clips, masks).backward()
+    counts = [(m.context_ids.shape[1], m.target_ids.shape[1]) for m in masks]
+    found = flops.step_flops(encoder.config, predictor.config, counts, teacher and teacher.config, 32)
+    assert 4 * found == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# runs
+
+
+SCRIPTS = [(train_teacher, ()), (train_student, ("--teacher",))]
+
+
+def metrics(out, *names):
+    lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    return [[line[n] for n in names] for line in lines] if names else lines
+
+
+def same_weights(a, b):
+    a, b = load_checkpoint(a), load_checkpoint(b)
+    assert a["step"] == b["step"]
+    return all(torch.equal(x, b[part][k]) for part in ("encoder", "predictor") for k, x in a[part].items())
+
+
+FIGURES = ("step", "loss", "grad_norm", "lr", "weight_decay", "context_kept", "context_lost", "target_kept", "flops")
+
+
+def test_what_a_run_leaves_behind(teacher, student):
+    for out, kind, width, out_width in ((teacher, "teacher", 32, 384), (student, "student", 48, 32)):
+        assert sorted(p.name for p in out.iterdir()) == ["args.json", "checkpoint.pt", "metrics.jsonl", "resume"]
+        record = json.loads((out / "args.json").read_text())
+        assert record["kind"] == kind and record["world_size"] == 1
+        args = record["args"]
+        assert args["out"] == str(out) and args["steps"] == 6 and args["start_lr"] == pytest.approx(0.32 * 3e-3)
+        assert record["versions"]["torch"] == torch.__version__ and "git_commit" in record
+        lines = metrics(out)
+        assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+        for line in lines:
+            assert math.isfinite(line["loss"]) and line["grad_norm"] > 0 and line["clips_per_s"] > 0
+            assert 0 <= line["data_wait"] <= 1 and line["bad_videos"] == 0 and line["tflops"] > 0
+            counts = [line[f"{a}_{b}"] for a in ("context", "target") for b in ("kept", "lost")]
+            assert sum(counts) == 2 * 32  # every token of both masks is accounted for
+        assert lines[0]["lr"] == pytest.approx(0.32 * 3e-3) and lines[-1]["lr"] == pytest.approx(1e-6)
+        assert lines[0]["weight_decay"] == pytest.approx(0.04) and lines[-1]["weight_decay"] == pytest.approx(0.4)
+        assert sorted(lines, key=lambda line: (line["seconds"], line["flops"])) == lines
+        checkpoint = torch.load(out / "checkpoint.pt", weights_only=True)
+        assert set(checkpoint) == {"format", "kind", "step", "model", "encoder", "predictor", "args"}
+        assert (checkpoint["kind"], checkpoint["step"], checkpoint["args"]) == (kind, 6, args)
+        assert checkpoint["model"]["predictor"]["out_width"] == out_width
+        encoder = load_encoder(out)
+        assert encoder.width == width and not encoder.training
+        assert encoder(torch.zeros(1, 3, 4, 32, 32)).shape == (1, 32, width)
+    assert load_encoder(teacher).config == load_encoder(teacher / "checkpoint.pt").config
+
+
+def test_the_teacher_stays_as_it_is(teacher, tmp_path, monkeypatch):
+    seen, before = [], (teacher / "checkpoint.pt").read_bytes()
+    load = train_student.load_teacher
+    monkeypatch.setattr(train_student, "load_teacher", lambda args: seen.append(load(args)) or seen[-1])
+    run_script(train_student, *TINY, "--teacher", teacher / "checkpoint.pt", "--out", tmp_path / "s")
+    (used,), kept = seen, load_encoder(teacher).state_dict()
+    assert not any(m.training for m in used.modules()) and not any(p.requires_grad for p in used.parameters())
+    assert all(torch.equal(x, kept[k]) for k, x in used.state_dict().items())
+    assert (teacher / "checkpoint.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("script, extra", SCRIPTS)
+def test_an_interrupted_run_continues_as_if_nothing_had_happened(script, extra, teacher, tmp_path, monkeypatch, capfd):
+    flags = [*TINY, *(x for e in extra for x in (e, teacher)), "--micro-batch-size", "2", "--predictor-depth", "2"]
+    run_script(script, *flags, "--out", tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        end_step = training.Run.end_step
+
+        def stop_after_four(run, step, *rest):
+            if step == 4:
+                raise KeyboardInterrupt
+            end_step(run, step, *rest)
+
+        patch.setattr(training.Run, "end_step", stop_after_four)
+        with pytest.raises(KeyboardInterrupt):
+            run_script(script, *flags, "--out", tmp_path / "cut", "--save-every", "3")
+    assert load_checkpoint(tmp_path / "cut")["step"] == 3
+    assert metrics(tmp_path / "cut", "step") == [[1], [2], [3], [4]]  # one line ahead of the saved state
+    torch.manual_seed(1234)
+    run_script(script, *flags, "--out", tmp_path / "cut")
+    assert "at step 3 of 6" in capfd.readouterr().out
+    assert metrics(tmp_path / "cut", *FIGURES) == metrics(tmp_path / "whole", *FIGURES)
+    assert same_weights(tmp_path / "cut", tmp_path / "whole")
+
+
+def test_a_log_cut_off_in_a_line_does_not_stop_a_run(teacher, tmp_path):
+    out = shutil.copytree(teacher, tmp_path / "run")
+    with open(out / "metrics.jsonl", "a") as file:
+        file.write('{"step": 7, "lo')  # as a killed process may leave it
+    run_script(train_teacher, *TINY, "--out", out)
+    assert metrics(out) == metrics(teacher)
+
+
+def test_a_finished_run_stays_and_fresh_moves_it_aside(teacher, tmp_path, capfd):
+    out = shutil.copytree(teacher, tmp_path / "run")
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    run_script(train_teacher, *TINY, "--out", out)
+    assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
+    for i in (1, 2):
+        run_script(train_teacher, *TINY, "--out", out, "--fresh", "--seed", i)
+        assert str(tmp_path / f"run.{i}") in capfd.readouterr().out
+    assert {tmp_path / "run.1" / p.relative_to(out): x for p, x in before.items()} == {
+        p: p.read_bytes() for p in (tmp_path / "run.1").rglob("*") if p.is_file()
+    }
+    assert metrics(out, "loss") != metrics(tmp_path / "run.2", "loss") != metrics(teacher, "loss")
+
+
+def test_a_run_depends_on_its_seed_alone(teacher, tmp_path):
+    torch.manual_seed(7)
+    run_script(train_teacher, *TINY, "--out", tmp_path / "again", "--workers", "1")
+    assert metrics(tmp_path / "again", *FIGURES) == metrics(teacher, *FIGURES)
+    assert same_weights(tmp_path / "again", teacher)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script, extra", SCRIPTS)
+def test_two_processes_do_what_one_does(script, extra, teacher, tmp_path):
+    """One process with two micro-batches against two processes with one."""
+    flags = [*TINY, *(x for e in extra for x in (e, teacher)), "--micro-batch-size", "2"]
+    run_script(script, *flags, "--out", tmp_path / "one")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script.__file__]
+    command = [str(x) for x in (*torchrun, *flags, "--out", tmp_path / "two")]
+    subprocess.run(command, check=True, capture_output=True, timeout=100, env=os.environ)
+    one, two = metrics(tmp_path / "one", *FIGURES), metrics(tmp_path / "two", *FIGURES)
+    for a, b in zip(one, two, strict=True):
+        assert a == pytest.approx(b, rel=1e-5)
+    assert json.loads((tmp_path / "two" / "args.json").read_text())["world_size"] == 2
+    a, b = load_checkpoint(tmp_path / "one"), load_checkpoint(tmp_path / "two")
+    for part in ("encoder", "predictor"):
+        for name, x in a[part].items():
+            torch.testing.assert_close(x, b[part][name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("script, extra", SCRIPTS)
+def test_every_micro_batch_has_clips_and_masks_of_its_own_and_is_averaged(
+    script, extra, teacher, tmp_path, monkeypatch
+):
+    clips, masks, losses = [], [], []
+    name = "pixel_loss" if script is train_teacher else "latent_loss"
+    original = getattr(script, name)
+
+    def watched(*args):
+        clips.extend(args[-2])
+        masks.append(tuple(mask.context_ids.numpy().tobytes() for mask in args[-1]))
+        loss = original(*args)
+        losses.append(loss.item())
+        return loss
+
+    monkeypatch.setattr(script, name, watched)
+    teacher = [x for e in extra for x in (e, teacher)]
+    run_script(script, *TINY, *teacher, "--micro-batch-size", 2, "--seed", 3, "--out", tmp_path)
+    expected = data.Synthetic(4, 32, 3).batch(range(6 * 4)).clips
+    torch.testing.assert_close(torch.stack(clips), data.normalise(expected, "cpu"))  # no clip twice, none left out
+    assert len(set(masks)) == len(masks) == 12
+    assert [loss for (loss,) in metrics(tmp_path, "loss")] == pytest.approx([sum(p) / 2 for p in pairs(losses)])
+
+
+def pairs(values):
+    return zip(values[::2], values[1::2], strict=True)
+
+
+def test_a_student_as_teacher(student, tmp_path):
+    """The next student's predictor is as wide as its teacher, here a student of width 48."""
+    run_script(train_student, *TINY, "--teacher", student, "--out", tmp_path / "next")
+    checkpoint = load_checkpoint(tmp_path / "next")
+    assert (checkpoint["model"]["encoder"]["width"], checkpoint["model"]["predictor"]["out_width"]) == (32, 48)
+
+
+@pytest.mark.parametrize("mask", masking.STRATEGIES)
+def test_every_mask_trains(mask, tmp_path):
+    flags = ["--mask", mask, "--mask-truncation", "raster", "--resolution", "16", "--patch-size", "2"]
+    run_script(train_teacher, *TINY, *flags, "--steps", 3, "--out", tmp_path)
+    tokens = load_checkpoint(tmp_path)["predictor"]["mask_tokens"]
+    assert len(tokens) == masking.NUM_MASKS[mask] and (tokens.abs().max(1).values > 0).all()
+
+
+def test_bfloat16(tmp_path):
+    run_script(train_teacher, *TINY, "--dtype", "bfloat16", "--out", tmp_path)
+    assert all(x.dtype == torch.float32 for x in load_checkpoint(tmp_path)["encoder"].values())
+    assert all(math.isfinite(line["loss"]) for line in metrics(tmp_path))
+
+
+def test_training_on_videos(tmp_path):
+    for n in range(3):
+        write_video(tmp_path / f"{n}.mp4", [flat(20 * i + n, 40) for i in range(12)])
+    (tmp_path / "m.csv").write_text("0.mp4\n1.mp4\n2.mp4\nmissing.mp4\n")
+    run_script(train_teacher, *TINY, "--data", tmp_path / "m.csv", "--out", tmp_path / "run", "--frame-step", 2)
+    assert [line["bad_videos"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]  # a pass is a step
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# users' mistakes
+
+
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        ("--warmup-steps 6", "--warmup-steps 6"),
+        ("--steps 0", "--steps"),
+        ("--batch-size 0", "--batch-size"),
+        ("--micro-batch-size 3", "--micro-batch-size 3"),
+        ("--micro-batch-size 0", "--micro-batch-size 0"),
+        ("--heads 3", "3 heads"),
+        ("--heads 32", "32 heads"),
+        ("--heads 0", "heads"),
+        ("--predictor-heads 3", "predictor: "),
+        ("--predictor-heads 0", "predictor: "),
+        ("--resolution 30", "30x30"),
+        ("--num-frames 3", "3 frames"),
+        ("--patch-size 0", "0x0 pixels"),
+        ("--resolution 8", "too small"),
+        ("--mask causal --num-frames 2", "too small"),
+        ("--save-every 0", "--save-every"),
+        ("--log-every 0", "--log-every"),
+        ("--seed -1", "--seed"),
+        ("--workers -1", "--workers"),
+        ("--model vit_x", "vit_x"),
+        ("--maks tube", "--maks"),
+        ("--data nowhere.csv", "nowhere.csv"),
+        ("--data one.csv --frame-step 0", "--frame-step"),
+        ("--data one.csv --data-weights 1 2", "1 manifests but 2 weights"),
+        ("--data one.csv --data-weights 0", "weights"),
+        ("--data empty.csv", "names no videos"),
+        ("--out one.csv", "--out one.csv"),
+        ("--out one.csv/run", "--out one.csv/run"),
+    ],
+)
+def test_wrong_flags_end_in_one_line(flags, says, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    write_png(torch.zeros(3, 20, 20, dtype=torch.uint8), "x.png")
+    Path("one.csv").write_text("x.png 0\n")
+    Path("empty.csv").write_text("\n")
+    assert says in refusal(capfd, train_teacher, *TINY, "--out", "run", *flags.split())
+
+
+def damage(path):
+    path.write_bytes(path.read_bytes()[:3000])
+
+
+@pytest.mark.parametrize(
+    "change, flags, says",
+    [
+        (lambda run: damage(run / "resume" / "state.pt"), [], "cannot be read"),
+        (lambda run: (run / "resume" / "state.pt").write_bytes(b""), [], "cannot be read"),
+        (None, ["--width", "16"], "another kind or model"),
+        (None, ["--predictor-depth", "2"], "another kind or model"),
+        (None, ["--resolution", "64"], "another kind or model"),
+    ],
+)
+def test_runs_that_cannot_go_on(change, flags, says, teacher, tmp_path, capfd):
+    run = shutil.copytree(teacher, tmp_path / "run")
+    if change:
+        change(run)
+    error = refusal(capfd, train_teacher, *TINY, "--out", run, *flags)
+    assert says in error and "--fresh" in error
+
+
+def test_a_student_does_not_continue_a_teacher(teacher, tmp_path, capfd):
+    run = shutil.copytree(teacher, tmp_path / "run")
+    assert "another kind" in refusal(capfd, train_student, *TINY, "--out", run, "--teacher", teacher)
+
+
+def test_teachers_that_do_not_do(teacher, tmp_path, capfd):
+    def error(path, *flags):
+        named = ["--teacher", path] if path else []
+        return refusal(capfd, train_student, *TINY, "--out", tmp_path / "run", *flags, *named)
+
+    assert "no checkpoint at nowhere; train_teacher.py makes one" in error("nowhere")
+    assert "--teacher" in error(None)
+    assert "patch_size 8, the student 16" in error(teacher, "--patch-size", "16")
+    assert "tubelet_size 2, the student 1" in error(teacher, "--tubelet-size", "1")
+    (tmp_path / "text.pt").write_text("hello")
+    assert "cannot be read as a checkpoint" in error(tmp_path / "text.pt")
+    shutil.copy(teacher / "checkpoint.pt", tmp_path / "cut.pt")
+    damage(tmp_path / "cut.pt")
+    assert "cannot be read as a checkpoint" in error(tmp_path / "cut.pt")
+    torch.save({"weights": torch.zeros(3)}, tmp_path / "other.pt")
+    assert "not a salt-1 checkpoint" in error(tmp_path / "other.pt")
+    assert not (tmp_path / "run").exists()  # nothing was begun
+
+
+@pytest.mark.parametrize("bad, fails", [(1, False), (2, True)])
+def test_too_many_unreadable_videos_end_the_run(bad, fails, tmp_path, capfd):
+    """1 of 25 is 4%, 2 are 8%; 5% are allowed, from the 100th sample on."""
+    write_png(torch.full((3, 40, 40), 99, dtype=torch.uint8), str(tmp_path / "x.png"))
+    lines = ["x.png 0"] * 25
+    for n in range(bad):
+        lines[12 * n] = f"missing{n}.png 0"
+    (tmp_path / "m.csv").write_text("\n".join(lines))
+    flags = [*TINY, "--batch-size", 25, "--steps", 5, "--data", tmp_path / "m.csv", "--out", tmp_path / "run"]
+    capfd.readouterr()
+    if not fails:
+        run_script(train_teacher, *flags)
+        assert metrics(tmp_path / "run", "bad_videos")[-1] == [5]
+        assert capfd.readouterr().err.count("missing0.png") == 1  # named once
+        return
+    with pytest.raises(SystemExit) as stop:
+        run_script(train_teacher, *flags)
+    assert stop.value.code == 2
+    *named, last = capfd.readouterr().err.splitlines()
+    assert "8 of 100 samples are unreadable, more than 5%" in last
+    assert len(named) == 2 and "missing0.png: no such file" in "".join(named)
+    assert len(metrics(tmp_path / "run")) == 3
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_nothing_but_unreadable_videos(workers, tmp_path, capfd):
+    (tmp_path / "m.csv").write_text("".join(f"{n}.mp4\n" for n in range(12)))
+    flags = [*TINY, "--workers", workers, "--data", tmp_path / "m.csv", "--out", tmp_path / "run"]
+    error = refusal(capfd, train_teacher, *flags)
+    assert "ten unreadable videos in a row" in error and ".mp4: no such file" in error
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, capfd):
+    error = refusal(capfd, train_teacher, *TINY, "--lr", "1e30", "--clip-grad", "1e30", "--out", tmp_path / "run")
+    assert "the loss is" in error
