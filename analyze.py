@@ -141,10 +141,16 @@ def table(args):
         run = Path(result["checkpoint"])
         cells = {"encoder": "untrained", "loss": "-", "steps": 0, "time": "-", "FLOPs": "-"}
         if not result["untrained"]:
-            last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
-            kind = json.loads((run / "args.json").read_text())["kind"]
-            cells = {"encoder": kind, "loss": f"{last['loss']:.3f}", "steps": last["step"],
-                     "time": duration(last["seconds"]), "FLOPs": f"{last['flops']:.2g}"}  # fmt: skip
+            checkpoint = load_checkpoint(run)
+            cells = {"encoder": checkpoint["kind"], "loss": "-", "steps": checkpoint["step"], "time": "-", "FLOPs": "-"}
+            log = (run if run.is_dir() else run.parent) / "metrics.jsonl"
+            if log.exists():  # a checkpoint file elsewhere, or a converted one, has no log
+                lines = log.read_text().splitlines()
+                if not lines:
+                    raise ValueError(f"{log} is empty: nothing was logged yet")
+                last = json.loads(lines[-1])
+                cells |= {"loss": f"{last['loss']:.3f}", "time": duration(last["seconds"]),
+                          "FLOPs": f"{last['flops']:.2g}"}  # fmt: skip
         tasks |= {task: found["chance"] for task, found in result["tasks"].items()}
         for task, found in result["tasks"].items():
             spread = "" if found["spread"] is None else f" ± {found['spread']:.1f}"

@@ -11,6 +11,7 @@ paths relative to the manifest; the label may be left out for pretraining.
 import functools
 import itertools
 import math
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -69,7 +70,7 @@ def read_manifest(path, num_classes=None):
         if not line:
             continue
         name, _, label = line.rpartition(" ")
-        if not name or not label.lstrip("-").isdigit():
+        if not name or not re.fullmatch("-?[0-9]+", label):
             name, label = line, -1
         if num_classes and not 0 <= int(label) < num_classes:
             raise ValueError(f"{path} line {number}: a label from 0 to {num_classes - 1} is needed: {line!r}")
@@ -151,6 +152,8 @@ class Manifest:
                  num_classes=None):  # fmt: skip
         if weights and len(weights) != len(manifests):
             raise ValueError(f"{len(manifests)} manifests but {len(weights)} weights")
+        if weights and (min(weights) < 0 or not 0 < sum(weights) < math.inf):
+            raise ValueError(f"weights {weights} are no shares: not negative, and not all 0")
         parts = [read_manifest(m, num_classes) for m in manifests]
         self.paths = [p for paths, _ in parts for p in paths]
         self.labels = [label for _, labels in parts for label in labels]

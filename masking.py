@@ -37,7 +37,10 @@ def sample_masks(name, grid, batch, generator, truncation="random"):
     name: a key of STRATEGIES; truncation: "random" or "raster" (V-JEPA's), see `split`.
     ValueError if the grid is too small for the strategy.
     """
-    return [split(visible, generator, truncation) for visible in STRATEGIES[name](grid, batch, generator)]
+    visible = STRATEGIES[name](grid, batch, generator)
+    if any(mask.all() for mask in visible):
+        raise ValueError(f"a grid of {'x'.join(map(str, grid))} tokens is too small for {name} masks: nothing is hidden")
+    return [split(mask, generator, truncation) for mask in visible]
 
 
 def multiblock(grid, batch, generator):

@@ -41,6 +41,8 @@ SIZES = {
 def token_grid(clip_shape, tubelet_size, patch_size):
     """The token grid (time, rows, columns) of a clip of shape (..., T, H, W). ValueError if it does not divide."""
     T, H, W = clip_shape[-3:]
+    if min(tubelet_size, patch_size) < 1:
+        raise ValueError(f"tubelets of {tubelet_size} frames of {patch_size}x{patch_size} pixels: both are at least 1")
     if T % tubelet_size or H % patch_size or W % patch_size or 0 in (T, H, W):
         raise ValueError(
             f"a clip of {T} frames of {H}x{W} pixels does not divide into tubelets of "
@@ -113,7 +115,7 @@ def rotate(x, rope):
 class Attention(nn.Module):
     def __init__(self, width, heads):
         super().__init__()
-        if width % heads or width // heads % 2:
+        if heads < 1 or width % heads or width // heads % 2:
             raise ValueError(f"width {width} does not divide into {heads} heads of even size")
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
@@ -186,7 +188,7 @@ class Encoder(nn.Module):
             width=width, depth=depth, heads=heads, mlp_ratio=mlp_ratio, num_frames=num_frames, resolution=resolution,
             patch_size=patch_size, tubelet_size=tubelet_size,
         )  # fmt: skip
-        self.width, self.head_dim = width, width // heads
+        self.width, self.head_dim = width, width // max(1, heads)
         self.patch_size, self.tubelet_size = patch_size, tubelet_size
         # Equal to V-JEPA 2's Conv3d with stride = kernel, and applied only to the tokens that are asked for.
         self.patch_embed = nn.Linear(3 * tubelet_size * patch_size**2, width)
@@ -226,7 +228,7 @@ class Predictor(nn.Module):
             in_width=in_width, out_width=out_width, width=width, depth=depth, heads=heads,
             num_mask_tokens=num_mask_tokens,
         )  # fmt: skip
-        self.head_dim = width // heads
+        self.head_dim = width // max(1, heads)
         self.embed = nn.Linear(in_width, width)
         self.mask_tokens = nn.Parameter(torch.zeros(num_mask_tokens, width))
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))

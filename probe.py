@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 
 import data
-from model import AttentiveProbe, Encoder, load_checkpoint, load_encoder
+from model import AttentiveProbe, Encoder, load_checkpoint, load_encoder, token_grid
 from training import Parser, duration, fail, generator, write_aside
 
 TASKS = {"k400": 400, "ssv2": 174}  # number of classes; manifests are data/TASK/train.csv and val.csv
@@ -69,6 +69,9 @@ def parse_args():
     args.device = args.device or ("cuda" if gpu else "cpu")
     if args.device == "cuda" and not gpu:
         fail("--device cuda: this machine has no GPU that torch can use")
+    for name in ("epochs", "batch_size", "train_clips", "val_clips", "seeds", "probe_depth", "frame_step"):
+        if getattr(args, name) < 1:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1 is needed")
     args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         fail("the probe runs in one process: start it with python, not torchrun")
@@ -98,6 +101,10 @@ def sources(args, encoder):
     """(training source, validation source, {task: (label column, number of classes)})."""
     num_frames = args.num_frames or encoder.config["num_frames"]
     resolution = args.resolution or encoder.config["resolution"]
+    try:
+        token_grid((num_frames, resolution, resolution), encoder.tubelet_size, encoder.patch_size)
+    except ValueError as error:
+        fail(str(error))
     if args.task and args.task[0] in SYNTHETIC:
         columns = {task: (list(SYNTHETIC).index(task), len(SYNTHETIC[task])) for task in args.task}
         train = data.Synthetic(num_frames, resolution, SYNTHETIC_SEED, args.train_clips)

@@ -148,6 +148,9 @@ def setup(args):
     args.start_lr = 0.32 * args.lr if args.start_lr is None else args.start_lr
     if args.steps < 1 or args.batch_size < 1 or args.batch_size % world:
         fail(f"--steps and --batch-size are at least 1, --batch-size divisible by the {world} processes")
+    for name, least in (("save_every", 1), ("log_every", 1), ("frame_step", 1), ("seed", 0), ("workers", 0)):
+        if getattr(args, name) < least:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: at least {least} is needed")
     if args.warmup_steps >= args.steps:
         fail(f"--warmup-steps {args.warmup_steps} leaves nothing of --steps {args.steps}; a tenth of it is usual")
     share = args.batch_size // world
@@ -298,6 +301,10 @@ class Run:
         self.start_step, self.seconds, self.flops = 0, 0.0, 0.0
         self.samples, self.num_bad, self.bad = 0, 0, set()
         self.metrics_file, self.resume_file = args.out / "metrics.jsonl", args.out / "resume" / "state.pt"
+        try:  # whether the grid takes such masks; they may be too large for it
+            masking.sample_masks(args.mask, self.grid, 1, generator(args.seed))
+        except ValueError as error:
+            fail(f"--mask {args.mask}: {error}")
         try:
             self._open_folder()
         except OSError as error:
@@ -366,14 +373,17 @@ class Run:
 
     def _log(self, done, grad_norm):
         args = self.args
-        loss = torch.stack(self.losses).mean()
+        sums = [self.window_clips, self.window_flops, self.num_bad, *self.tokens.values()]  # of this process
+        sums = torch.tensor(sums, dtype=torch.float64, device=self.device)
+        sums = torch.cat((torch.stack(self.losses).mean().double()[None] / self.world, sums))
         if dist.is_initialized():
-            dist.all_reduce(loss)
-            loss /= self.world
-        loss, grad_norm = loss.item(), grad_norm.item()  # waits for the device, so the time below is right
+            dist.all_reduce(sums)
+        # waits for the device, so the time below is right
+        loss, clips, window_flops, bad, *tokens = sums.tolist()
+        grad_norm = grad_norm.item()
         seconds = time.perf_counter() - self.started
         self.seconds += seconds
-        self.flops += self.window_flops * self.world
+        self.flops += window_flops
         steps = len(self.losses)
         line = {
             "step": done,
@@ -381,14 +391,14 @@ class Run:
             "grad_norm": grad_norm,
             "lr": learning_rate(done - 1, args),
             "weight_decay": weight_decay(done - 1, args),
-            "clips_per_s": self.window_clips * self.world / seconds,
+            "clips_per_s": clips / seconds,
             "data_wait": self.waited / seconds,
             "seconds": self.seconds,
             "flops": self.flops,
-            "tflops": self.window_flops * self.world / seconds / 1e12,
+            "tflops": window_flops / seconds / 1e12,
             # tokens of a clip, summed over its masks
-            **{name: count / self.window_clips for name, count in self.tokens.items()},
-            "bad_videos": self.num_bad,
+            **{name: count / clips for name, count in zip(self.tokens, tokens, strict=True)},
+            "bad_videos": int(bad),
         }
         self._start_window()
         if not math.isfinite(loss):
@@ -459,7 +469,8 @@ class Run:
         self.start_step, self.seconds, self.flops = state["step"], state["seconds"], state["flops"]
         if self.rank == 0:
             lines = self.metrics_file.read_text().splitlines() if self.metrics_file.exists() else []
-            kept = [line for line in lines if json.loads(line)["step"] <= self.start_step]
+            # A killed process may leave its last line unfinished.
+            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= self.start_step]
             write_aside(self.metrics_file, lambda path: path.write_text("".join(line + "\n" for line in kept)))
             print(f"continuing {self.args.out} at step {self.start_step} of {self.args.steps}")
             if changed:

@@ -327,10 +327,11 @@ def test_synthetic_sizes(num_frames, resolution):
 
 
 def test_synthetic_resolutions_show_the_same():
-    """A video at half the resolution is the video shrunk."""
-    small, large = (synthetic_clips(0, torch.arange(6), 2, size)[0].float().flatten(0, 1) for size in (32, 64))
-    shrunk = torch.nn.functional.avg_pool2d(large.flatten(0, 1)[:, None], 2).view_as(small)
-    assert (shrunk - small).abs().mean() < 8
+    """A video at half the resolution is the video shrunk, up to what is drawn per pixel."""
+    views = [synthetic_clips(0, torch.arange(12), 2, size)[0].float().flatten(1, 2) for size in (32, 64)]
+    small, large = (torch.nn.functional.adaptive_avg_pool2d(x, 8).flatten(1) for x in views)
+    similar = torch.corrcoef(torch.cat((small, large)))[:12, 12:]
+    assert similar.diag().min() > 0.8 and (similar.argmax(1) == torch.arange(12)).all()
 
 
 def test_motion_label_is_the_direction_of_the_shapes():

@@ -345,9 +345,7 @@ def test_two_processes_do_what_one_does(script, extra, teacher, tmp_path):
 
 
 @pytest.mark.parametrize("script, extra", SCRIPTS)
-def test_every_micro_batch_has_clips_and_masks_of_its_own_and_is_averaged(
-    script, extra, teacher, tmp_path, monkeypatch
-):
+def test_every_micro_batch_is_new_and_they_are_averaged(script, extra, teacher, tmp_path, monkeypatch):
     clips, masks, losses = [], [], []
     name = "pixel_loss" if script is train_teacher else "latent_loss"
     original = getattr(script, name)
