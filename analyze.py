@@ -73,6 +73,8 @@ def reconstruct(args):
     A teacher predicts pixels normalised per tubelet. To show them, mean and standard deviation are taken from the
     visible tubelets only, weighted by nearness; the target's own would leak the answer.
     """
+    if len(args.runs) > 1:
+        fail("reconstruct draws one run at a time")
     checkpoint = load_checkpoint(args.runs[0])
     if checkpoint["kind"] != "teacher":
         fail(f"{args.runs[0]} holds a {checkpoint['kind']}; only a teacher predicts pixels")
@@ -99,7 +101,7 @@ def reconstruct(args):
 
     seen, filled = as_frames(seen), as_frames(filled)
     columns = min(8, clips.shape[2])
-    figure, axes = plt.subplots(3 * len(clips), columns, figsize=(columns, 3.1 * len(clips)))
+    figure, axes = plt.subplots(3 * len(clips), columns, figsize=(columns, 3.1 * len(clips)), squeeze=False)
     for b in range(len(clips)):
         for row, (video, title) in enumerate(((clips, "clip"), (seen, "seen"), (filled, "filled in"))):
             show_frames(axes[3 * b + row], video[b], title)
@@ -117,7 +119,8 @@ def features(args):
     clips = some_clips(args, encoders[0].config, args.clips)
     x = data.normalise(clips, "cpu")
     t = encoders[0].grid(x)[0]
-    figure, axes = plt.subplots((1 + len(encoders)) * len(clips), t, figsize=(t, (1 + len(encoders)) * len(clips)))
+    rows = (1 + len(encoders)) * len(clips)
+    figure, axes = plt.subplots(rows, t, figsize=(t, rows), squeeze=False)
     for i, (path, encoder) in enumerate(zip(args.runs, encoders, strict=True)):
         tokens = encoder(x)
         flat = tokens.flatten(0, 1) - tokens.mean((0, 1))

@@ -18,7 +18,6 @@ from typing import NamedTuple
 import av
 import numpy as np
 import torch
-from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png"}
@@ -91,8 +90,6 @@ def read_clip(path, num_frames, frame_step, place):
     if not Path(path).is_file():
         raise BadVideo(f"{path}: no such file")
     try:
-        if Path(path).suffix.lower() in IMAGE_SUFFIXES:
-            return decode_image(str(path), ImageReadMode.RGB).expand(num_frames, -1, -1, -1)
         with av.open(str(path)) as container:
             if not container.streams.video:
                 raise BadVideo(f"{path}: no video stream")
@@ -255,10 +252,13 @@ def _shape_outlines(steps=360):
     return outline * scale[:, None], hole * scale
 
 
+GRAIN_STARTS = 2**20
+
+
 @functools.cache
-def _grain(device):
-    """A fixed strip of white noise, from which frames cut their own piece."""
-    return torch.randn(2**20, generator=torch.Generator().manual_seed(0)).to(device)
+def _grain(piece, device):
+    """A fixed strip of white noise, from which frames cut pieces that begin at any of GRAIN_STARTS places."""
+    return torch.randn(GRAIN_STARTS + piece, generator=torch.Generator().manual_seed(0)).to(device).unfold(0, piece, 1)
 
 
 def synthetic_clips(seed, numbers, num_frames, resolution):
@@ -328,8 +328,8 @@ def synthetic_clips(seed, numbers, num_frames, resolution):
     clips = torch.lerp(clips, disc, cover(draw(0.05, 0.1)[:, None, None, None] - (dx.square() + dy.square()).sqrt()))
 
     light = 1 + 0.05 * (TAU * (draw(0, 1)[:, None] + draw(0, 1)[:, None] * time)).sin() + draw(-0.05, 0.05, T)
-    start = (uniforms(seed + 1, numbers, T) * (2**20 - 3 * S * S)).long()  # of every frame's grain
-    grain = _grain(device).unfold(0, 3 * S * S, 1)[start].unflatten(2, (3, S, S)).transpose(1, 2)
+    start = (uniforms(seed + 1, numbers, T) * GRAIN_STARTS).long()  # of every frame's piece
+    grain = _grain(3 * S * S, device)[start].unflatten(2, (3, S, S)).transpose(1, 2)
     clips = (clips * light[:, None, :, None, None] + 0.15 * grain).clamp(0, 1)
     return (clips * 255).round().to(torch.uint8), torch.stack((motion, shape), dim=1)
 

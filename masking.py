@@ -39,7 +39,7 @@ def sample_masks(name, grid, batch, generator, truncation="random"):
     """
     visible = STRATEGIES[name](grid, batch, generator)
     if any(mask.all() for mask in visible):
-        raise ValueError(f"a grid of {'x'.join(map(str, grid))} tokens is too small for {name} masks: nothing is hidden")
+        raise ValueError(f"a grid of {'x'.join(map(str, grid))} tokens is too small: {name} masks hide nothing")
     return [split(mask, generator, truncation) for mask in visible]
 
 

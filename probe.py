@@ -12,6 +12,7 @@ The built-in tasks are not augmented, so their features are computed once. Write
 """
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -167,7 +168,7 @@ class Standardize(torch.nn.Module):
 
 
 def train_probe(args, probe, epochs, steps, column):
-    """Train a probe on epochs() -> iterable of (tokens, labels), `steps` batches in all (paper table 7)."""
+    """Train a probe, `steps` batches in all; epochs(epoch) iterates over (tokens, labels). Yields (epoch, loss)."""
     optimizer = torch.optim.AdamW(probe.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (1 + math.cos(math.pi * step / steps)) / 2)
     for epoch in range(args.epochs):
@@ -199,8 +200,8 @@ def interval95(right, total):
     return [100 * (centre - half) / (1 + z * z / total), 100 * (centre + half) / (1 + z * z / total)]
 
 
-def main():
-    args = parse_args()
+def probe_tasks(args):
+    """Probe the encoder on every task and write results.json. BadVideo if a video cannot be read."""
     encoder = load(args)
     train, val, tasks = sources(args, encoder)
     name = f"{args.checkpoint}{' untrained' if args.untrained else ''}"
@@ -208,24 +209,26 @@ def main():
 
     started, size = time.perf_counter(), args.batch_size
     augmented = isinstance(train, data.Manifest)  # then every epoch has clips of its own
-    try:
+    if augmented:
+        for _ in data.clip_loader(val, [[n] for n in range(len(val))], args.workers):
+            pass  # an unreadable validation video is an error: better now than when the probe is trained
+        sample = next(iter(tokens_of(args, encoder, train, range(min(size, len(train))))))[0]
+    else:
         val_tokens, val_labels = all_tokens(args, encoder, val, "validation")
+        train_tokens, train_labels = all_tokens(args, encoder, train, "training")
+        sample = train_tokens
+
+    def train_batches(seed, epoch):
         if augmented:
-            sample = next(iter(tokens_of(args, encoder, train, range(min(size, len(train))))))[0]
-        else:
-            train_tokens, train_labels = all_tokens(args, encoder, train, "training")
-            sample = train_tokens
-    except data.BadVideo as error:
-        fail(f"unreadable video: {str(error).splitlines()[-1]}")
+            first = (seed * args.epochs + epoch) * len(train)  # a pass of its own for every seed and epoch
+            return tokens_of(args, encoder, train, range(first, first + len(train)))
+        order = torch.randperm(len(train), generator=generator(seed, epoch)).to(args.device)
+        return ((train_tokens[ids], train_labels[ids]) for ids in order.split(size))
 
-    def epochs(seed):
-        def epoch_batches(epoch):
-            if augmented:
-                return tokens_of(args, encoder, train, range(epoch * len(train), (epoch + 1) * len(train)))
-            order = torch.randperm(len(train), generator=generator(seed, epoch)).to(args.device)
-            return ((train_tokens[ids], train_labels[ids]) for ids in order.split(size))
-
-        return epoch_batches
+    def val_batches():
+        if augmented:
+            return tokens_of(args, encoder, val, range(len(val)))
+        return zip(val_tokens.split(size), val_labels.split(size), strict=True)
 
     steps = args.epochs * math.ceil(len(train) / size)
     results, fits, probing = {}, 0, time.perf_counter()
@@ -240,14 +243,14 @@ def main():
             if args.standardize:
                 probe = torch.nn.Sequential(Standardize(sample), probe)
             probe.to(args.device)
-            for epoch, loss in train_probe(args, probe, epochs(seed), steps, column):
+            batches = functools.partial(train_batches, seed)
+            for epoch, loss in train_probe(args, probe, batches, steps, column):
                 done = fits + (epoch + 1) / args.epochs
                 left = (time.perf_counter() - probing) * (len(tasks) * args.seeds - done) / done
                 print(f"\r{task} seed {seed} epoch {epoch + 1}/{args.epochs}  loss {loss:.3f}, "
                       f"{duration(left)} left  ", end="", flush=True)  # fmt: skip
             fits += 1
-            val_batches = zip(val_tokens.split(size), val_labels.split(size), strict=True)
-            rights.append(count_correct(args, probe, val_batches, column)[0])
+            rights.append(count_correct(args, probe, val_batches(), column)[0])
             print()
         top1 = torch.tensor(rights) * 100 / len(val)
         low, high = interval95(sum(rights) / len(rights), len(val))
@@ -268,6 +271,14 @@ def main():
     except OSError as error:
         fail(f"--out {args.out}: {error.strerror}")
     print(f"{args.out / 'results.json'}")
+
+
+def main():
+    args = parse_args()
+    try:
+        probe_tasks(args)
+    except data.BadVideo as error:  # its last line; before it, a worker's traceback
+        fail(f"unreadable video: {str(error).splitlines()[-1]}")
 
 
 if __name__ == "__main__":

@@ -193,11 +193,11 @@ def micro_batch_indices(args):
 def training_loader(source, args, start_step):
     """An iterator over the `data.Batch`es of this process, from start_step to the end of the run."""
     size = args.micro_batch_size
-    numbers = [
+    numbers = (
         range(first, first + size)
         for step in range(start_step, args.steps)
         for first in (step * args.batch_size + g * size for g in micro_batch_indices(args))
-    ]
+    )
     return iter(data.clip_loader(source, numbers, args.workers, pin_memory=args.device == "cuda"))
 
 

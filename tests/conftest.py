@@ -8,6 +8,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 
@@ -58,6 +59,11 @@ def write_video(path, frames, gop=12, bframes=0, rate=25, codec="libx264", start
 
 def flat(value, size=32):
     return np.full((size, size, 3), value, np.uint8)
+
+
+def write_image(image, path):
+    """Write a uint8 image (3, H, W) in the format of the path's suffix."""
+    PIL.Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
 
 
 def run_script(module, *flags):

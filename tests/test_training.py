@@ -11,10 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, flat, refusal, run_script, write_video
+from conftest import TINY, flat, refusal, run_script, write_image, write_video
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.io import write_png
 
 import data
 import flops
@@ -438,7 +437,7 @@ def test_training_on_videos(tmp_path):
 )
 def test_wrong_flags_end_in_one_line(flags, says, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
-    write_png(torch.zeros(3, 20, 20, dtype=torch.uint8), "x.png")
+    write_image(torch.zeros(3, 20, 20, dtype=torch.uint8), "x.png")
     Path("one.csv").write_text("x.png 0\n")
     Path("empty.csv").write_text("\n")
     assert says in refusal(capfd, train_teacher, *TINY, "--out", "run", *flags.split())
@@ -493,7 +492,7 @@ def test_teachers_that_do_not_do(teacher, tmp_path, capfd):
 @pytest.mark.parametrize("bad, fails", [(1, False), (2, True)])
 def test_too_many_unreadable_videos_end_the_run(bad, fails, tmp_path, capfd):
     """1 of 25 is 4%, 2 are 8%; 5% are allowed, from the 100th sample on."""
-    write_png(torch.full((3, 40, 40), 99, dtype=torch.uint8), str(tmp_path / "x.png"))
+    write_image(torch.full((3, 40, 40), 99, dtype=torch.uint8), str(tmp_path / "x.png"))
     lines = ["x.png 0"] * 25
     for n in range(bad):
         lines[12 * n] = f"missing{n}.png 0"
