@@ -57,7 +57,7 @@ def curves(args):
         runs.append((path, kind, [line["step"] for line in lines], [line["loss"] for line in lines]))
     labels = {"teacher": "pixel loss (mean squared error)", "student": "latent loss (mean absolute error)"}
     kinds = list(dict.fromkeys(kind for _, kind, _, _ in runs))
-    figure, axes = plt.subplots(1, len(kinds), figsize=(5 * len(kinds), 3.2), squeeze=False)
+    figure, axes = plt.subplots(1, len(kinds), figsize=(5 * len(kinds), 3.2), squeeze=False, layout="constrained")
     for ax, kind in zip(axes[0], kinds, strict=True):
         for i, (path, _, steps, losses) in enumerate(run for run in runs if run[1] == kind):
             ax.plot(steps, losses, ("k-", "k--", "k:", "k-.")[i % 4], label=str(path), linewidth=1)
@@ -101,7 +101,9 @@ def reconstruct(args):
 
     seen, filled = as_frames(seen), as_frames(filled)
     columns = min(8, clips.shape[2])
-    figure, axes = plt.subplots(3 * len(clips), columns, figsize=(columns, 3.1 * len(clips)), squeeze=False)
+    figure, axes = plt.subplots(
+        3 * len(clips), columns, figsize=(columns, 3.1 * len(clips)), squeeze=False, layout="constrained"
+    )
     for b in range(len(clips)):
         for row, (video, title) in enumerate(((clips, "clip"), (seen, "seen"), (filled, "filled in"))):
             show_frames(axes[3 * b + row], video[b], title)
@@ -120,7 +122,7 @@ def features(args):
     x = data.normalise(clips, "cpu")
     t = encoders[0].grid(x)[0]
     rows = (1 + len(encoders)) * len(clips)
-    figure, axes = plt.subplots(rows, t, figsize=(t, rows), squeeze=False)
+    figure, axes = plt.subplots(rows, t, figsize=(t, rows), squeeze=False, layout="constrained")
     for i, (path, encoder) in enumerate(zip(args.runs, encoders, strict=True)):
         tokens = encoder(x)
         flat = tokens.flatten(0, 1) - tokens.mean((0, 1))

@@ -295,7 +295,7 @@ def synthetic_clips(seed, numbers, num_frames, resolution):
         # cos(px + py) as a matrix product over the waves
         across, down = torch.cat((px.cos(), px.sin()), dim=2), torch.cat((py.cos(), -py.sin()), dim=2)
         field = down.transpose(2, 3) @ across * math.sqrt(2 / waves)  # (B, T, S, S)
-        colour, variation = draw(darkest, darkest + 0.15, 3), draw(-0.075, 0.075, 3)
+        colour, variation = draw(darkest, darkest + 0.15, 3), draw(-0.15, 0.15, 3)
         return colour[:, :, None, None, None] + variation[:, :, None, None, None] * field[:, None]
 
     def offsets(x, y, across=1):
@@ -308,9 +308,9 @@ def synthetic_clips(seed, numbers, num_frames, resolution):
         return (inside * S + 0.5).clamp(0, 1).unsqueeze(1)
 
     motion, shape = draw(0, len(MOTIONS)).long(), draw(0, len(SHAPES)).long()
-    clips = texture(*travel(draw(0, TAU), draw(0.1, 0.4)), darkest=0.3)
+    clips = texture(*travel(draw(0, TAU), draw(0.2, 0.9)), darkest=0.3)
 
-    x, y = travel(motion * (TAU / len(MOTIONS)), draw(0.1, 0.4))
+    x, y = travel(motion * (TAU / len(MOTIONS)), draw(0.4, 0.9))
     shapes = texture(x, y, darkest=0.55)
     dx, dy = offsets(x, y, across=2)
     outline, hole = (table.to(device) for table in _shape_outlines())
@@ -327,10 +327,10 @@ def synthetic_clips(seed, numbers, num_frames, resolution):
     disc = draw(0.25, 0.75, 3)[:, :, None, None, None].expand_as(clips)
     clips = torch.lerp(clips, disc, cover(draw(0.05, 0.1)[:, None, None, None] - (dx.square() + dy.square()).sqrt()))
 
-    light = 1 + 0.05 * (TAU * (draw(0, 1)[:, None] + draw(0, 1)[:, None] * time)).sin() + draw(-0.05, 0.05, T)
+    light = 1 + 0.05 * (TAU * (draw(0, 1)[:, None] + draw(0, 1)[:, None] * time)).sin() + draw(-0.2, 0.2, T)
     start = (uniforms(seed + 1, numbers, T) * GRAIN_STARTS).long()  # of every frame's piece
     grain = _grain(3 * S * S, device)[start].unflatten(2, (3, S, S)).transpose(1, 2)
-    clips = (clips * light[:, None, :, None, None] + 0.15 * grain).clamp(0, 1)
+    clips = (clips * light[:, None, :, None, None] + 0.2 * grain).clamp(0, 1)
     return (clips * 255).round().to(torch.uint8), torch.stack((motion, shape), dim=1)
 
 

@@ -2,26 +2,29 @@
 # SALT end to end on two CPU cores: teacher, student, three probed encoders, pictures and one table in out/demo.
 set -euo pipefail
 cd "$(dirname "$0")"
-PATH="$PWD/.venv/bin:$PATH"
-OUT=out/demo
+export PATH="$PWD/.venv/bin:$PATH"
+export OMP_NUM_THREADS=1 # one thread in each of two processes: half as fast again as two threads in one (NOTES.md)
+OUT=${1:-out/demo}
 rm -rf "$OUT"
 
-model=(--model vit_ti --width 96 --depth 4 --heads 4 --patch-size 8 --num-frames 8 --resolution 48
+model=(--model vit_ti --width 96 --depth 4 --heads 4 --patch-size 8 --num-frames 8 --resolution 32
        --predictor-width 48 --predictor-depth 2 --predictor-heads 4)
-learning=(--batch-size 32 --micro-batch-size 16 --lr 3e-3 --clip-grad 1 --final-weight-decay 0.04 --log-every 50)
-probing=(--task synthetic-motion synthetic-shape --seeds 3 --epochs 12 --batch-size 100 --train-clips 3000
-         --probe-depth 1 --probe-heads 4 --standardize)
+learning=(--batch-size 32 --lr 3e-3 --clip-grad 1 --final-weight-decay 0.04 --workers 0 --log-every 100)
+probing=(--task synthetic-motion synthetic-shape --seeds 3 --epochs 16 --batch-size 100 --lr 3e-3 --train-clips 2000
+         --probe-depth 1 --probe-heads 4 --standardize --workers 0)
 
-echo "[1/4] stage 1: the teacher fills in masked pixels"
-python train_teacher.py "${model[@]}" "${learning[@]}" --steps 800 --warmup-steps 80 --out $OUT/teacher
-echo "[2/4] stage 2: the student predicts the frozen teacher's latents"
-python train_student.py --teacher $OUT/teacher "${model[@]}" "${learning[@]}" --steps 1000 --warmup-steps 100 --out $OUT/student
-echo "[3/4] probing the untrained encoder, the teacher and the student"
-python probe.py --checkpoint $OUT/student --untrained "${probing[@]}" --out $OUT/probe-untrained
-python probe.py --checkpoint $OUT/teacher "${probing[@]}" --out $OUT/probe-teacher
-python probe.py --checkpoint $OUT/student "${probing[@]}" --out $OUT/probe-student
-echo "[4/4] pictures and the table, in $OUT"
-python analyze.py curves $OUT/teacher $OUT/student --save $OUT/curves.png
-python analyze.py reconstruct $OUT/teacher --save $OUT/reconstruction.png
-python analyze.py features $OUT/student --save $OUT/features.png
-python analyze.py table $OUT/probe-untrained $OUT/probe-teacher $OUT/probe-student --save $OUT/table.md
+echo "[1/4] the teacher learns to fill in masked pixels (about 2 minutes)"
+torchrun --nproc_per_node=2 train_teacher.py "${model[@]}" "${learning[@]}" \
+    --steps 900 --warmup-steps 90 --out "$OUT/teacher"
+echo "[2/4] the student learns to predict the frozen teacher's latents (about 4 minutes)"
+torchrun --nproc_per_node=2 train_student.py "${model[@]}" "${learning[@]}" --teacher "$OUT/teacher" \
+    --steps 2400 --warmup-steps 240 --out "$OUT/student"
+echo "[3/4] probes of the untrained encoder, the teacher and the student (about 2 minutes)"
+python probe.py --checkpoint "$OUT/student" --untrained "${probing[@]}" --out "$OUT/probe-untrained"
+python probe.py --checkpoint "$OUT/teacher" "${probing[@]}" --out "$OUT/probe-teacher"
+python probe.py --checkpoint "$OUT/student" "${probing[@]}" --out "$OUT/probe-student"
+echo "[4/4] pictures and the table"
+python analyze.py curves "$OUT/teacher" "$OUT/student" --save "$OUT/curves.png"
+python analyze.py reconstruct "$OUT/teacher" --save "$OUT/reconstruction.png"
+python analyze.py features "$OUT/student" --save "$OUT/features.png"
+python analyze.py table "$OUT/probe-untrained" "$OUT/probe-teacher" "$OUT/probe-student" --save "$OUT/table.md"
