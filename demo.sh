@@ -10,12 +10,12 @@ rm -rf "$OUT"
 model=(--model vit_ti --width 96 --depth 4 --heads 4 --patch-size 8 --num-frames 8 --resolution 32
        --predictor-width 48 --predictor-depth 2 --predictor-heads 4)
 learning=(--batch-size 32 --lr 3e-3 --clip-grad 1 --final-weight-decay 0.04 --workers 0 --log-every 100)
-probing=(--task synthetic-motion synthetic-shape --seeds 3 --epochs 16 --batch-size 100 --lr 3e-3 --train-clips 2000
+probing=(--task synthetic-motion synthetic-shape --seeds 3 --batch-size 100 --lr 2e-3 --train-clips 1500
          --probe-depth 1 --probe-heads 4 --standardize --workers 0)
 
 echo "[1/4] the teacher learns to fill in masked pixels (about 2 minutes)"
 torchrun --nproc_per_node=2 train_teacher.py "${model[@]}" "${learning[@]}" \
-    --steps 900 --warmup-steps 90 --out "$OUT/teacher"
+    --steps 1200 --warmup-steps 120 --out "$OUT/teacher"
 echo "[2/4] the student learns to predict the frozen teacher's latents (about 4 minutes)"
 torchrun --nproc_per_node=2 train_student.py "${model[@]}" "${learning[@]}" --teacher "$OUT/teacher" \
     --steps 2400 --warmup-steps 240 --out "$OUT/student"

@@ -49,13 +49,14 @@ def main():
     loader = training.training_loader(source, args, run.start_step)
     for step in range(run.start_step, args.steps):
         training.set_schedules(optimizer, step, args)
-        losses = []
+        loss = 0.0
         for clips, masks in run.micro_batches(loader, step):
             with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-                losses.append(pixel_loss(encoder, predictor, clips, masks) / run.num_micro_batches)
-            losses[-1].backward()
+                micro_loss = pixel_loss(encoder, predictor, clips, masks) / run.num_micro_batches
+            micro_loss.backward()
+            loss += micro_loss.detach()
         grad_norm = training.update(optimizer, args)
-        run.end_step(step, torch.stack(losses).sum(), grad_norm)
+        run.end_step(step, loss, grad_norm)
     run.finish()
 
 

@@ -362,9 +362,9 @@ class Run:
         self.losses = []
 
     def end_step(self, step, loss, grad_norm):
-        """Log and save where it is time. loss: this process's mean, a tensor; grad_norm: from `update`."""
+        """Log and save where it is time. loss: this process's mean, a detached tensor; grad_norm: from `update`."""
         args, done = self.args, step + 1
-        self.losses.append(loss.detach())  # read only when logged: no device synchronisation per step
+        self.losses.append(loss)  # read only when logged: no device synchronisation per step
         saving = done % args.save_every == 0 or done == args.steps
         if done % args.log_every == 0 or saving:
             self._log(done, grad_norm)
@@ -420,8 +420,11 @@ class Run:
                 "args": self._plain_args(),
             }  # fmt: skip
             own = {"optimizer": self.optimizer.state_dict(), "seconds": self.seconds, "flops": self.flops}
-            write_aside(self.resume_file, lambda path: torch.save(shared | own, path))
-            write_aside(self.args.out / "checkpoint.pt", lambda path: torch.save(shared, path))
+            try:
+                write_aside(self.resume_file, lambda path: torch.save(shared | own, path))
+                write_aside(self.args.out / "checkpoint.pt", lambda path: torch.save(shared, path))
+            except (OSError, RuntimeError) as error:  # RuntimeError is torch.save's word for a full disk
+                fail(f"step {step} could not be saved in {self.args.out}, the one before is kept: {error}")
         if dist.is_initialized():
             dist.barrier()
 
