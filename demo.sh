@@ -3,7 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 export PATH="$PWD/.venv/bin:$PATH"
-export OMP_NUM_THREADS=1 # one thread in each of two processes: half as fast again as two threads in one (NOTES.md)
+export OMP_NUM_THREADS=1 # two processes of one thread: slower than two threads where cores are idle, safe where they are shared
 OUT=${1:-out/demo}
 rm -rf "$OUT"
 
