@@ -143,8 +143,6 @@ class Manifest:
     unreadable video is a BadVideo error.
     """
 
-    label_names = ("label",)
-
     def __init__(self, manifests, num_frames, frame_step, resolution, seed=0, train=True, weights=None,
                  num_classes=None):  # fmt: skip
         if weights and len(weights) != len(manifests):
@@ -268,7 +266,7 @@ def synthetic_clips(seed, numbers, num_frames, resolution):
     at a speed, size, angle and phase of their own. The background (the camera) travels independently of them, and so
     does a disc on top of both. Colours, textures and lighting vary from clip to clip, brightness flickers from frame to
     frame, and there is film grain. Phases are uniform, so that a single frame does not tell the motion; colours do not
-    tell the shape.
+    tell the shape. With fewer than 5 frames a step may exceed half the distance of two shapes: motion is ambiguous then.
 
     numbers: int64 (B,), which clips. Returns clips uint8 (B, 3, T, H, W), and labels int64 (B, 2): motion, shape (the
     indices in MOTIONS and SHAPES), independent of each other.
@@ -336,8 +334,6 @@ def synthetic_clips(seed, numbers, num_frames, resolution):
 
 class Synthetic:
     """The built-in videos as a source of clips: an endless stream of different ones, or `length` of them."""
-
-    label_names = ("motion", "shape")
 
     def __init__(self, num_frames, resolution, seed=0, length=None):
         self.num_frames, self.resolution, self.seed, self.length = num_frames, resolution, seed, length

@@ -66,6 +66,15 @@ def write_image(image, path):
     PIL.Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
 
 
+def randomise(module):
+    """Give every parameter, zero-initialised ones too, values that matter; deterministic."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            p.copy_(torch.randn(p.shape, generator=generator) * 0.2 + ("norm" in name and "weight" in name))
+    return module.eval()
+
+
 def run_script(module, *flags):
     """Call a script's main() with these flags."""
     with pytest.MonkeyPatch.context() as patch:

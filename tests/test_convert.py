@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import randomise
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import convert
@@ -16,15 +17,6 @@ transformers = pytest.importorskip("transformers")
 
 GRID, N, WIDTH = (2, 3, 3), 18, 48  # 4 frames of 48x48 pixels
 CLOSE = dict(atol=1e-5, rtol=1e-5)
-
-
-def randomise(module):
-    """Give every parameter, zero-initialised ones too, values that matter; deterministic."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, p in module.named_parameters():
-            p.copy_(torch.randn(p.shape, generator=generator) * 0.2 + ("norm" in name and "weight" in name))
-    return module.eval()
 
 
 def hf_config(**changes):

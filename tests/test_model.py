@@ -9,21 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import randomise
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import model
 from model import SIZES, AttentiveProbe, Encoder, Predictor, gather, rotate, tubelets, untubelets
 
 CLOSE = dict(atol=1e-5, rtol=1e-5)
-
-
-def randomise(module):
-    """Give every parameter, zero-initialised ones too, values that matter; deterministic."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, p in module.named_parameters():
-            p.copy_(torch.randn(p.shape, generator=generator) * 0.2 + ("norm" in name and "weight" in name))
-    return module
 
 
 def small_encoder(**sizes):
