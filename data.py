@@ -266,7 +266,7 @@ def synthetic_clips(seed, numbers, num_frames, resolution):
     at a speed, size, angle and phase of their own. The background (the camera) travels independently of them, and so
     does a disc on top of both. Colours, textures and lighting vary from clip to clip, brightness flickers from frame to
     frame, and there is film grain. Phases are uniform, so that a single frame does not tell the motion; colours do not
-    tell the shape. With fewer than 5 frames a step may exceed half the distance of two shapes: motion is ambiguous then.
+    tell the shape. With fewer than 5 frames a step may exceed half the distance of two shapes: the motion is ambiguous.
 
     numbers: int64 (B,), which clips. Returns clips uint8 (B, 3, T, H, W), and labels int64 (B, 2): motion, shape (the
     indices in MOTIONS and SHAPES), independent of each other.
