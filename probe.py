@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 import data
 from model import AttentiveProbe, Encoder, load_checkpoint, load_encoder, token_grid
-from training import Parser, duration, fail, generator, write_aside
+from training import Parser, duration, fail, generator, rank_and_world, require_at_least, resolve_device, write_aside
 
 TASKS = {"k400": 400, "ssv2": 174}  # number of classes; manifests are data/TASK/train.csv and val.csv
 SYNTHETIC = {"synthetic-motion": data.MOTIONS, "synthetic-shape": data.SHAPES}
@@ -66,15 +66,9 @@ def parse_args():
     flag("--out", type=Path, default=Path("out/probe"))
     args = parser.parse_args()
 
-    gpu = torch.cuda.is_available()
-    args.device = args.device or ("cuda" if gpu else "cpu")
-    if args.device == "cuda" and not gpu:
-        fail("--device cuda: this machine has no GPU that torch can use")
-    for name in ("epochs", "batch_size", "train_clips", "val_clips", "seeds", "probe_depth", "frame_step"):
-        if getattr(args, name) < 1:
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1 is needed")
-    args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    resolve_device(args)
+    require_at_least(args, 1, "epochs", "batch_size", "train_clips", "val_clips", "seeds", "probe_depth", "frame_step")
+    if rank_and_world()[1] > 1:
         fail("the probe runs in one process: start it with python, not torchrun")
     built_in = [task for task in args.task if task in SYNTHETIC]
     own = args.train_data or args.val_data or args.num_classes

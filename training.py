@@ -135,22 +135,38 @@ def predictor_config(args, in_width, out_width):
 # processes, devices, data
 
 
-def setup(args):
-    """Resolve the flags that depend on the machine, in place; join torchrun's process group; say what it runs on."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+def rank_and_world():
+    """This process's number and how many there are, as torchrun says; 0 and 1 without it."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def resolve_device(args):
+    """Fill in --device and --dtype, in place, where they were left to the machine."""
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if args.device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda: this machine has no GPU that torch can use")
+    args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
+
+
+def require_at_least(args, least, *names):
+    """End the script if one of these flags is smaller than `least`."""
+    for name in names:
+        if getattr(args, name) < least:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: at least {least} is needed")
+
+
+def setup(args):
+    """Resolve the flags that depend on the machine, in place; join torchrun's process group; say what it runs on."""
+    rank, world = rank_and_world()
+    resolve_device(args)
     gpu = args.device == "cuda"
-    args.dtype = args.dtype or ("bfloat16" if gpu else "float32")
     args.compile = gpu if args.compile is None else args.compile
     args.workers = (8 if gpu else 1) if args.workers is None else args.workers
     args.start_lr = 0.32 * args.lr if args.start_lr is None else args.start_lr
     if args.steps < 1 or args.batch_size < 1 or args.batch_size % world:
         fail(f"--steps and --batch-size are at least 1, --batch-size divisible by the {world} processes")
-    for name, least in (("save_every", 1), ("log_every", 1), ("frame_step", 1), ("seed", 0), ("workers", 0)):
-        if getattr(args, name) < least:
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: at least {least} is needed")
+    require_at_least(args, 1, "save_every", "log_every", "frame_step")
+    require_at_least(args, 0, "seed", "workers")
     if args.warmup_steps >= args.steps:
         fail(f"--warmup-steps {args.warmup_steps} leaves nothing of --steps {args.steps}; a tenth of it is usual")
     share = args.batch_size // world
@@ -173,7 +189,7 @@ def setup(args):
 def clip_source(args):
     """The training data that the flags name. Ends the script if a manifest cannot be used."""
     if not args.data:
-        if os.environ.get("RANK", "0") == "0":
+        if rank_and_world()[0] == 0:
             print("no --data: training on the built-in synthetic videos")
         return data.Synthetic(args.num_frames, args.resolution, args.seed)
     try:
@@ -186,7 +202,7 @@ def clip_source(args):
 
 def micro_batch_indices(args):
     """Which of a step's micro-batches, counted over all processes, this process computes."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = rank_and_world()
     return range(rank, args.batch_size // args.micro_batch_size, world)
 
 
@@ -294,7 +310,7 @@ class Run:
     def __init__(self, kind, args, encoder, predictor, optimizer, teacher=None):
         self.kind, self.args, self.encoder, self.predictor, self.optimizer = kind, args, encoder, predictor, optimizer
         self.teacher_config = teacher.config if teacher else None
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.rank, self.world = rank_and_world()
         self.device = torch.device(args.device)
         self.grid = token_grid((args.num_frames, args.resolution, args.resolution), args.tubelet_size, args.patch_size)
         self.num_micro_batches = len(micro_batch_indices(args))  # per step, of this process
