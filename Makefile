@@ -1,7 +1,7 @@
-# make venv | demo | test | lint | clean.  PYTHON chooses the interpreter that .venv is made from (3.11 or later).
+# make venv | demo | study | test | lint | clean.  PYTHON chooses the interpreter that .venv is made from (3.11 or later).
 PYTHON ?= python3
 
-.PHONY: venv demo test lint clean
+.PHONY: venv demo study test lint clean
 
 venv: .venv/installed
 
@@ -14,6 +14,9 @@ venv: .venv/installed
 
 demo: venv
 	./demo.sh
+
+study: venv
+	./study.sh
 
 test: venv
 	.venv/bin/python -m pytest

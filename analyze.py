@@ -1,21 +1,30 @@
-"""Look at runs: loss curves, what a teacher fills in, what an encoder's features are, and a table of probed runs.
+"""Look at runs: what they learnt, what it cost, and which checkpoint to choose.
 
-python analyze.py curves out/teacher out/student --save curves.png
-python analyze.py reconstruct out/teacher --save reconstruction.png
-python analyze.py features out/teacher out/student --save features.png
-python analyze.py table out/probe-untrained out/probe-teacher out/probe-student --save table.md
+    python analyze.py curves out/teacher out/student                          loss over steps
+    python analyze.py reconstruct out/teacher                                 what a teacher fills in
+    python analyze.py features out/teacher out/student --save features.gif    features as colours; png, gif or mp4
+    python analyze.py rankme out/teacher out/student                          effective rank of the embeddings
+    python analyze.py table out/probe-*                                       accuracy and cost, from probe.py's folders
+    python analyze.py pareto out/probe-*                                      accuracy over training FLOPs
+    python analyze.py correlate out/probe-* --against loss rankme             does the loss tell the accuracy?
+
+FLOPs are those executed, from the training logs, teachers included; `pareto --paper` counts as the paper does.
 """
 
 import json
+import math
 from pathlib import Path
 
+import av
 import matplotlib
 import numpy as np
+import PIL.Image
 import torch
 
 import data
+import flops
 from masking import sample_masks
-from model import load_checkpoint, load_encoder, load_predictor, tubelets, untubelets
+from model import load_checkpoint, load_encoder, load_predictor, token_grid, tubelets, untubelets
 from training import Parser, duration, fail, generator
 
 matplotlib.use("Agg")
@@ -55,7 +64,8 @@ def curves(args):
         lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
         kind = json.loads((path / "args.json").read_text())["kind"]
         runs.append((path, kind, [line["step"] for line in lines], [line["loss"] for line in lines]))
-    labels = {"teacher": "pixel loss (mean squared error)", "student": "latent loss (mean absolute error)"}
+    latent = "latent loss (mean absolute error)"
+    labels = {"teacher": "pixel loss (mean squared error)", "student": latent, "ema": latent}
     kinds = list(dict.fromkeys(kind for _, kind, _, _ in runs))
     figure, axes = plt.subplots(1, len(kinds), figsize=(5 * len(kinds), 3.2), squeeze=False, layout="constrained")
     for ax, kind in zip(axes[0], kinds, strict=True):
@@ -116,52 +126,180 @@ def reconstruct(args):
 
 @torch.inference_mode()
 def features(args):
-    """Features over time: the first three principal components of an encoder's tokens as red, green and blue."""
+    """Features over time: the first three principal components of an encoder's tokens as red, green and blue.
+
+    A png has the clips and a row of features for each run under it, time to the right; a gif or mp4 plays.
+    """
     encoders = [load_encoder(path) for path in args.runs]
     clips = some_clips(args, encoders[0].config, args.clips)
     x = data.normalise(clips, "cpu")
-    t = encoders[0].grid(x)[0]
-    rows = (1 + len(encoders)) * len(clips)
-    figure, axes = plt.subplots(rows, t, figsize=(t, rows), squeeze=False, layout="constrained")
-    for i, (path, encoder) in enumerate(zip(args.runs, encoders, strict=True)):
+    videos = [clips]  # each (clips, 3, time, rows, columns) uint8
+    for encoder in encoders:
         tokens = encoder(x)
         flat = tokens.flatten(0, 1) - tokens.mean((0, 1))
         components = flat @ torch.linalg.svd(flat, full_matrices=False).Vh[:3].T  # (B*N, 3)
         low, high = (torch.quantile(components, q, dim=0) for q in (0.02, 0.98))
         colours = ((components - low) / (high - low)).clamp(0, 1)
-        colours = (colours * 255).to(torch.uint8).reshape(len(clips), *encoder.grid(x), 3).permute(0, 4, 1, 2, 3)
+        colours = (colours * 255).to(torch.uint8).reshape(len(clips), *encoder.grid(x), 3)
+        videos.append(colours.permute(0, 4, 1, 2, 3))
+    names = ["clip", *(Path(path).name for path in args.runs)]
+    title = "First three principal components of all tokens, as red, green, blue"
+    if args.save.suffix in (".gif", ".mp4"):
+        return play(videos, names, title, args.save)
+    t = max(encoder.grid(x)[0] for encoder in encoders)
+    rows = len(videos) * len(clips)
+    figure, axes = plt.subplots(rows, t, figsize=(t, rows), squeeze=False, layout="constrained")
+    for i, (video, name) in enumerate(zip(videos, names, strict=True)):
         for b in range(len(clips)):
-            show_frames(axes[b * (1 + len(encoders)) + 1 + i], colours[b], Path(path).name)
-    for b in range(len(clips)):
-        show_frames(axes[b * (1 + len(encoders))], clips[b], "clip")
-    figure.suptitle("First three principal components of all tokens, as red, green, blue; time runs right", fontsize=8)
+            show_frames(axes[b * len(videos) + i], video[b], name)
+    figure.suptitle(f"{title}; time runs right", fontsize=8)
     save(figure, args.save)
 
 
-def table(args):
-    """A markdown table of probe.py's results.json files: accuracy of each task, and what the probed run cost."""
-    rows, tasks = [], {}
-    for path in map(Path, args.runs):
+def play(videos, names, title, path):
+    """Write videos (each (clips, 3, time, rows, columns) uint8) as one moving picture: a row each, a column a clip."""
+    frames, clips = max(video.shape[2] for video in videos), len(videos[0])
+    figure, axes = plt.subplots(len(videos), clips, figsize=(1.6 * clips, 1.6 * len(videos) + 0.4), squeeze=False,
+                                layout="constrained")  # fmt: skip
+    figure.suptitle("\n".join(title.split(", ")), fontsize=8)
+    pictures = []
+    for frame in range(frames):
+        for row, video, name in zip(axes, videos, names, strict=True):
+            for b, ax in enumerate(row):
+                ax.clear()
+                ax.imshow(video[b, :, frame * video.shape[2] // frames].permute(1, 2, 0).numpy())
+                ax.set(xticks=[], yticks=[])
+            row[0].set_ylabel(name, fontsize=8)
+        figure.canvas.draw()
+        pictures.append(np.asarray(figure.canvas.buffer_rgba())[..., :3].copy())
+    plt.close(figure)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".gif":
+        first, *rest = map(PIL.Image.fromarray, pictures)
+        first.save(path, save_all=True, append_images=rest, duration=200, loop=0)
+    else:
+        height, width = (n // 2 * 2 for n in pictures[0].shape[:2])  # H.264 wants even sizes
+        with av.open(str(path), "w") as container:
+            stream = container.add_stream("libx264", rate=5, width=width, height=height, pix_fmt="yuv420p")
+            for picture in pictures * 4:
+                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture[:height, :width]), format="rgb24")
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode())
+    print(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# numbers: rank, cost, accuracy
+
+
+@torch.inference_mode()
+def embeddings(args, path, weights="encoder"):
+    """One mean-pooled embedding per clip, (M, D) float32."""
+    encoder = load_encoder(path, weights).to(args.device)
+    first, parts = args.first, []
+    for start in range(first, first + args.clips, 50):
+        args.first, count = start, min(50, first + args.clips - start)
+        clips = some_clips(args, encoder.config, count)
+        parts.append(encoder(data.normalise(clips, torch.device(args.device))).mean(1).float().cpu())
+    args.first = first
+    return torch.cat(parts)
+
+
+def effective_rank(x):
+    """RankMe of embeddings (M, D): the exponential of the entropy of the singular values (Garrido et al., 2023)."""
+    sigma = torch.linalg.svdvals(x)
+    p = sigma / sigma.sum() + 1e-7
+    return (-(p * p.log()).sum()).exp().item()
+
+
+def rankme(args):
+    """Effective rank of the mean-pooled embeddings of --clips clips; best with ten times more clips than dimensions."""
+    found = {}
+    for run in args.runs:
+        x = embeddings(args, run)
+        found[run] = {"rankme": effective_rank(x), "width": x.shape[1], "clips": len(x)}
+        print(f"{run}: RankMe {found[run]['rankme']:.1f} of {x.shape[1]}, {len(x)} clips")
+    args.save.parent.mkdir(parents=True, exist_ok=True)
+    args.save.write_text(json.dumps(found, indent=2) + "\n")
+
+
+def lineage(path):
+    """The training stages behind a checkpoint, its own first, then its teacher's, and so on.
+
+    Each a dictionary: path, kind, step, encoder (config), paper_flops; loss, seconds and flops are None without a log.
+    """
+    path = Path(path)
+    checkpoint = load_checkpoint(path)
+    args, step, model = checkpoint["args"], checkpoint["step"], checkpoint["model"]
+    log = (path if path.is_dir() else path.parent) / "metrics.jsonl"
+    lines = map(json.loads, log.read_text().splitlines()) if log.exists() else []
+    line = next((line for line in lines if line["step"] == step), {})
+    stage = {"path": path, "kind": checkpoint["kind"], "step": step, "encoder": model["encoder"]}
+    stage |= {name: line.get(name) for name in ("loss", "seconds", "flops")}
+    before = lineage(args["teacher"]) if "teacher" in args else []
+    if args:  # a converted checkpoint has none
+        teacher = {"student": before and before[0]["encoder"], "ema": model["encoder"]}.get(stage["kind"])
+        size = model["encoder"]["resolution"]
+        tokens = math.prod(token_grid((args["num_frames"], size, size), args["tubelet_size"], args["patch_size"]))
+        per_token = flops.paper_flops_of(model["encoder"], model["predictor"], teacher, tokens)
+        stage["paper_flops"] = per_token * step * args["batch_size"]
+    return [stage, *before]
+
+
+def total(stages, name):
+    """Sum over a lineage; None if a stage does not know."""
+    return None if any(stage.get(name) is None for stage in stages) else sum(stage[name] for stage in stages)
+
+
+def probed(paths):
+    """probe.py's folders, those that differ in seeds only together: [{name, stages, tasks, runs}, ...].
+
+    stages: a list of lineages, one per run (empty for an untrained encoder); tasks: {task: {mean, spread, chance}}
+    in percent. The spread is the standard deviation over runs, over a run's probe seeds if there is one run.
+    """
+    groups = {}
+    for path in map(Path, paths):
         result = json.loads((path / "results.json").read_text())
-        run = Path(result["checkpoint"])
-        cells = {"encoder": "untrained", "loss": "-", "steps": 0, "time": "-", "FLOPs": "-"}
-        if not result["untrained"]:
-            checkpoint = load_checkpoint(run)
-            cells = {"encoder": checkpoint["kind"], "loss": "-", "steps": checkpoint["step"], "time": "-", "FLOPs": "-"}
-            log = (run if run.is_dir() else run.parent) / "metrics.jsonl"
-            if log.exists():  # a checkpoint file elsewhere, or a converted one, has no log
-                lines = log.read_text().splitlines()
-                if not lines:
-                    raise ValueError(f"{log} is empty: nothing was logged yet")
-                last = json.loads(lines[-1])
-                cells |= {"loss": f"{last['loss']:.3f}", "time": duration(last["seconds"]),
-                          "FLOPs": f"{last['flops']:.2g}"}  # fmt: skip
-        tasks |= {task: found["chance"] for task, found in result["tasks"].items()}
-        for task, found in result["tasks"].items():
+        stages = [] if result["weights"] == "untrained" else lineage(result["checkpoint"])
+        name = stages[0]["kind"] if stages else "untrained"
+        name = {"ema": "EMA (V-JEPA 2)"}.get(name, name) if result["weights"] != "student" else "EMA's student"
+        same = [(stage["kind"], stage["step"], stage["encoder"]) for stage in stages]
+        group = groups.setdefault(json.dumps([name, same]), {"name": name, "stages": [], "results": []})
+        group["stages"].append(stages)
+        group["results"].append(result["tasks"])
+    for group in groups.values():
+        results = group.pop("results")
+        group["runs"], group["tasks"] = len(results), {}
+        for task in results[0]:
+            top1 = [result[task]["top1"] for result in results if task in result]
+            spread = np.std(top1, ddof=1) if len(top1) > 1 else results[0][task]["spread"]
+            group["tasks"][task] = {"mean": np.mean(top1), "spread": spread, "chance": results[0][task]["chance"]}
+    return list(groups.values())
+
+
+def table(args):
+    """A markdown table of probed runs: accuracy, and what they cost; runs that differ in their seeds share a row."""
+    rows, tasks = [], {}
+    for group in probed(args.runs):
+        cells = {"encoder": group["name"], "runs": group["runs"], "steps": 0}
+        if group["stages"][0]:
+            own = [stages[0] for stages in group["stages"]]
+            cells["steps"] = own[0]["step"]
+            if all(stage["loss"] is not None for stage in own):  # else a checkpoint file elsewhere, or a converted one
+                cells["loss"] = f"{np.mean([stage['loss'] for stage in own]):.3f}"
+                cells["time"] = duration(np.mean([stage["seconds"] for stage in own]))
+                cells["FLOPs"] = f"{np.mean([stage['flops'] for stage in own]):.2g}"
+                sums = [total(stages, "flops") for stages in group["stages"]]
+                if None not in sums:
+                    cells["with its teachers"] = f"{np.mean(sums):.2g}"
+        for task, found in group["tasks"].items():
+            tasks[task] = found["chance"]
             spread = "" if found["spread"] is None else f" ± {found['spread']:.1f}"
-            cells[task] = f"{found['top1']:.1f}{spread}"
+            cells[task] = f"{found['mean']:.1f}{spread}"
         rows.append(cells)
-    columns = ["encoder", *tasks, "loss", "steps", "time", "FLOPs"]
+    columns = ["encoder", *tasks, "loss", "steps", "time", "FLOPs", "with its teachers"]
+    if any(row["runs"] > 1 for row in rows):
+        columns.insert(1, "runs")
     heads = [f"{c}, top-1 % (chance {tasks[c]:.1f})" if c in tasks else c for c in columns]
     cells = [heads] + [[str(row.get(c, "-")) for c in columns] for row in rows]
     widths = np.max([[len(cell) for cell in row] for row in cells], axis=0)
@@ -172,19 +310,137 @@ def table(args):
     print("\n".join(lines))
 
 
+STYLES = {  # by name: marker, line, grey level
+    "teacher": ("^", ":", "0.45"), "student": ("o", "-", "0.0"), "EMA (V-JEPA 2)": ("s", "--", "0.3"),
+    "EMA's student": ("D", "-.", "0.55"),
+}  # fmt: skip
+
+# Table 1: FLOPs in 1e21, top-1 on ssv2 and k400, of ViT-L, H, g, G
+PAPER = {
+    "SALT (paper)": ("o", "-", [(1.2, 74.9, 85.4), (1.5, 75.4, 86.0), (1.9, 76.2, 86.8), (2.6, 76.1, 87.2)]),
+    "V-JEPA 2, V-3.6M (paper)": ("s", "--", [(1.4, 68.2, 83.8), (2.6, 73.4, 84.6)]),
+    "V-JEPA 2, VM-22M (paper)": ("D", ":", [(1.9, 73.7, 85.1), (3.5, 74.0, 85.3), (5.3, 75.3, 86.6)]),
+}
+
+
+def pareto(args):
+    """Accuracy over training FLOPs, teachers included, a panel per task; --paper draws the paper's points, too."""
+    groups, count = probed(args.runs), "paper_flops" if args.paper else "flops"
+    tasks = list(dict.fromkeys(task for group in groups for task in group["tasks"]))
+    if args.paper:
+        tasks += [task for task in ("ssv2", "k400") if task not in tasks]
+    if not tasks:
+        fail("pareto: give folders that probe.py wrote, or --paper")
+    figure, axes = plt.subplots(1, len(tasks), figsize=(4.6 * len(tasks), 3.6), squeeze=False, layout="constrained")
+    for ax, task in zip(axes[0], tasks, strict=True):
+        if args.paper and task in ("ssv2", "k400"):
+            for name, (marker, line, points) in PAPER.items():
+                x, y = [1e21 * p[0] for p in points], [p[1 + (task == "k400")] for p in points]
+                ax.plot(x, y, color="0.7", marker=marker, linestyle=line, label=name)
+        for name in dict.fromkeys(group["name"] for group in groups):
+            points = []
+            for group in (group for group in groups if group["name"] == name and task in group["tasks"]):
+                found, sums = group["tasks"][task], [total(stages, count) for stages in group["stages"]]
+                if None in sums:
+                    fail(f"the FLOPs of {group['stages'][0][0]['path']} or of its teachers are not known: no log there")
+                points.append((np.mean(sums), found["mean"], found["spread"] or 0))
+            if name == "untrained":
+                for _, mean, _ in points:
+                    ax.axhline(mean, color="0.6", linewidth=1, linestyle=(0, (1, 3)), label=name)
+            elif points:
+                marker, line, grey = STYLES.get(name, ("x", "-", "0.5"))
+                x, y, spread = zip(*sorted(points), strict=True)
+                ax.errorbar(x, y, spread, color=grey, marker=marker, linestyle=line, capsize=3, label=name)
+        ax.set(xscale="log", xlabel=f"training FLOPs, {'paper' if args.paper else 'executed'}, with teachers",
+               ylabel="top-1 accuracy, %", title=task)  # fmt: skip
+        ax.grid(color="0.9")
+        ax.legend(fontsize=7)
+    save(figure, args.save)
+
+
+def ranks(x):
+    """Ranks of numbers, ties shared."""
+    _, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+
+
+def correlation(x, y):
+    """R² of the straight line (which is Pearson's r squared), Pearson's r and Spearman's rank correlation."""
+    pearson, spearman = np.corrcoef(x, y)[0, 1], np.corrcoef(ranks(x), ranks(y))[0, 1]
+    return pearson**2, pearson, spearman
+
+
+AGAINST = {
+    "loss": "training loss", "rankme": "RankMe", "teacher-loss": "training loss of the teacher",
+    "teacher-rankme": "RankMe of the teacher",
+}  # fmt: skip
+
+
+def correlate(args):
+    """Accuracy of probed checkpoints against their loss or RankMe, or their teachers': R², Pearson, Spearman."""
+    points = []  # a dictionary of numbers per checkpoint
+    for path in map(Path, args.runs):
+        result = json.loads((path / "results.json").read_text())
+        stages = lineage(result["checkpoint"])
+        point = {task: found["top1"] for task, found in result["tasks"].items()} | {"step": stages[0]["step"]}
+        for what in args.against:
+            of, _, name = what.rpartition("-")
+            stage = stages[min(1, len(stages) - 1) if of else 0]
+            if of and len(stages) < 2:
+                raise ValueError(f"{result['checkpoint']} has no teacher: --against {what} is for students")
+            weights = "encoder" if of else result["weights"]
+            point[what] = stage["loss"] if name == "loss" else effective_rank(embeddings(args, stage["path"], weights))
+            if point[what] is None:
+                raise ValueError(f"the loss of {stage['path']} is not known: no log beside it")
+        points.append(point)
+    if len(points) < 3:
+        raise ValueError(f"a correlation of {len(points)} checkpoints says nothing: give three or more")
+    tasks = list(result["tasks"])
+    size = 3.6 * len(tasks), 3.4 * len(args.against)
+    figure, axes = plt.subplots(len(args.against), len(tasks), figsize=size, squeeze=False, layout="constrained")
+    for row, what in zip(axes, args.against, strict=True):
+        for ax, task in zip(row, tasks, strict=True):
+            x, y = (np.array([point[name] for point in points]) for name in (what, task))
+            r2, pearson, spearman = correlation(x, y)
+            print(f"{task} against {AGAINST[what]}: R² {r2:.3f}, Pearson {pearson:+.3f}, Spearman {spearman:+.3f}, "
+                  f"{len(x)} checkpoints")  # fmt: skip
+            slope, offset = np.polyfit(x, y, 1)
+            ends = np.array([x.min(), x.max()])
+            ax.plot(ends, offset + slope * ends, color="0.6", linestyle="--", linewidth=1)
+            ax.plot(x, y, "ko", markersize=4)
+            for point in points:
+                ax.annotate(
+                    point["step"], (point[what], point[task]), fontsize=6, xytext=(3, 3), textcoords="offset points"
+                )
+            ax.set(xlabel=AGAINST[what], ylabel=f"{task}, top-1 %")
+            ax.set_title(f"R² {r2:.2f}, Pearson {pearson:+.2f}, Spearman {spearman:+.2f}", fontsize=9)
+    figure.suptitle("Each point a checkpoint, its steps beside it", fontsize=8)
+    save(figure, args.save)
+
+
 def main():
     parser = Parser(__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for function, suffix in ((curves, "png"), (reconstruct, "png"), (features, "png"), (table, "md")):
+    pictures = (curves, reconstruct, features, pareto, correlate)
+    for function in (*pictures, rankme, table):
         name = function.__name__
         command = commands.add_parser(name, description=function.__doc__, help=function.__doc__.splitlines()[0])
-        command.add_argument("runs", nargs="+", metavar="RUN", help="run folders (table: folders that probe.py wrote)")
-        command.add_argument("--save", type=Path, default=Path(f"out/{name}.{suffix}"), help="file to write")
-        if function in (reconstruct, features):
-            command.add_argument("--data", nargs="+", metavar="MANIFEST", help="real clips; built-in ones without")
-            command.add_argument("--frame-step", type=int, default=4)
-            command.add_argument("--clips", type=int, default=3)
-            command.add_argument("--first", type=int, default=0, help="number of the first clip")
+        flag = command.add_argument
+        folders = "probe.py's folders" if function in (table, pareto, correlate) else "run folders, checkpoints"
+        flag("runs", nargs="*" if function is pareto else "+", metavar="RUN", help=folders)
+        suffix = "png" if function in pictures else {rankme: "json", table: "md"}[function]
+        flag("--save", type=Path, default=Path(f"out/{name}.{suffix}"), help="file to write")
+        if function in (reconstruct, features, rankme, correlate):
+            flag("--data", nargs="+", metavar="MANIFEST", help="real clips; built-in ones without")
+            flag("--frame-step", type=int, default=4)
+            flag("--clips", type=int, default=2000 if function in (rankme, correlate) else 3)
+            flag("--first", type=int, default=0, help="number of the first clip")
+        if function in (rankme, correlate):
+            flag("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+        if function is correlate:
+            flag("--against", nargs="+", choices=AGAINST, default=["loss"], help="what is set against the accuracy")
+        if function is pareto:
+            flag("--paper", action="store_true", help="count as the paper does, and draw its table 1")
         command.set_defaults(function=function)
     args = parser.parse_args()
     try:

@@ -85,7 +85,7 @@ def rope_table(grid, head_dim, device):
     """
     s = 2 * (head_dim // 3 // 2)
     # The table is shared by training and evaluation, so it must not be an inference tensor, whoever asks first.
-    with torch.inference_mode(False), torch.autocast(torch.device(device).type, enabled=False):
+    with torch.inference_mode(False):
         axes = [torch.arange(n, device=device, dtype=torch.float32) for n in grid]
         positions = torch.cartesian_prod(*axes)  # (N, 3)
         omega = 10000 ** -(torch.arange(s // 2, device=device, dtype=torch.float32) / (s / 2))
@@ -299,8 +299,9 @@ CHECKPOINT_FORMAT = "salt-1"
 def load_checkpoint(path):
     """Read checkpoint.pt (or the run folder that holds it) as a dictionary of plain tensors and values, on the CPU.
 
-    Keys: format, kind ("teacher", "student", ...), step, model {"encoder": {...}, "predictor": {...}}, encoder and
-    predictor (state dicts), args. FileNotFoundError if there is none, ValueError if it is not one of ours or damaged.
+    Keys: format, kind ("teacher", "student", "ema"), step, model {"encoder": {...}, "predictor": {...}}, encoder and
+    predictor (state dicts), encoder_is (the kind again: what `encoder` holds), args; an EMA run has student as well.
+    FileNotFoundError if there is none, ValueError if it is not one of ours or damaged.
     """
     file = Path(path)
     if file.is_dir():
@@ -338,18 +339,21 @@ def check_state_dict(expected, weights, name):
         raise ValueError(f"weights do not fit {name}: " + "; ".join(problems))
 
 
-def load_encoder(path):
-    """The encoder of a run folder or checkpoint file, in eval mode, float32, on the CPU. Errors as load_checkpoint."""
-    return _load_part(Encoder, "encoder", path)
+def load_encoder(path, weights="encoder"):
+    """The encoder of a run folder or checkpoint file, in eval mode, float32, on the CPU. Errors as load_checkpoint.
+
+    weights: "encoder", or "student" for the student of an EMA run, whose encoder is the moving average.
+    """
+    return _load_part(Encoder, path, "encoder", weights)
 
 
 def load_predictor(path):
     """The predictor of a run folder or checkpoint file, likewise."""
-    return _load_part(Predictor, "predictor", path)
+    return _load_part(Predictor, path, "predictor", "predictor")
 
 
-def _load_part(cls, name, path):
+def _load_part(cls, path, config, weights):
     checkpoint = load_checkpoint(path)
-    if name not in checkpoint:
-        raise ValueError(f"the checkpoint {path} holds no {name}")
-    return build(cls, checkpoint["model"][name], checkpoint[name]).float().eval()
+    if weights not in checkpoint:
+        raise ValueError(f"the checkpoint {path} holds no {weights}")
+    return build(cls, checkpoint["model"][config], checkpoint[weights]).float().eval()

@@ -36,6 +36,7 @@ def parse_args():
     parser = Parser(__doc__)
     flag = parser.add_argument_group("what is probed").add_argument
     flag("--checkpoint", default="out/student", metavar="RUN|FILE", help="run folder or checkpoint file")
+    flag("--weights", choices=("encoder", "student"), default="encoder", help="an EMA run holds its student as well")
     flag("--untrained", action="store_true", help="the checkpoint's architecture with random weights")
     flag("--task", nargs="+", choices=[*TASKS, *SYNTHETIC], default=[], help="several built-in tasks share features")
     flag("--train-data", nargs="+", metavar="MANIFEST", help="for a task of your own; with --val-data, --num-classes")
@@ -59,6 +60,7 @@ def parse_args():
     flag("--standardize", action=argparse.BooleanOptionalAction, default=False,
          help="give the probe tokens of zero mean and unit variance per channel; pays when epochs are few")  # fmt: skip
     flag("--seeds", type=int, default=1, help="probes trained, with different initialisation and order")
+    flag("--seed", type=int, default=0, help="of the first probe, and of the untrained encoder")
 
     flag = parser.add_argument_group("on what, and what it leaves").add_argument
     flag("--device", choices=("cpu", "cuda"), help="default cuda where there is one")
@@ -83,10 +85,10 @@ def load(args):
     """The frozen encoder that the flags name."""
     try:
         if args.untrained:
-            torch.manual_seed(0)
+            torch.manual_seed(args.seed)
             encoder = Encoder(**load_checkpoint(args.checkpoint)["model"]["encoder"]).eval()
         else:
-            encoder = load_encoder(args.checkpoint)
+            encoder = load_encoder(args.checkpoint, args.weights)
     except (OSError, ValueError) as error:
         fail(f"--checkpoint: {error}; train_student.py makes one")
     return encoder.requires_grad_(False).to(args.device)
@@ -198,7 +200,8 @@ def probe_tasks(args):
     """Probe the encoder on every task and write results.json. BadVideo if a video cannot be read."""
     encoder = load(args)
     train, val, tasks = sources(args, encoder)
-    name = f"{args.checkpoint}{' untrained' if args.untrained else ''}"
+    part = "untrained" if args.untrained else args.weights
+    name = f"{args.checkpoint}{'' if part == 'encoder' else f' ({part})'}"
     print(f"probing {name} on {', '.join(tasks)}: {len(train)} training and {len(val)} validation clips, {args.device}")
 
     started, size = time.perf_counter(), args.batch_size
@@ -228,7 +231,7 @@ def probe_tasks(args):
     results, fits, probing = {}, 0, time.perf_counter()
     for task, (column, classes) in tasks.items():
         rights = []
-        for seed in range(args.seeds):
+        for seed in range(args.seed, args.seed + args.seeds):
             torch.manual_seed(seed)
             try:
                 probe = AttentiveProbe(encoder.width, classes, args.probe_depth, args.probe_heads)
@@ -256,7 +259,7 @@ def probe_tasks(args):
         print(f"{name} {task}: top-1 {top1.mean():.1f}%{spread} (95% interval {low:.1f} to {high:.1f}, "
               f"chance {100 / classes:.1f}, {len(val)} clips)")  # fmt: skip
 
-    record = {"checkpoint": str(args.checkpoint), "untrained": args.untrained, "tasks": results,
+    record = {"checkpoint": str(args.checkpoint), "weights": part, "tasks": results,
               "seconds": time.perf_counter() - started,
               "args": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}}  # fmt: skip
     try:

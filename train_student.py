@@ -57,7 +57,7 @@ def main():
     student = Encoder(**config).to(args.device)
     predictor = Predictor(**training.predictor_config(args, student.width, teacher.width)).to(args.device)
     optimizer = training.make_optimizer([student, predictor], args)
-    run = training.Run("student", args, student, predictor, optimizer, teacher)
+    run = training.Run("student", args, {"encoder": student, "predictor": predictor}, optimizer, teacher)
     if args.compile:
         for block in (*teacher.blocks, *student.blocks, *predictor.blocks):
             block.compile()

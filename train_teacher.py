@@ -41,7 +41,7 @@ def main():
     encoder = Encoder(**config).to(args.device)
     predictor = Predictor(**training.predictor_config(args, encoder.width, pixels)).to(args.device)
     optimizer = training.make_optimizer([encoder, predictor], args)
-    run = training.Run("teacher", args, encoder, predictor, optimizer)
+    run = training.Run("teacher", args, {"encoder": encoder, "predictor": predictor}, optimizer)
     if args.compile:
         for block in (*encoder.blocks, *predictor.blocks):
             block.compile()

@@ -98,6 +98,9 @@ def training_flags(description, out, steps):
     flag = parser.add_argument_group("what it leaves").add_argument
     flag("--out", type=Path, default=Path(out), help="run folder; one that holds this run already is continued")
     flag("--save-every", type=int, default=1000, help="steps")
+    flag(
+        "--snapshot-every", type=int, default=0, help="steps; each leaves a checkpoint-STEP.pt for analyze.py; 0: none"
+    )
     flag("--log-every", type=int, default=10, help="steps")
     flag("--fresh", action="store_true", help="start anew; a run that is in --out already is moved aside")
     return parser
@@ -155,6 +158,11 @@ def require_at_least(args, least, *names):
             fail(f"--{name.replace('_', '-')} {getattr(args, name)}: at least {least} is needed")
 
 
+def default_micro_batch_size(share):
+    """The largest size up to 24 (V-JEPA 2's clips per GPU) that divides a process's share of a batch."""
+    return next(n for n in range(min(24, share), 0, -1) if share % n == 0)
+
+
 def setup(args):
     """Resolve the flags that depend on the machine, in place; join torchrun's process group; say what it runs on."""
     rank, world = rank_and_world()
@@ -166,12 +174,13 @@ def setup(args):
     if args.steps < 1 or args.batch_size < 1 or args.batch_size % world:
         fail(f"--steps and --batch-size are at least 1, --batch-size divisible by the {world} processes")
     require_at_least(args, 1, "save_every", "log_every", "frame_step")
-    require_at_least(args, 0, "seed", "workers")
+    require_at_least(args, 0, "seed", "workers", "snapshot_every")
+    args.schedule_steps = args.steps  # where learning rate and weight decay end; V-JEPA's stretch moves it
     if args.warmup_steps >= args.steps:
         fail(f"--warmup-steps {args.warmup_steps} leaves nothing of --steps {args.steps}; a tenth of it is usual")
     share = args.batch_size // world
     if args.micro_batch_size is None:
-        args.micro_batch_size = next(n for n in range(min(24, share), 0, -1) if share % n == 0)
+        args.micro_batch_size = default_micro_batch_size(share)
     if args.micro_batch_size < 1 or share % args.micro_batch_size:
         fail(f"--micro-batch-size {args.micro_batch_size} does not divide {args.batch_size} clips / {world} processes")
     if world > 1:
@@ -228,16 +237,16 @@ def generator(*key):
 
 
 def learning_rate(step, args):
-    """Linear from start_lr to lr over warmup_steps, then cosine to final_lr at the last step."""
+    """Linear from start_lr to lr over warmup_steps, then cosine to final_lr at the schedule's last step."""
     if step < args.warmup_steps:
         return args.start_lr + (args.lr - args.start_lr) * step / args.warmup_steps
-    progress = (step - args.warmup_steps) / max(1, args.steps - 1 - args.warmup_steps)
+    progress = (step - args.warmup_steps) / max(1, args.schedule_steps - 1 - args.warmup_steps)
     return args.final_lr + (args.lr - args.final_lr) * (1 + math.cos(math.pi * progress)) / 2
 
 
 def weight_decay(step, args):
-    """Cosine from weight_decay at step 0 to final_weight_decay at the last step."""
-    progress = step / max(1, args.steps - 1)
+    """Cosine from weight_decay at step 0 to final_weight_decay at the schedule's last step."""
+    progress = step / max(1, args.schedule_steps - 1)
     change = args.weight_decay - args.final_weight_decay
     return args.final_weight_decay + change * (1 + math.cos(math.pi * progress)) / 2
 
@@ -301,14 +310,16 @@ def git_commit():
 class Run:
     """A training run and its folder: restores what an earlier start saved, logs, saves.
 
-    kind is "teacher", "student", ...; the networks and the optimiser are restored in place where --out holds an earlier
-    part of this run. `start_step` is where to go on.
+    kind: "teacher", "student" or "ema". networks: what is saved, by name: "encoder" (what a checkpoint is loaded for),
+    "predictor", and whatever else is needed to go on. teacher: what makes the targets, if anything does. Networks and
+    optimiser are restored in place where --out holds an earlier part of this run. `start_step` is where to go on.
     """
 
     MAX_BAD = 0.05  # share of unreadable videos above which a run ends
 
-    def __init__(self, kind, args, encoder, predictor, optimizer, teacher=None):
-        self.kind, self.args, self.encoder, self.predictor, self.optimizer = kind, args, encoder, predictor, optimizer
+    def __init__(self, kind, args, networks, optimizer, teacher=None):
+        self.kind, self.args, self.networks, self.optimizer = kind, args, networks, optimizer
+        self.model = {name: networks[name].config for name in ("encoder", "predictor")}
         self.teacher_config = teacher.config if teacher else None
         self.rank, self.world = rank_and_world()
         self.device = torch.device(args.device)
@@ -362,7 +373,7 @@ class Run:
         clips = len(masks[0].context_ids)
         self.window_clips += clips
         self.window_flops += clips * flops.step_flops(
-            self.encoder.config, self.predictor.config, counts, self.teacher_config, math.prod(self.grid)
+            self.model["encoder"], self.model["predictor"], counts, self.teacher_config, math.prod(self.grid)
         )
         for i, name in enumerate(("context", "target")):
             lost = sum(mask[i + 2].sum().item() for mask in masks)
@@ -381,11 +392,12 @@ class Run:
         """Log and save where it is time. loss: this process's mean, a detached tensor; grad_norm: from `update`."""
         args, done = self.args, step + 1
         self.losses.append(loss)  # read only when logged: no device synchronisation per step
-        saving = done % args.save_every == 0 or done == args.steps
-        if done % args.log_every == 0 or saving:
+        snapshot = args.snapshot_every and done % args.snapshot_every == 0
+        saving = snapshot or done % args.save_every == 0 or done == args.steps
+        if saving or done % args.log_every == 0:
             self._log(done, grad_norm)
         if saving:
-            self.save(done)
+            self.save(done, snapshot)
 
     def _log(self, done, grad_norm):
         args = self.args
@@ -427,18 +439,17 @@ class Run:
                   f"{line['clips_per_s']:.0f} clips/s  waiting for data {line['data_wait']:.0%}  {left} left",
                   flush=True)  # fmt: skip
 
-    def save(self, step):
-        """Write checkpoint.pt for others and resume/ for this run."""
+    def save(self, step, snapshot=False):
+        """Write checkpoint.pt for others and resume/ for this run; with `snapshot`, a checkpoint that stays as well."""
         if self.rank == 0:
-            shared = {
-                "format": CHECKPOINT_FORMAT, "kind": self.kind, "step": step, "model": self._model(),
-                "encoder": self.encoder.state_dict(), "predictor": self.predictor.state_dict(),
-                "args": self._plain_args(),
-            }  # fmt: skip
+            weights = {name: network.state_dict() for name, network in self.networks.items()}
+            shared = {"format": CHECKPOINT_FORMAT, "kind": self.kind, "step": step, "model": self.model,
+                      "encoder_is": self.kind, **weights, "args": self._plain_args()}  # fmt: skip
             own = {"optimizer": self.optimizer.state_dict(), "seconds": self.seconds, "flops": self.flops}
             try:
                 write_aside(self.resume_file, lambda path: torch.save(shared | own, path))
-                write_aside(self.args.out / "checkpoint.pt", lambda path: torch.save(shared, path))
+                for name in ["checkpoint.pt", f"checkpoint-{step:06}.pt"][: 2 if snapshot else 1]:
+                    write_aside(self.args.out / name, lambda path: torch.save(shared, path))
             except (OSError, RuntimeError) as error:  # RuntimeError is torch.save's word for a full disk
                 fail(f"step {step} could not be saved in {self.args.out}, the one before is kept: {error}")
         if dist.is_initialized():
@@ -466,11 +477,11 @@ class Run:
 
     def _describe(self):
         versions = {"python": platform.python_version(), "torch": torch.__version__, "av": data.av.__version__}
-        record = {"kind": self.kind, "args": self._plain_args(), "model": self._model(), "world_size": self.world,
+        record = {"kind": self.kind, "args": self._plain_args(), "model": self.model, "world_size": self.world,
                   "versions": versions, "git_commit": git_commit()}  # fmt: skip
         write_aside(self.args.out / "args.json", lambda path: path.write_text(json.dumps(record, indent=2) + "\n"))
         self.metrics_file.write_text("")
-        sizes = [sum(p.numel() for p in m.parameters()) / 1e6 for m in (self.encoder, self.predictor)]
+        sizes = [sum(p.numel() for p in self.networks[name].parameters()) / 1e6 for name in self.model]
         print(f"{self.kind}: encoder {sizes[0]:.2f}M parameters, predictor {sizes[1]:.2f}M; "
               f"{self.args.steps} steps into {self.args.out}", flush=True)  # fmt: skip
 
@@ -479,11 +490,11 @@ class Run:
             state = torch.load(self.resume_file, map_location="cpu", weights_only=True)
         except Exception as error:  # whatever a damaged file makes torch.load raise, the remedy is one
             fail(f"{self.resume_file} cannot be read ({type(error).__name__}); --fresh starts anew")
-        if state["kind"] != self.kind or state["model"] != self._model():
+        if state["kind"] != self.kind or state["model"] != self.model:
             fail(f"{self.args.out} holds a run of another kind or model; choose another --out, or --fresh")
         changed = [k for k, v in self._plain_args().items() if k not in ("fresh", "out") and state["args"].get(k) != v]
-        self.encoder.load_state_dict(state["encoder"])
-        self.predictor.load_state_dict(state["predictor"])
+        for name, network in self.networks.items():
+            network.load_state_dict(state[name])
         self.optimizer.load_state_dict(state["optimizer"])
         self.start_step, self.seconds, self.flops = state["step"], state["seconds"], state["flops"]
         if self.rank == 0:
@@ -494,9 +505,6 @@ class Run:
             print(f"continuing {self.args.out} at step {self.start_step} of {self.args.steps}")
             if changed:
                 print("  with other flags than before: " + ", ".join("--" + k.replace("_", "-") for k in changed))
-
-    def _model(self):
-        return {"encoder": self.encoder.config, "predictor": self.predictor.config}
 
     def _plain_args(self):
         def plain(value):
