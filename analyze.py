@@ -29,6 +29,7 @@ from training import Parser, duration, fail, generator
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the choice of backend)
+from matplotlib.ticker import LogLocator, NullLocator  # noqa: E402
 
 CLIP_SEED = 2**31 + 4  # built-in clips that no training run and no probe sees
 
@@ -143,7 +144,7 @@ def features(args):
         colours = (colours * 255).to(torch.uint8).reshape(len(clips), *encoder.grid(x), 3)
         videos.append(colours.permute(0, 4, 1, 2, 3))
     names = ["clip", *(Path(path).name for path in args.runs)]
-    title = "First three principal components of all tokens, as red, green, blue"
+    title = "First three principal components of the tokens, as red, green, blue"
     if args.save.suffix in (".gif", ".mp4"):
         return play(videos, names, title, args.save)
     t = max(encoder.grid(x)[0] for encoder in encoders)
@@ -161,7 +162,7 @@ def play(videos, names, title, path):
     frames, clips = max(video.shape[2] for video in videos), len(videos[0])
     figure, axes = plt.subplots(len(videos), clips, figsize=(1.6 * clips, 1.6 * len(videos) + 0.4), squeeze=False,
                                 layout="constrained")  # fmt: skip
-    figure.suptitle("\n".join(title.split(", ")), fontsize=8)
+    figure.suptitle(title, fontsize=8, wrap=True)
     pictures = []
     for frame in range(frames):
         for row, video, name in zip(axes, videos, names, strict=True):
@@ -351,8 +352,13 @@ def pareto(args):
                 marker, line, grey = STYLES.get(name, ("x", "-", "0.5"))
                 x, y, spread = zip(*sorted(points), strict=True)
                 ax.errorbar(x, y, spread, color=grey, marker=marker, linestyle=line, capsize=3, label=name)
-        ax.set(xscale="log", xlabel=f"training FLOPs, {'paper' if args.paper else 'executed'}, with teachers",
-               ylabel="top-1 accuracy, %", title=task)  # fmt: skip
+        counted = "by the paper's count" if args.paper else "executed"
+        ax.set(
+            xscale="log", xlabel=f"training FLOPs, {counted}, teachers included", ylabel="top-1 accuracy, %", title=task
+        )
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.xaxis.set_major_formatter(lambda x, _: f"{x:.0e}".replace("e+", "e"))
+        ax.xaxis.set_minor_locator(NullLocator())
         ax.grid(color="0.9")
         ax.legend(fontsize=7)
     save(figure, args.save)
@@ -401,6 +407,9 @@ def correlate(args):
     for row, what in zip(axes, args.against, strict=True):
         for ax, task in zip(row, tasks, strict=True):
             x, y = (np.array([point[name] for point in points]) for name in (what, task))
+            for name, values in ((AGAINST[what], x), (task, y)):
+                if np.ptp(values) == 0:
+                    raise ValueError(f"{name} is {values[0]:.4g} for all of these checkpoints: nothing to correlate")
             r2, pearson, spearman = correlation(x, y)
             print(f"{task} against {AGAINST[what]}: R² {r2:.3f}, Pearson {pearson:+.3f}, Spearman {spearman:+.3f}, "
                   f"{len(x)} checkpoints")  # fmt: skip

@@ -1,23 +1,20 @@
-"""The probe learns what is in the tokens and nothing else, and reports it; analyze.py shows it."""
+"""The probe learns what is in the tokens and nothing else, and reports it."""
 
 import argparse
 import json
 import math
 import shlex
 import shutil
-from pathlib import Path
 
-import numpy as np
-import PIL.Image
 import pytest
 import torch
 from conftest import TINY, flat, refusal, run_script, write_image, write_video
 
-import analyze
 import data
 import probe
+import train_ema_baseline
 import train_student
-from model import AttentiveProbe, load_encoder
+from model import AttentiveProbe, Encoder, load_checkpoint, load_encoder
 
 QUICK = shlex.split("--epochs 1 --batch-size 16 --probe-heads 2 --probe-depth 2 --workers 0 --device cpu")
 SYNTHETIC = shlex.split("--train-clips 24 --val-clips 20")
@@ -105,7 +102,7 @@ def probed(student, tmp_path_factory):
 
 def test_synthetic_tasks(probed, student):
     record = results(probed)
-    assert record["checkpoint"] == str(student) and record["untrained"] is False and record["seconds"] > 0
+    assert record["checkpoint"] == str(student) and record["weights"] == "encoder" and record["seconds"] > 0
     assert record["args"]["epochs"] == 1 and record["args"]["train_clips"] == 24
     assert list(record["tasks"]) == ["synthetic-motion", "synthetic-shape"]
     for (_, found), classes in zip(record["tasks"].items(), (8, 6), strict=True):
@@ -123,7 +120,8 @@ def test_flags_of_the_probe(flags, teacher, tmp_path, capfd):
     run = ["--task", "synthetic-shape", "--checkpoint", teacher / "checkpoint.pt"]
     run_script(probe, *QUICK, *SYNTHETIC, *run, "--out", tmp_path, *flags)
     record = results(tmp_path)
-    assert record["tasks"]["synthetic-shape"]["spread"] is None and record["untrained"] == ("--untrained" in flags)
+    assert record["tasks"]["synthetic-shape"]["spread"] is None
+    assert record["weights"] == ("untrained" if "--untrained" in flags else "encoder")
     assert "chance 16.7, 20 clips" in capfd.readouterr().out
 
 
@@ -140,6 +138,68 @@ def test_untrained_is_another_encoder(teacher):
     assert torch.equal(trained(x), load_encoder(teacher)(x)) and torch.equal(first(x), second(x))
     assert not torch.allclose(trained(x), first(x), atol=1e-3)
     assert not any(e.training or any(p.requires_grad for p in e.parameters()) for e in (trained, first))
+
+
+def test_seed_of_the_untrained_encoder(teacher):
+    task = ("--task", "synthetic-shape", "--checkpoint", teacher, "--untrained")
+    flags = (), ("--seed", 0), ("--seed", 1)
+    weights = [probe.load(probe_args(*task, *f)).patch_embed.weight for f in flags]
+    assert torch.equal(weights[0], weights[1]) and not torch.allclose(weights[1], weights[2], atol=1e-3)
+
+
+def test_seed_of_the_probe(probed, student, tmp_path, capfd):
+    """It is the first probe's: the second of two probes is the one that --seed 1 trains."""
+    tasks = ("--task", "synthetic-motion", "synthetic-shape")
+    run_script(probe, *QUICK, *SYNTHETIC, *tasks, "--checkpoint", student, "--out", tmp_path, "--seed", 1)
+    assert "seed 1 epoch 1/1" in capfd.readouterr().out and results(tmp_path)["args"]["seed"] == 1
+    for task, found in results(tmp_path)["tasks"].items():
+        assert found["top1_per_seed"] == results(probed)["tasks"][task]["top1_per_seed"][1:]
+
+
+def test_seeds_differ_in_initialisation_and_order(student, tmp_path, monkeypatch):
+    """With three probes from --seed 5 on: 5, 6 and 7."""
+    firsts = []
+
+    def watched(args, network, epochs, steps, column):
+        firsts.append((network.linear.weight.clone(), next(iter(epochs(0)))[0]))
+        yield 0, 0.0
+
+    monkeypatch.setattr(probe, "train_probe", watched)
+    flags = [*QUICK, *SYNTHETIC, "--task", "synthetic-shape", "--checkpoint", student, "--out", tmp_path]
+    for seeds in (("--seed", 5, "--seeds", 3), ("--seed", 6)):
+        run_script(probe, *flags, *seeds)
+    for a, b in ((0, 1), (1, 2), (0, 2)):
+        assert not any(torch.allclose(x, y) for x, y in zip(firsts[a], firsts[b], strict=True))
+    assert all(torch.equal(x, y) for x, y in zip(firsts[1], firsts[3], strict=True))
+
+
+@pytest.fixture(scope="module")
+def ema(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "ema"
+    run_script(train_ema_baseline, *TINY, "--ema-momentum", 0.5, "--out", out)
+    return out
+
+
+def test_weights_of_an_ema_run(ema, tmp_path, capfd):
+    """Its encoder is the moving average; the student is probed only if asked for."""
+    x, states = torch.randn(1, 3, 4, 32, 32), load_checkpoint(ema)
+    task = ("--task", "synthetic-shape", "--checkpoint", ema)
+    for flags, part in (((), "encoder"), (("--weights", "encoder"), "encoder"), (("--weights", "student"), "student")):
+        encoder = Encoder(**states["model"]["encoder"])
+        encoder.load_state_dict(states[part])
+        loaded = probe.load(probe_args(*task, *flags))
+        assert torch.equal(loaded(x), encoder(x)) and not loaded.training
+        run_script(probe, *QUICK, *SYNTHETIC, *task, *flags, "--out", tmp_path)
+        assert results(tmp_path)["weights"] == part and results(tmp_path)["checkpoint"] == str(ema)
+        assert (f"{ema} (student) synthetic-shape: top-1" in capfd.readouterr().out) == (part == "student")
+    assert not torch.allclose(states["encoder"]["patch_embed.weight"], states["student"]["patch_embed.weight"])
+
+
+def test_other_runs_hold_no_student(teacher, student, tmp_path, capfd):
+    for run in (teacher, student):
+        flags = ("--task", "synthetic-shape", "--checkpoint", run, "--weights", "student", "--out", tmp_path / "out")
+        assert f"{run} holds no student" in refusal(capfd, probe, *QUICK, *SYNTHETIC, *flags)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("single", [False, True])
@@ -257,85 +317,15 @@ def test_nothing_but_unreadable_training_videos(dark_or_bright, teacher, tmp_pat
         ("--task synthetic-shape --batch-size 0", "--batch-size"),
         ("--task synthetic-shape --val-clips 0", "--val-clips"),
         ("--task synthetic-shape --seeds 0", "--seeds"),
+        ("--task synthetic-shape --seed -1", "--seed"),
+        ("--task synthetic-shape --workers -1", "--workers"),
+        ("--task synthetic-shape --weights predictor", "--weights"),
         ("--task synthetic-shape --out DIR/train.csv/x", "--out "),
     ],
 )
 def test_wrong_flags_end_in_one_line(flags, says, dark_or_bright, teacher, tmp_path, capfd):
     flags = flags.replace("DIR", str(dark_or_bright)).split()
     assert says in refusal(capfd, probe, *QUICK, *SYNTHETIC, "--checkpoint", teacher, "--out", tmp_path, *flags)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# analyze.py
-
-
-@pytest.mark.parametrize("command", ["curves", "features", "reconstruct"])
-def test_pictures(command, teacher, student, dark_or_bright, tmp_path):
-    runs = [teacher] if command == "reconstruct" else [teacher, student]
-    own = [] if command == "curves" else ["--data", dark_or_bright / "val.csv", "--clips", 2]
-    for flags in ([], own):
-        run_script(analyze, command, *runs, "--save", tmp_path / "new" / "x.png", *flags)
-        image = np.asarray(PIL.Image.open(tmp_path / "new" / "x.png").convert("RGB"))
-        assert min(image.shape[:2]) > 100 and image.std() > 5
-
-
-def test_table(probed, student, teacher, tmp_path):
-    flags = [*QUICK, *SYNTHETIC, "--task", "synthetic-shape"]
-    run_script(probe, *flags, "--checkpoint", teacher, "--out", tmp_path / "teacher")
-    run_script(probe, *flags, "--checkpoint", student, "--untrained", "--out", tmp_path / "untrained")
-    folders = tmp_path / "untrained", tmp_path / "teacher", probed
-    run_script(analyze, "table", *folders, "--save", tmp_path / "a" / "t.md")
-    lines = (tmp_path / "a" / "t.md").read_text().splitlines()
-    head, rule, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
-    assert len({len(line) for line in lines}) == 1 and set("".join(rule)) == {"-"}
-    assert head[0] == "encoder" and head[-4:] == ["loss", "steps", "time", "FLOPs"]
-    assert set(head[1:3]) == {"synthetic-motion, top-1 % (chance 12.5)", "synthetic-shape, top-1 % (chance 16.7)"}
-    table = [dict(zip(head, row, strict=True)) for row in rows]
-    assert [row["encoder"] for row in table] == ["untrained", "teacher", "student"]
-    assert [row["steps"] for row in table] == ["0", "6", "6"] and table[0]["loss"] == "-"
-    last = json.loads((teacher / "metrics.jsonl").read_text().splitlines()[-1])
-    assert table[1]["loss"] == f"{last['loss']:.3f}"
-    assert float(table[1]["FLOPs"]) == pytest.approx(last["flops"], rel=0.05)
-    motion, shape = head[1:3] if "motion" in head[1] else head[2:0:-1]
-    assert [row[motion] for row in table[:2]] == ["-", "-"]
-    for row, out in zip(table, folders, strict=True):
-        found = results(out)["tasks"]["synthetic-shape"]
-        spread = "" if found["spread"] is None else f" ± {found['spread']:.1f}"
-        assert row[shape] == f"{found['top1']:.1f}{spread}"
-
-
-def test_table_of_a_checkpoint_file(student, tmp_path):
-    """probe.py takes a file or a run folder, so table shows both; a file elsewhere has no log to take figures from."""
-    shutil.copy(student / "checkpoint.pt", tmp_path / "alone.pt")
-    for i, checkpoint in enumerate((student / "checkpoint.pt", tmp_path / "alone.pt")):
-        flags = [*QUICK, *SYNTHETIC, "--task", "synthetic-shape", "--checkpoint", checkpoint]
-        run_script(probe, *flags, "--out", tmp_path / str(i))
-        run_script(analyze, "table", tmp_path / str(i), "--save", tmp_path / "t.md")
-        assert "student" in (tmp_path / "t.md").read_text().splitlines()[2]
-
-
-@pytest.mark.parametrize(
-    "flags, says",
-    [
-        (["curves", "nowhere"], "nowhere"),
-        (["features", "nowhere"], "no checkpoint at nowhere"),
-        (["table", "nowhere"], "nowhere"),
-        (["reconstruct", "STUDENT"], "only a teacher predicts pixels"),
-        (["features", "STUDENT", "--data", "nowhere.csv"], "nowhere.csv"),
-        (["show", "STUDENT"], "show"),
-    ],
-)
-def test_analyze_refuses(flags, says, student, tmp_path, capfd):
-    flags = [str(student) if f == "STUDENT" else f for f in flags]
-    assert says in refusal(capfd, analyze, *flags, *["--save", tmp_path / "x.png"] * (flags[0] != "show"))
-    assert not (tmp_path / "x.png").exists()
-
-
-def test_table_of_a_run_that_has_not_logged(teacher, tmp_path, capfd):
-    run = Path(shutil.copytree(teacher, tmp_path / "run"))
-    (run / "metrics.jsonl").write_text("")
-    run_script(probe, *QUICK, *SYNTHETIC, "--task", "synthetic-shape", "--checkpoint", run, "--out", tmp_path / "p")
-    assert "metrics.jsonl" in refusal(capfd, analyze, "table", tmp_path / "p", "--save", tmp_path / "t.md")
 
 
 def test_probe_of_a_students_student(student, tmp_path):

@@ -1,5 +1,6 @@
 """Losses, schedules and what a run leaves behind; a run does not depend on interruptions or the number of processes."""
 
+import argparse
 import json
 import math
 import os
@@ -11,13 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, flat, refusal, run_script, write_image, write_video
+from conftest import TINY, flat, randomise, refusal, run_script, write_image, write_video
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import flops
 import masking
+import train_ema_baseline
 import train_student
 import train_teacher
 import training
@@ -37,18 +39,20 @@ def some_batch(count=4):
     return torch.randn(count, 3, 4, 32, 32, generator=rng), masking.sample_masks("multiblock", GRID, count, rng)
 
 
-def losses_of(stage, encoder, predictor, clips, masks):
-    if stage == 1:
+def losses_of(script, encoder, predictor, clips, masks):
+    if script is train_teacher:
         return train_teacher.pixel_loss(encoder, predictor, clips, masks)
-    targets = train_student.latent_targets(some_teacher(), clips)
-    return train_student.latent_loss(encoder, predictor, targets, clips, masks)
+    targets = script.latent_targets(some_teacher(), clips)
+    return script.latent_loss(encoder, predictor, targets, clips, masks)
 
 
 def some_teacher(width=48):
     return networks(1, width)[0].eval().requires_grad_(False)
 
 
-OUT_WIDTH = {1: 3 * 2 * 8 * 8, 2: 48}
+OUT_WIDTH = {train_teacher: 3 * 2 * 8 * 8, train_student: 48, train_ema_baseline: 48}
+SCRIPTS = list(OUT_WIDTH)
+every_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # schedules and optimiser
@@ -148,31 +152,32 @@ class Says(torch.nn.Module):
         return gather(self.targets, target_ids) + self.off[mask_index]
 
 
-@pytest.mark.parametrize("stage, expected", [(1, (0.25 + 4) / 2), (2, (0.5 + 2) / 2)])
-def test_losses(stage, expected):
-    """Squared error in stage 1, absolute in stage 2, averaged over the masks; 0 when the predictor is right."""
+@every_script
+def test_losses(script):
+    """Squared error of pixels, absolute of latents, averaged over the masks; 0 when the predictor is right."""
     encoder, _ = networks(1)
     clips, masks = some_batch()
-    if stage == 1:
+    expected = (0.25 + 4) / 2 if script is train_teacher else (0.5 + 2) / 2
+    if script is train_teacher:
         targets = train_teacher.pixel_targets(clips, 2, 8)
     else:
         targets = F.layer_norm(some_teacher()(clips), (48,), eps=1e-5)
     for off, loss in (((0, 0), 0), ((0.5, -2), expected)):
-        found = losses_of(stage, encoder, Says(targets, masks, off), clips, masks).item()
+        found = losses_of(script, encoder, Says(targets, masks, off), clips, masks).item()
         assert found == pytest.approx(loss, rel=1e-4, abs=1e-6)
 
 
-@pytest.mark.parametrize("stage", [1, 2])
-def test_gradients_reach_student_and_predictor_only(stage):
-    encoder, predictor = networks(OUT_WIDTH[stage])
+@every_script
+def test_gradients_reach_student_and_predictor_only(script):
+    encoder, predictor = networks(OUT_WIDTH[script])
     clips, masks = some_batch()
     teacher = some_teacher()
-    if stage == 1:
+    if script is train_teacher:
         loss = train_teacher.pixel_loss(encoder, predictor, clips, masks)
     else:
-        targets = train_student.latent_targets(teacher.requires_grad_(True), clips)
+        targets = script.latent_targets(teacher.requires_grad_(True), clips)
         assert not targets.requires_grad and targets.dtype == torch.float32
-        loss = train_student.latent_loss(encoder, predictor, targets, clips, masks)
+        loss = script.latent_loss(encoder, predictor, targets, clips, masks)
     loss.backward()
     for name, p in (*encoder.named_parameters(), *predictor.named_parameters()):
         assert p.grad is not None and p.grad.abs().max() > 0, name
@@ -180,9 +185,9 @@ def test_gradients_reach_student_and_predictor_only(stage):
     assert all(p.grad is None for p in teacher.parameters())
 
 
-@pytest.mark.parametrize("stage, factor", [(1, 0.8), (2, 0.7)])
-def test_one_batch_can_be_learnt(stage, factor):
-    encoder, predictor = networks(OUT_WIDTH[stage], 64, 64)
+@pytest.mark.parametrize("script, factor", [(train_teacher, 0.8), (train_student, 0.7)])
+def test_one_batch_can_be_learnt(script, factor):
+    encoder, predictor = networks(OUT_WIDTH[script], 64, 64)
     clips, masks = some_batch(1)
     args = paper_args(10, "--warmup-steps", "1", "--clip-grad", "10")
     optimizer = training.make_optimizer([encoder, predictor], args)
@@ -190,22 +195,22 @@ def test_one_batch_can_be_learnt(stage, factor):
         group["lr"] = 2e-3
     losses = []
     for _ in range(150):
-        loss = losses_of(stage, encoder, predictor, clips, masks)
+        loss = losses_of(script, encoder, predictor, clips, masks)
         loss.backward()
         training.update(optimizer, args)
         losses.append(loss.item())
     assert losses[-1] < factor * losses[0]
 
 
-@pytest.mark.parametrize("stage", [1, 2])
-def test_flops_are_those_that_torch_counts(stage):
+@every_script
+def test_flops_are_those_that_torch_counts(script):
     torch.manual_seed(0)
     encoder = Encoder(width=64, depth=2, heads=2, mlp_ratio=3.0, num_frames=4, resolution=32, patch_size=8)
-    predictor = Predictor(64, OUT_WIDTH[stage], width=32, depth=3, heads=2)
+    predictor = Predictor(64, OUT_WIDTH[script], width=32, depth=3, heads=2)
     clips, masks = some_batch()
-    teacher = some_teacher() if stage == 2 else None
+    teacher = None if script is train_teacher else some_teacher()
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        losses_of(stage, encoder, predictor, clips, masks).backward()
+        losses_of(script, encoder, predictor, clips, masks).backward()
     counts = [(m.context_ids.shape[1], m.target_ids.shape[1]) for m in masks]
     found = flops.step_flops(encoder.config, predictor.config, counts, teacher and teacher.config, 32)
     assert 4 * found == pytest.approx(counter.get_total_flops(), rel=0.01)
@@ -215,7 +220,20 @@ def test_flops_are_those_that_torch_counts(stage):
 # runs
 
 
-SCRIPTS = [(train_teacher, ()), (train_student, ("--teacher",))]
+EMA = ("--ema-momentum", 0.9, "--final-ema-momentum", 1, "--ema-stretch", 1.5)  # a teacher that visibly moves
+
+
+def own_flags(script, teacher):
+    """What a script needs, or what makes it different from the others, beside the flags that all share."""
+    return {train_teacher: (), train_student: ("--teacher", teacher), train_ema_baseline: EMA}[script]
+
+
+@pytest.fixture(scope="session")
+def ema(tmp_path_factory):
+    """The folder of a finished tiny run of the baseline, all its own flags left alone."""
+    out = tmp_path_factory.mktemp("runs") / "ema"
+    run_script(train_ema_baseline, *TINY, "--out", out)
+    return out
 
 
 def metrics(out, *names):
@@ -225,15 +243,21 @@ def metrics(out, *names):
 
 def same_weights(a, b):
     a, b = load_checkpoint(a), load_checkpoint(b)
-    assert a["step"] == b["step"]
-    return all(torch.equal(x, b[part][k]) for part in ("encoder", "predictor") for k, x in a[part].items())
+    assert a["step"] == b["step"] and a.keys() == b.keys()
+    return all(equal(a[part], b[part]) for part in ("encoder", "predictor", "student") if part in a)
+
+
+def equal(a, b):
+    """Whether two state dicts hold the same numbers, to the last bit."""
+    return a.keys() == b.keys() and all(torch.equal(x, b[k]) for k, x in a.items())
 
 
 FIGURES = ("step", "loss", "grad_norm", "lr", "weight_decay", "context_kept", "context_lost", "target_kept", "flops")
 
 
-def test_what_a_run_leaves_behind(teacher, student):
-    for out, kind, width, out_width in ((teacher, "teacher", 32, 384), (student, "student", 48, 32)):
+def test_what_a_run_leaves_behind(teacher, student, ema):
+    runs = (teacher, "teacher", 32, 384), (student, "student", 48, 32), (ema, "ema", 32, 32)
+    for out, kind, width, out_width in runs:
         assert sorted(p.name for p in out.iterdir()) == ["args.json", "checkpoint.pt", "metrics.jsonl", "resume"]
         record = json.loads((out / "args.json").read_text())
         assert record["kind"] == kind and record["world_size"] == 1
@@ -251,8 +275,10 @@ def test_what_a_run_leaves_behind(teacher, student):
         assert lines[0]["weight_decay"] == pytest.approx(0.04) and lines[-1]["weight_decay"] == pytest.approx(0.4)
         assert sorted(lines, key=lambda line: (line["seconds"], line["flops"])) == lines
         checkpoint = torch.load(out / "checkpoint.pt", weights_only=True)
-        assert set(checkpoint) == {"format", "kind", "step", "model", "encoder", "predictor", "args"}
+        keys = {"format", "kind", "step", "model", "encoder", "encoder_is", "predictor", "args"}
+        assert set(checkpoint) == keys | ({"student"} if kind == "ema" else set())
         assert (checkpoint["kind"], checkpoint["step"], checkpoint["args"]) == (kind, 6, args)
+        assert checkpoint["encoder_is"] == kind
         assert checkpoint["model"]["predictor"]["out_width"] == out_width
         encoder = load_encoder(out)
         assert encoder.width == width and not encoder.training
@@ -271,9 +297,9 @@ def test_the_teacher_stays_as_it_is(teacher, tmp_path, monkeypatch):
     assert (teacher / "checkpoint.pt").read_bytes() == before
 
 
-@pytest.mark.parametrize("script, extra", SCRIPTS)
-def test_an_interrupted_run_continues_as_if_nothing_had_happened(script, extra, teacher, tmp_path, monkeypatch, capfd):
-    flags = [*TINY, *(x for e in extra for x in (e, teacher)), "--micro-batch-size", "2", "--predictor-depth", "2"]
+@every_script
+def test_an_interrupted_run_continues_as_if_nothing_had_happened(script, teacher, tmp_path, monkeypatch, capfd):
+    flags = [*TINY, *own_flags(script, teacher), "--micro-batch-size", "2", "--predictor-depth", "2"]
     run_script(script, *flags, "--out", tmp_path / "whole")
     with monkeypatch.context() as patch:
         end_step = training.Run.end_step
@@ -325,10 +351,10 @@ def test_a_run_depends_on_its_seed_alone(teacher, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script, extra", SCRIPTS)
-def test_two_processes_do_what_one_does(script, extra, teacher, tmp_path):
+@every_script
+def test_two_processes_do_what_one_does(script, teacher, tmp_path):
     """One process with two micro-batches against two processes with one."""
-    flags = [*TINY, *(x for e in extra for x in (e, teacher)), "--micro-batch-size", "2"]
+    flags = [*TINY, *own_flags(script, teacher), "--micro-batch-size", "2"]
     run_script(script, *flags, "--out", tmp_path / "one")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script.__file__]
     command = [str(x) for x in (*torchrun, *flags, "--out", tmp_path / "two")]
@@ -338,13 +364,13 @@ def test_two_processes_do_what_one_does(script, extra, teacher, tmp_path):
         assert a == pytest.approx(b, rel=1e-5)
     assert json.loads((tmp_path / "two" / "args.json").read_text())["world_size"] == 2
     a, b = load_checkpoint(tmp_path / "one"), load_checkpoint(tmp_path / "two")
-    for part in ("encoder", "predictor"):
+    for part in {"encoder", "predictor", "student"} & a.keys():
         for name, x in a[part].items():
             torch.testing.assert_close(x, b[part][name], rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("script, extra", SCRIPTS)
-def test_every_micro_batch_is_new_and_they_are_averaged(script, extra, teacher, tmp_path, monkeypatch):
+@every_script
+def test_every_micro_batch_is_new_and_they_are_averaged(script, teacher, tmp_path, monkeypatch):
     clips, masks, losses = [], [], []
     name = "pixel_loss" if script is train_teacher else "latent_loss"
     original = getattr(script, name)
@@ -357,8 +383,7 @@ def test_every_micro_batch_is_new_and_they_are_averaged(script, extra, teacher, 
         return loss
 
     monkeypatch.setattr(script, name, watched)
-    teacher = [x for e in extra for x in (e, teacher)]
-    run_script(script, *TINY, *teacher, "--micro-batch-size", 2, "--seed", 3, "--out", tmp_path)
+    run_script(script, *TINY, *own_flags(script, teacher), "--micro-batch-size", 2, "--seed", 3, "--out", tmp_path)
     expected = data.Synthetic(4, 32, 3).batch(range(6 * 4)).clips
     torch.testing.assert_close(torch.stack(clips), data.normalise(expected, "cpu"))  # no clip twice, none left out
     assert len(set(masks)) == len(masks) == 12
@@ -374,6 +399,13 @@ def test_a_student_as_teacher(student, tmp_path):
     run_script(train_student, *TINY, "--teacher", student, "--out", tmp_path / "next")
     checkpoint = load_checkpoint(tmp_path / "next")
     assert (checkpoint["model"]["encoder"]["width"], checkpoint["model"]["predictor"]["out_width"]) == (32, 48)
+
+
+def test_the_baselines_average_as_teacher(ema, tmp_path, monkeypatch):
+    seen, load = [], train_student.load_teacher
+    monkeypatch.setattr(train_student, "load_teacher", lambda args: seen.append(load(args)) or seen[-1])
+    run_script(train_student, *TINY, "--teacher", ema, "--steps", 3, "--out", tmp_path)
+    assert equal(seen[0].state_dict(), load_checkpoint(ema)["encoder"])
 
 
 @pytest.mark.parametrize("mask", masking.STRATEGIES)
@@ -396,6 +428,142 @@ def test_training_on_videos(tmp_path):
     (tmp_path / "m.csv").write_text("0.mp4\n1.mp4\n2.mp4\nmissing.mp4\n")
     run_script(train_teacher, *TINY, "--data", tmp_path / "m.csv", "--out", tmp_path / "run", "--frame-step", 2)
     assert [line["bad_videos"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]  # a pass is a step
+
+
+def test_snapshots_are_what_the_checkpoint_was(tmp_path, monkeypatch):
+    save, were = training.Run.save, {}
+
+    def save_and_look(run, step, *rest):
+        save(run, step, *rest)
+        were[step] = load_checkpoint(tmp_path)
+
+    monkeypatch.setattr(training.Run, "save", save_and_look)
+    run_script(train_teacher, *TINY, "--save-every", 3, "--snapshot-every", 2, "--steps", 7, "--out", tmp_path)
+    assert list(were) == [2, 3, 4, 6, 7]
+    snapshots = {2: "checkpoint-000002.pt", 4: "checkpoint-000004.pt", 6: "checkpoint-000006.pt"}
+    assert sorted(p.name for p in tmp_path.glob("*.pt")) == sorted(["checkpoint.pt", *snapshots.values()])
+    for step, name in snapshots.items():
+        found, expected = load_checkpoint(tmp_path / name), were[step]
+        assert found["step"] == step and found.keys() == expected.keys()
+        for key, value in expected.items():
+            assert equal(found[key], value) if key in ("encoder", "predictor") else found[key] == value
+    assert not equal(were[2]["encoder"], were[4]["encoder"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the baseline
+
+
+def test_follow_is_the_moving_average():
+    teacher, student = randomise(some_teacher()), networks(1, 48)[0]
+    before = {name: x.clone() for name, x in teacher.state_dict().items()}
+    now = {name: x.clone() for name, x in student.state_dict().items()}
+    train_ema_baseline.follow(teacher, student, 0.7)
+    for name, x in teacher.state_dict().items():
+        torch.testing.assert_close(x, 0.7 * before[name] + 0.3 * now[name])
+    assert equal(student.state_dict(), now) and not any(p.requires_grad for p in teacher.parameters())
+
+
+def ema_run(out, *flags):
+    """A run that keeps every step. Returns the initial weights, and the checkpoints of its steps."""
+    run_script(train_ema_baseline, *TINY, "--steps", 3, "--snapshot-every", 1, "--out", out, "--seed", 5, *flags)
+    steps = [load_checkpoint(out / f"checkpoint-{step:06}.pt") for step in (1, 2, 3)]
+    return initial(steps[0], 5).state_dict(), steps
+
+
+def initial(checkpoint, seed):
+    """The student's initialisation."""
+    torch.manual_seed(seed)
+    return Encoder(**checkpoint["model"]["encoder"])
+
+
+@pytest.mark.parametrize("flags, momenta", [
+    (("--ema-momentum", 0.8), [0.8, 0.8, 0.8]),
+    (("--ema-momentum", 0.7, "--final-ema-momentum", 1), [0.7, 0.8, 0.9]),
+    (("--ema-momentum", 0.4, "--final-ema-momentum", 1, "--ema-stretch", 2), [0.4, 0.5, 0.6]),
+])  # fmt: skip
+def test_the_encoder_is_the_recursion_over_the_students(flags, momenta, tmp_path):
+    encoder, steps = ema_run(tmp_path, *flags)
+    for momentum, checkpoint in zip(momenta, steps, strict=True):
+        student = checkpoint["student"]
+        encoder = {name: momentum * x + (1 - momentum) * student[name] for name, x in encoder.items()}
+        for name, x in encoder.items():
+            torch.testing.assert_close(checkpoint["encoder"][name], x, rtol=1e-5, atol=1e-7)
+    assert not equal(steps[0]["student"], steps[1]["student"])
+
+
+def test_a_momentum_of_0_copies_and_of_1_keeps(tmp_path):
+    for checkpoint in ema_run(tmp_path / "0", "--ema-momentum", 0)[1]:
+        assert equal(checkpoint["encoder"], checkpoint["student"])
+    start, steps = ema_run(tmp_path / "1", "--ema-momentum", 1)
+    for checkpoint in steps:
+        assert equal(checkpoint["encoder"], start) and not equal(checkpoint["student"], start)
+
+
+def ema_args(steps, **changes):
+    defaults = dict(ema_momentum=0.9, final_ema_momentum=0.9, schedule_steps=steps)
+    return argparse.Namespace(**vars(paper_args(steps)) | defaults | changes)
+
+
+def test_momentum_is_constant_or_linear():
+    momentum = train_ema_baseline.momentum
+    assert all(momentum(step, ema_args(20_000)) == 0.9 for step in (0, 1, 10_000, 19_999))
+    ramp = ema_args(20_000, ema_momentum=0.998, final_ema_momentum=1.0)  # V-JEPA's: 1 would be reached one step later
+    found = [momentum(step, ramp) for step in (0, 5000, 10_000, 20_000)]
+    assert found == pytest.approx([0.998, 0.9985, 0.999, 1.0], abs=1e-12)
+
+
+def test_the_stretch_cuts_longer_schedules_off():
+    stretched, longer = (
+        ema_args(steps, schedule_steps=25_000, ema_momentum=0.998, final_ema_momentum=1.0) for steps in (20_000, 25_000)
+    )
+    for schedule in (training.learning_rate, training.weight_decay, train_ema_baseline.momentum):
+        assert [schedule(step, stretched) for step in range(0, 20_000, 999)] == [
+            schedule(step, longer) for step in range(0, 20_000, 999)
+        ]
+        assert schedule(19_999, stretched) != pytest.approx(schedule(24_999, stretched))
+
+
+def test_the_baselines_schedules(ema, tmp_path, monkeypatch):
+    """What the script makes of its flags: nothing is stretched and momentum constant by default; all three stretch."""
+    momenta, follow = [], train_ema_baseline.follow
+    monkeypatch.setattr(train_ema_baseline, "follow", lambda *a: momenta.append(a[2]) or follow(*a))
+    run_script(train_ema_baseline, *TINY, "--out", tmp_path / "plain")
+    assert momenta == [0.99925] * 6
+    assert metrics(tmp_path / "plain", *FIGURES) == metrics(ema, *FIGURES)
+    assert metrics(ema, "lr", "weight_decay")[-1] == pytest.approx([1e-6, 0.4])
+    run_script(train_ema_baseline, *TINY, "--steps", 8, "--ema-stretch", 1.25, "--ema-momentum", 0.9,
+               "--final-ema-momentum", 1, "--out", tmp_path / "stretched")  # fmt: skip
+    assert momenta[6:] == pytest.approx([0.9 + 0.01 * step for step in range(8)])
+    run_script(train_ema_baseline, *TINY, "--steps", 10, "--out", tmp_path / "longer")
+    names = ("step", "lr", "weight_decay")
+    assert metrics(tmp_path / "stretched", *names) == metrics(tmp_path / "longer", *names)[:8]
+
+
+@pytest.mark.parametrize("momentum", [1, 0.5])
+def test_with_its_initialisation_as_teacher_a_student_is_the_baseline(momentum, ema, tmp_path):
+    """To the last bit: at the first step always, later as long as the baseline's teacher does not move."""
+    flags = [*TINY, "--seed", 3]
+    start = load_checkpoint(ema)
+    torch.save(start | {"encoder": initial(start, 3).state_dict()}, tmp_path / "start.pt")
+    run_script(train_student, *flags, "--teacher", tmp_path / "start.pt", "--out", tmp_path / "student")
+    run_script(train_ema_baseline, *flags, "--ema-momentum", momentum, "--out", tmp_path / "ema")
+    student, baseline = (metrics(tmp_path / name, *FIGURES) for name in ("student", "ema"))
+    assert student[0] == baseline[0]
+    assert [a == b for a, b in zip(student, baseline, strict=True)] == [True] + [momentum == 1] * 5
+    assert equal(load_checkpoint(tmp_path / "student")["encoder"], load_checkpoint(tmp_path / "ema")["student"]) == (
+        momentum == 1
+    )
+
+
+def test_the_baselines_student_can_be_loaded(teacher, student, ema):
+    checkpoint = load_checkpoint(ema)
+    assert equal(load_encoder(ema, "student").state_dict(), checkpoint["student"])
+    assert equal(load_encoder(ema).state_dict(), checkpoint["encoder"])
+    assert not equal(checkpoint["encoder"], checkpoint["student"])
+    for run in (teacher, student):
+        with pytest.raises(ValueError, match="holds no student"):
+            load_encoder(run, "student")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -422,6 +590,7 @@ def test_training_on_videos(tmp_path):
         ("--mask causal --num-frames 2", "too small"),
         ("--save-every 0", "--save-every"),
         ("--log-every 0", "--log-every"),
+        ("--snapshot-every -1", "--snapshot-every -1"),
         ("--seed -1", "--seed"),
         ("--workers -1", "--workers"),
         ("--model vit_x", "vit_x"),
@@ -441,6 +610,16 @@ def test_wrong_flags_end_in_one_line(flags, says, tmp_path, monkeypatch, capfd):
     Path("one.csv").write_text("x.png 0\n")
     Path("empty.csv").write_text("\n")
     assert says in refusal(capfd, train_teacher, *TINY, "--out", "run", *flags.split())
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--ema-momentum 1.5", "--ema-momentum -0.1", "--ema-momentum nan", "--final-ema-momentum 1.5",
+     "--final-ema-momentum -0.1", "--ema-stretch 0.5", "--ema-stretch nan"],
+)  # fmt: skip
+def test_wrong_flags_of_the_baseline(flags, tmp_path, capfd):
+    error = refusal(capfd, train_ema_baseline, *TINY, "--out", tmp_path / "run", *flags.split())
+    assert flags.split()[0] in error and not (tmp_path / "run").exists()
 
 
 def damage(path):
@@ -468,6 +647,15 @@ def test_runs_that_cannot_go_on(change, flags, says, teacher, tmp_path, capfd):
 def test_a_student_does_not_continue_a_teacher(teacher, tmp_path, capfd):
     run = shutil.copytree(teacher, tmp_path / "run")
     assert "another kind" in refusal(capfd, train_student, *TINY, "--out", run, "--teacher", teacher)
+
+
+def test_student_and_baseline_do_not_continue_each_other(teacher, ema, tmp_path, capfd):
+    """Not even of one architecture, where the weights would fit."""
+    flags = [*TINY, "--steps", 3]
+    run_script(train_student, *flags, "--teacher", teacher, "--out", tmp_path / "student")
+    assert load_checkpoint(tmp_path / "student")["model"] == load_checkpoint(ema)["model"]
+    assert "another kind" in refusal(capfd, train_ema_baseline, *flags, "--out", tmp_path / "student")
+    assert "another kind" in refusal(capfd, train_student, *flags, "--out", ema, "--teacher", teacher)
 
 
 def test_teachers_that_do_not_do(teacher, tmp_path, capfd):
