@@ -25,7 +25,7 @@ import data
 import flops
 from masking import sample_masks
 from model import load_checkpoint, load_encoder, load_predictor, token_grid, tubelets, untubelets
-from training import Parser, duration, fail, generator
+from training import Parser, duration, fail, generator, require_at_least, resolve_device
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the choice of backend)
@@ -58,12 +58,33 @@ def save(figure, path):
     print(path)
 
 
+def read(path, what, *names):
+    """The JSON of a file (of a .jsonl: a list) that has these keys; ValueError naming the file if it has not."""
+    text = path.read_text()
+    try:
+        lines = [json.loads(line) for line in (text.splitlines() if path.suffix == ".jsonl" else [text])]
+        if any(name not in line for line in lines for name in names):
+            raise ValueError
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is damaged, or not {what}") from error
+    return lines if path.suffix == ".jsonl" else lines[0]
+
+
+def probe_results(path):
+    """(results.json of a folder of probe.py's, lineage of what was probed); no lineage for an untrained encoder."""
+    result = read(path / "results.json", "what probe.py writes", "checkpoint", "step", "weights", "tasks", "args")
+    stages = [] if result["weights"] == "untrained" else lineage(result["checkpoint"])
+    if stages and stages[0]["step"] != result["step"]:
+        raise ValueError(f"{result['checkpoint']} has gone on since it was probed, at step {result['step']}")
+    return result, stages
+
+
 def curves(args):
     """Loss over steps of every run, a panel per kind of loss (pixel and latent losses do not compare)."""
     runs = []
     for path in map(Path, args.runs):
-        lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-        kind = json.loads((path / "args.json").read_text())["kind"]
+        lines = read(path / "metrics.jsonl", "a training log", "step", "loss")
+        kind = read(path / "args.json", "a training run's", "kind")["kind"]
         runs.append((path, kind, [line["step"] for line in lines], [line["loss"] for line in lines]))
     latent = "latent loss (mean absolute error)"
     labels = {"teacher": "pixel loss (mean squared error)", "student": latent, "ema": latent}
@@ -88,7 +109,7 @@ def reconstruct(args):
         fail("reconstruct draws one run at a time")
     checkpoint = load_checkpoint(args.runs[0])
     if checkpoint["kind"] != "teacher":
-        fail(f"{args.runs[0]} holds a {checkpoint['kind']}; only a teacher predicts pixels")
+        fail(f"{args.runs[0]} holds {checkpoint['kind']} weights; only a teacher predicts pixels")
     encoder, predictor = load_encoder(args.runs[0]), load_predictor(args.runs[0])
     clips = some_clips(args, encoder.config, args.clips)
     x = data.normalise(clips, "cpu")
@@ -235,7 +256,7 @@ def lineage(path):
     log = (path if path.is_dir() else path.parent) / "metrics.jsonl"
     lines = map(json.loads, log.read_text().splitlines()) if log.exists() else []
     line = next((line for line in lines if line["step"] == step), {})
-    stage = {"path": path, "kind": checkpoint["kind"], "step": step, "encoder": model["encoder"]}
+    stage = {"path": path, "kind": checkpoint["kind"], "step": step, "encoder": model["encoder"], "args": args}
     stage |= {name: line.get(name) for name in ("loss", "seconds", "flops")}
     before = lineage(args["teacher"]) if "teacher" in args else []
     if args:  # a converted checkpoint has none
@@ -252,6 +273,16 @@ def total(stages, name):
     return None if any(stage.get(name) is None for stage in stages) else sum(stage[name] for stage in stages)
 
 
+# Flags that do not make a run another experiment.
+INCIDENTAL = {"seed", "seeds", "out", "fresh", "workers", "device", "compile", "teacher", "checkpoint", "task",
+              "save_every", "log_every", "snapshot_every", "micro_batch_size", "untrained", "weights"}  # fmt: skip
+
+
+def essential(args):
+    """The flags that make an experiment what it is."""
+    return {name: value for name, value in args.items() if name not in INCIDENTAL}
+
+
 def probed(paths):
     """probe.py's folders, those that differ in seeds only together: [{name, stages, tasks, runs}, ...].
 
@@ -260,21 +291,23 @@ def probed(paths):
     """
     groups = {}
     for path in map(Path, paths):
-        result = json.loads((path / "results.json").read_text())
-        stages = [] if result["weights"] == "untrained" else lineage(result["checkpoint"])
+        result, stages = probe_results(path)
         name = stages[0]["kind"] if stages else "untrained"
         name = {"ema": "EMA (V-JEPA 2)"}.get(name, name) if result["weights"] != "student" else "EMA's student"
-        same = [(stage["kind"], stage["step"], stage["encoder"]) for stage in stages]
+        same = [(stage["kind"], stage["step"], stage["encoder"], essential(stage["args"])) for stage in stages]
+        same = [essential(result["args"]), same or load_checkpoint(result["checkpoint"])["model"]["encoder"]]
         group = groups.setdefault(json.dumps([name, same]), {"name": name, "stages": [], "results": []})
         group["stages"].append(stages)
         group["results"].append(result["tasks"])
     for group in groups.values():
         results = group.pop("results")
-        group["runs"], group["tasks"] = len(results), {}
-        for task in results[0]:
-            top1 = [result[task]["top1"] for result in results if task in result]
-            spread = np.std(top1, ddof=1) if len(top1) > 1 else results[0][task]["spread"]
-            group["tasks"][task] = {"mean": np.mean(top1), "spread": spread, "chance": results[0][task]["chance"]}
+        group["tasks"] = {}
+        for task in dict.fromkeys(task for result in results for task in result):
+            found = [result[task] for result in results if task in result]
+            top1 = [one["top1"] for one in found]
+            spread = np.std(top1, ddof=1) if len(top1) > 1 else found[0]["spread"]
+            group["tasks"][task] = {"mean": np.mean(top1), "spread": spread, "chance": found[0]["chance"]}
+            group["runs"] = max(group.get("runs", 1), len(top1))
     return list(groups.values())
 
 
@@ -343,7 +376,8 @@ def pareto(args):
             for group in (group for group in groups if group["name"] == name and task in group["tasks"]):
                 found, sums = group["tasks"][task], [total(stages, count) for stages in group["stages"]]
                 if None in sums:
-                    fail(f"the FLOPs of {group['stages'][0][0]['path']} or of its teachers are not known: no log there")
+                    unknown = next(s["path"] for stages in group["stages"] for s in stages if s.get(count) is None)
+                    raise ValueError(f"the FLOPs of {unknown} are not known: it has no log of that step, or no flags")
                 points.append((np.mean(sums), found["mean"], found["spread"] or 0))
             if name == "untrained":
                 for _, mean, _ in points:
@@ -384,10 +418,14 @@ AGAINST = {
 
 def correlate(args):
     """Accuracy of probed checkpoints against their loss or RankMe, or their teachers': R², Pearson, Spearman."""
-    points = []  # a dictionary of numbers per checkpoint
+    points, tasks = [], {}  # a dictionary of numbers per checkpoint; of the last one, its results
     for path in map(Path, args.runs):
-        result = json.loads((path / "results.json").read_text())
-        stages = lineage(result["checkpoint"])
+        result, stages = probe_results(path)
+        if not stages:
+            raise ValueError(f"{path} is of an untrained encoder, which has no loss: leave it out")
+        if points and result["tasks"].keys() != tasks.keys():
+            raise ValueError(f"{path} has {', '.join(result['tasks'])}, {args.runs[0]} {', '.join(tasks)}")
+        tasks = result["tasks"]
         point = {task: found["top1"] for task, found in result["tasks"].items()} | {"step": stages[0]["step"]}
         for what in args.against:
             of, _, name = what.rpartition("-")
@@ -401,15 +439,14 @@ def correlate(args):
         points.append(point)
     if len(points) < 3:
         raise ValueError(f"a correlation of {len(points)} checkpoints says nothing: give three or more")
-    tasks = list(result["tasks"])
+    for what in (*args.against, *tasks):
+        if len({point[what] for point in points}) == 1:
+            raise ValueError(f"{what} is {points[0][what]:.4g} for all of these checkpoints: nothing to correlate")
     size = 3.6 * len(tasks), 3.4 * len(args.against)
     figure, axes = plt.subplots(len(args.against), len(tasks), figsize=size, squeeze=False, layout="constrained")
     for row, what in zip(axes, args.against, strict=True):
         for ax, task in zip(row, tasks, strict=True):
             x, y = (np.array([point[name] for point in points]) for name in (what, task))
-            for name, values in ((AGAINST[what], x), (task, y)):
-                if np.ptp(values) == 0:
-                    raise ValueError(f"{name} is {values[0]:.4g} for all of these checkpoints: nothing to correlate")
             r2, pearson, spearman = correlation(x, y)
             print(f"{task} against {AGAINST[what]}: R² {r2:.3f}, Pearson {pearson:+.3f}, Spearman {spearman:+.3f}, "
                   f"{len(x)} checkpoints")  # fmt: skip
@@ -445,13 +482,19 @@ def main():
             flag("--clips", type=int, default=2000 if function in (rankme, correlate) else 3)
             flag("--first", type=int, default=0, help="number of the first clip")
         if function in (rankme, correlate):
-            flag("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+            flag("--device", choices=("cpu", "cuda"), help="default cuda where there is one")
         if function is correlate:
             flag("--against", nargs="+", choices=AGAINST, default=["loss"], help="what is set against the accuracy")
         if function is pareto:
             flag("--paper", action="store_true", help="count as the paper does, and draw its table 1")
         command.set_defaults(function=function)
     args = parser.parse_args()
+    if "clips" in args:
+        require_at_least(args, 1, "clips", "frame_step")
+        require_at_least(args, 0, "first")
+    if "device" in args:
+        args.dtype = "float32"
+        resolve_device(args)
     try:
         args.function(args)
     except (OSError, ValueError) as error:

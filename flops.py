@@ -261,9 +261,9 @@ def print_hours(own, args, flags):
     device = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"
     print(f"{TIMED_STEPS} steps of {args.micro_batch_size} clips each, on one {device}")
     with tempfile.TemporaryDirectory() as folder:
-        torch.manual_seed(0)
+        untrained = Encoder(**config).state_dict()
         torch.save({"format": CHECKPOINT_FORMAT, "kind": "teacher", "step": 0, "model": {"encoder": config},
-                    "encoder": Encoder(**config).state_dict(), "args": {}}, f"{folder}/untrained.pt")  # fmt: skip
+                    "encoder": untrained, "args": {}}, f"{folder}/untrained.pt")  # fmt: skip
         size = next(name for name, size in SIZES.items() if size["mlp_ratio"] == config["mlp_ratio"])
         special = {
             "teacher": ["--model", size] + [f"--{name}={config[name]}" for name in ("width", "depth", "heads")],
@@ -312,9 +312,11 @@ def main():
     flag("--dollars-per-hour", type=float, help="of one device")
     own, flags = parser.parse_known_args()
     args = training.training_flags(__doc__, out="out", steps=160_000).parse_args(flags)
-    args.micro_batch_size = args.micro_batch_size or training.default_micro_batch_size(args.batch_size)
     training.require_at_least(own, 1, "draws", "counted", "teacher_steps")
-    training.require_at_least(args, 1, "steps", "batch_size", "micro_batch_size")
+    training.require_at_least(args, 1, "steps", "batch_size")
+    if args.micro_batch_size is None:
+        args.micro_batch_size = training.default_micro_batch_size(args.batch_size)
+    training.require_at_least(args, 1, "micro_batch_size")
     try:
         grid = token_grid((args.num_frames, args.resolution, args.resolution), args.tubelet_size, args.patch_size)
         if own.executed:
@@ -323,7 +325,7 @@ def main():
             print_match(own, args, grid)
         elif own.hours is not None:
             print_hours(own, args, flags)
-        elif flags or own.teacher:
+        elif len(sys.argv) > 1:
             raise ValueError("without --executed, --match or --hours the paper's tables are printed: no other flags")
         else:
             print_paper_tables()

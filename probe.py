@@ -70,6 +70,7 @@ def parse_args():
 
     resolve_device(args)
     require_at_least(args, 1, "epochs", "batch_size", "train_clips", "val_clips", "seeds", "probe_depth", "frame_step")
+    require_at_least(args, 0, "seed", "workers")
     if rank_and_world()[1] > 1:
         fail("the probe runs in one process: start it with python, not torchrun")
     built_in = [task for task in args.task if task in SYNTHETIC]
@@ -90,7 +91,7 @@ def load(args):
         else:
             encoder = load_encoder(args.checkpoint, args.weights)
     except (OSError, ValueError) as error:
-        fail(f"--checkpoint: {error}; train_student.py makes one")
+        fail(f"--checkpoint: {error}")
     return encoder.requires_grad_(False).to(args.device)
 
 
@@ -259,7 +260,8 @@ def probe_tasks(args):
         print(f"{name} {task}: top-1 {top1.mean():.1f}%{spread} (95% interval {low:.1f} to {high:.1f}, "
               f"chance {100 / classes:.1f}, {len(val)} clips)")  # fmt: skip
 
-    record = {"checkpoint": str(args.checkpoint), "weights": part, "tasks": results,
+    step = load_checkpoint(args.checkpoint)["step"]
+    record = {"checkpoint": str(args.checkpoint), "step": step, "weights": part, "tasks": results,
               "seconds": time.perf_counter() - started,
               "args": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}}  # fmt: skip
     try:

@@ -9,6 +9,7 @@ V-JEPA evaluates ("encoder_is" says so), `student` the student, which `probe.py 
 """
 
 import copy
+import math
 
 import torch
 import torch.nn.functional as F
@@ -58,7 +59,7 @@ def main():
     args = parser.parse_args()
     training.setup(args)
     args.final_ema_momentum = args.ema_momentum if args.final_ema_momentum is None else args.final_ema_momentum
-    if not (0 <= args.ema_momentum <= 1 and 0 <= args.final_ema_momentum <= 1 and args.ema_stretch >= 1):
+    if not (0 <= args.ema_momentum <= 1 and 0 <= args.final_ema_momentum <= 1 and 1 <= args.ema_stretch < math.inf):
         training.fail("--ema-momentum and --final-ema-momentum are between 0 and 1, --ema-stretch is at least 1")
     args.schedule_steps = round(args.ema_stretch * args.steps)
     config = training.encoder_config(args)

@@ -492,7 +492,8 @@ class Run:
             fail(f"{self.resume_file} cannot be read ({type(error).__name__}); --fresh starts anew")
         if state["kind"] != self.kind or state["model"] != self.model:
             fail(f"{self.args.out} holds a run of another kind or model; choose another --out, or --fresh")
-        changed = [k for k, v in self._plain_args().items() if k not in ("fresh", "out") and state["args"].get(k) != v]
+        silent = ("fresh", "out", "schedule_steps")
+        changed = [k for k, v in self._plain_args().items() if k not in silent and state["args"].get(k) != v]
         for name, network in self.networks.items():
             network.load_state_dict(state[name])
         self.optimizer.load_state_dict(state["optimizer"])

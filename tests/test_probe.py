@@ -307,7 +307,7 @@ def test_nothing_but_unreadable_training_videos(dark_or_bright, teacher, tmp_pat
         ("--train-data DIR/train.csv --val-data DIR/val.csv", "needed together"),
         ("--train-data DIR/train.csv --val-data DIR/val.csv --num-classes 1", "train.csv line 2: a label from 0 to 0"),
         ("--train-data DIR/train.csv --val-data DIR/nowhere.csv --num-classes 2", "nowhere.csv"),
-        ("--task synthetic-shape --checkpoint nowhere", "no checkpoint at nowhere; train_student.py makes one"),
+        ("--task synthetic-shape --checkpoint nowhere", "no checkpoint at nowhere"),
         ("--task synthetic-shape --probe-heads 3", "--probe-heads: "),
         ("--task synthetic-shape --probe-heads 0", "--probe-heads"),
         ("--task synthetic-shape --probe-depth 0", "--probe-depth"),
