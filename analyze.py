@@ -263,8 +263,8 @@ def lineage(path):
         teacher = {"student": before and before[0]["encoder"], "ema": model["encoder"]}.get(stage["kind"])
         size = model["encoder"]["resolution"]
         tokens = math.prod(token_grid((args["num_frames"], size, size), args["tubelet_size"], args["patch_size"]))
-        per_token = flops.paper_flops_of(model["encoder"], model["predictor"], teacher, tokens)
-        stage["paper_flops"] = per_token * step * args["batch_size"]
+        per_clip = flops.paper_flops_of(model["encoder"], model["predictor"], teacher, tokens)
+        stage["paper_flops"] = per_clip * step * args["batch_size"]
     return [stage, *before]
 
 
@@ -275,7 +275,7 @@ def total(stages, name):
 
 # Flags that do not make a run another experiment.
 INCIDENTAL = {"seed", "seeds", "out", "fresh", "workers", "device", "compile", "teacher", "checkpoint", "task",
-              "save_every", "log_every", "snapshot_every", "micro_batch_size", "untrained", "weights"}  # fmt: skip
+              "save_every", "log_every", "snapshot_every", "untrained", "weights"}  # fmt: skip
 
 
 def essential(args):
