@@ -43,7 +43,7 @@ both() {
 }
 
 salt() {
-    train train_teacher.py "$seed" "$teacher" "$run/teacher" --snapshot-every 200
+    train train_teacher.py "$seed" "$teacher" "$run/teacher"
     train train_student.py "$seed" "$student" "$run/student" --teacher "$run/teacher" --snapshot-every 300
     probe "$run/teacher" "$seed" "$run/probe-teacher"
     probe "$run/student" "$seed" "$run/probe-student"
@@ -67,22 +67,14 @@ for seed in 0 1 2; do
     probe "$run/student" "$seed" "$OUT/untrained/probe-seed$seed" --untrained
 done
 
-echo "[does the loss tell the accuracy? one student over its course; students of one teacher over its course]"
-course() {
-    for checkpoint in "$run"/student/checkpoint-*.pt; do
-        probe "$checkpoint" "$seed" "$run/course/$(basename "$checkpoint" .pt)"
-    done
-}
-teachers() {
-    for checkpoint in "$run"/teacher/checkpoint-*.pt; do
-        name=$(basename "$checkpoint" .pt)
-        train train_student.py "$seed" 800 "$run/student-of/$name" --teacher "$checkpoint"
-        probe "$run/student-of/$name" "$seed" "$run/probe-student-of/$name"
-    done
-}
-both course teachers
+echo "[does the loss tell the accuracy? one student over its course, then the students of all teachers]"
+run=$OUT/$teacher+$student/seed0
+for checkpoint in "$run"/student/checkpoint-*.pt; do
+    probe "$checkpoint" 0 "$run/course/$(basename "$checkpoint" .pt)"
+done
 
-python analyze.py table "$OUT"/*/seed*/probe-{teacher,student,ema,ema-student} "$OUT"/untrained/* --save "$OUT/table.md"
-python analyze.py pareto "$OUT"/*/seed*/probe-{teacher,student,ema,ema-student} "$OUT"/untrained/* --save "$OUT/pareto.png"
-python analyze.py correlate "$run"/course/* --against loss rankme --save "$OUT/student.png"
-python analyze.py correlate "$run"/probe-student-of/* --against teacher-loss teacher-rankme --save "$OUT/teachers.png"
+probes=("$OUT"/*/seed*/probe-{teacher,student,ema,ema-student} "$OUT"/untrained/*)
+python analyze.py table "${probes[@]}" --save "$OUT/table.md"
+python analyze.py pareto "${probes[@]}" --save "$OUT/pareto.png"
+python analyze.py correlate "$run"/course/* --against loss rankme --save "$OUT/course.png"
+python analyze.py correlate "$OUT"/*/seed*/probe-student --against loss teacher-loss teacher-rankme --save "$OUT/teachers.png"
