@@ -8,10 +8,12 @@ Letters: B clips, T frames, H and W pixels. A manifest is V-JEPA's: one "path la
 paths relative to the manifest; the label may be left out for pretraining.
 """
 
+import atexit
 import functools
 import itertools
 import math
 import re
+import signal
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +31,7 @@ class Batch(NamedTuple):
     clips: torch.Tensor  # (B, 3, T, H, W) uint8
     labels: torch.Tensor  # (B, L) int64: one column per label of the source; -1 where there is none
     skipped: list  # "path: reason" of every unreadable video that another one stands in for (training only)
+    names: list  # what each clip is from: a path, or the number of a built-in clip
 
 
 def normalise(clips, device):
@@ -179,13 +182,14 @@ class Manifest:
         return int(self.shuffled[1][place])
 
     def sample(self, number):
-        """(clip (3, T, H, W) uint8, label, skipped) of one sample."""
+        """(clip (3, T, H, W) uint8, label, skipped, path) of one sample."""
         line, skipped = self.line(number), []
         state = np.random.SeedSequence((self.seed, number)).generate_state(1, np.uint64)[0]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(state >> np.uint64(1)))
             while True:
                 place = torch.rand(()).item() if self.train else 0.5
+                _now_reading(line)
                 try:
                     frames = read_clip(self.paths[line], self.num_frames, self.frame_step, place)
                     break
@@ -194,12 +198,13 @@ class Manifest:
                     if not self.train or len(skipped) == min(10, len(self)):
                         raise
                     line = (line + 1) % len(self)
-            return self.transform(frames).transpose(0, 1), self.labels[line], skipped
+            return self.transform(frames).transpose(0, 1), self.labels[line], skipped, self.paths[line]
 
     def batch(self, numbers):
         """`Batch` of the samples with these numbers."""
-        clips, labels, skipped = zip(*(self.sample(n) for n in numbers), strict=True)
-        return Batch(torch.stack(clips), torch.tensor(labels).unsqueeze(1), list(itertools.chain(*skipped)))
+        clips, labels, skipped, paths = zip(*(self.sample(n) for n in numbers), strict=True)
+        skipped = list(itertools.chain(*skipped))
+        return Batch(torch.stack(clips), torch.tensor(labels).unsqueeze(1), skipped, list(paths))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -343,29 +348,67 @@ class Synthetic:
 
     def batch(self, numbers):
         """`Batch` of the clips with these numbers."""
-        return Batch(*synthetic_clips(self.seed, torch.tensor(numbers), self.num_frames, self.resolution), [])
+        clips, labels = synthetic_clips(self.seed, torch.tensor(numbers), self.num_frames, self.resolution)
+        return Batch(clips, labels, [], [f"built-in {n}" for n in numbers])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the loader
 
 
+class LoaderFailed(RuntimeError):
+    """A worker process died or hangs; the message says which and what it was reading."""
+
+
 class _Fetch(torch.utils.data.Dataset):
     """Lets DataLoader fetch a whole batch with one call."""
 
-    def __init__(self, source):
+    def __init__(self, source, workers):
         self.source = source
+        self.reading = torch.full((max(1, workers),), -1).share_memory_()  # the manifest line that each worker reads
 
     def __getitems__(self, numbers):
         return self.source.batch(numbers)
+
+
+def _now_reading(line):
+    worker = torch.utils.data.get_worker_info()
+    if worker:
+        worker.dataset.reading[worker.id] = line
 
 
 def _as_it_is(batch):
     return batch
 
 
-def clip_loader(source, batches, workers=0, pin_memory=False):
-    """Iterates over `Batch`es, one for each list of sample numbers in `batches`, made by worker processes."""
-    return torch.utils.data.DataLoader(
-        _Fetch(source), batch_sampler=batches, collate_fn=_as_it_is, num_workers=workers, pin_memory=pin_memory
-    )
+def _start_worker(_):
+    """A signal that asks a whole job to stop is the training process's to answer; it still needs its workers then."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register
+def end_workers():
+    """What Python does at exit, ask workers to end by SIGTERM and wait, would wait for ever for one that hangs."""
+    for worker in torch.multiprocessing.active_children():
+        worker.kill()
+
+
+def clip_loader(source, batches, workers=0, pin_memory=False, timeout=0):
+    """Yields `Batch`es, one for each list of sample numbers in `batches`, made by worker processes.
+
+    LoaderFailed if a worker dies, or gives nothing for `timeout` seconds (0: waits for ever).
+    """
+    dataset = _Fetch(source, workers)
+    loader = torch.utils.data.DataLoader(
+        dataset, batch_sampler=batches, collate_fn=_as_it_is, num_workers=workers, pin_memory=pin_memory,
+        timeout=timeout, worker_init_fn=_start_worker,
+    )  # fmt: skip
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if not any(word in str(error) for word in ("timed out", "exited unexpectedly", "killed by signal")):
+            raise
+        reading = [source.paths[line] for line in dataset.reading.tolist() if line >= 0]
+        where = f"; its workers are reading {', '.join(reading)}" if reading else ""
+        raise LoaderFailed(f"the loader failed: {str(error).splitlines()[-1]}{where}") from error

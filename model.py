@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 # Paper table 3. mlp_ratio is given by the hidden widths 6144 (g) and 8192 (G). Ti and S are not in the paper.
 SIZES = {
@@ -154,6 +155,11 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
+def run(block, x, rope, checkpointed):
+    """block(x, rope); checkpointed, its insides are computed again in the backward pass instead of being kept."""
+    return checkpoint(block, x, rope, use_reentrant=False) if checkpointed else block(x, rope)
+
+
 def init_weights(module, blocks):
     """V-JEPA 2's initialisation: truncated normal 0.02, zero biases, residual branches of block i over sqrt(2 i)."""
     for m in module.modules():
@@ -189,6 +195,7 @@ class Encoder(nn.Module):
             patch_size=patch_size, tubelet_size=tubelet_size,
         )  # fmt: skip
         self.width, self.head_dim = width, width // max(1, heads)
+        self.activation_checkpointing = False
         self.patch_size, self.tubelet_size = patch_size, tubelet_size
         # Equal to V-JEPA 2's Conv3d with stride = kernel, and applied only to the tokens that are asked for.
         self.patch_embed = nn.Linear(3 * tubelet_size * patch_size**2, width)
@@ -207,7 +214,7 @@ class Encoder(nn.Module):
         x = self.patch_embed(x)
         rope = rope_at(context_ids, self.grid(clips), self.head_dim, x.device)
         for block in self.blocks:
-            x = block(x, rope)
+            x = run(block, x, rope, self.activation_checkpointing)
         return self.norm(x)
 
 
@@ -229,6 +236,7 @@ class Predictor(nn.Module):
             num_mask_tokens=num_mask_tokens,
         )  # fmt: skip
         self.head_dim = width // max(1, heads)
+        self.activation_checkpointing = False
         self.embed = nn.Linear(in_width, width)
         self.mask_tokens = nn.Parameter(torch.zeros(num_mask_tokens, width))
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
@@ -243,7 +251,7 @@ class Predictor(nn.Module):
         # V-JEPA 2 sorts the tokens by place first; attention does not care about order, so we do not.
         rope = rope_at(torch.cat((context_ids, target_ids), dim=1), grid, self.head_dim, x.device)
         for block in self.blocks:
-            x = block(x, rope)
+            x = run(block, x, rope, self.activation_checkpointing)
         return self.proj(self.norm(x[:, context_ids.shape[1] :]))
 
 

@@ -41,7 +41,7 @@ def momentum(step, args):
 
 @torch.no_grad()
 def follow(teacher, student, momentum):
-    """teacher = momentum * teacher + (1 - momentum) * student, in place."""
+    """teacher = momentum * teacher + (1 - momentum) * student, in place, shard by shard."""
     for t, s in zip(teacher.parameters(), student.parameters(), strict=True):
         t.lerp_(s, 1 - momentum)
 
@@ -68,12 +68,11 @@ def main():
     student = Encoder(**config).to(args.device)
     teacher = copy.deepcopy(student).requires_grad_(False)
     predictor = Predictor(**training.predictor_config(args, student.width, teacher.width)).to(args.device)
+    for network in (student, teacher, predictor):
+        training.prepare(network, args)
     optimizer = training.make_optimizer([student, predictor], args)
     networks = {"encoder": teacher, "student": student, "predictor": predictor}
     run = training.Run("ema", args, networks, optimizer, teacher)
-    if args.compile:
-        for block in (*teacher.blocks, *student.blocks, *predictor.blocks):
-            block.compile()
 
     loader = training.training_loader(source, args, run.start_step)
     for step in range(run.start_step, args.steps):
@@ -85,7 +84,7 @@ def main():
                 micro_loss = latent_loss(student, predictor, targets, clips, masks) / run.num_micro_batches
             micro_loss.backward()
             loss += micro_loss.detach()
-        grad_norm = training.update(optimizer, args)
+        loss, grad_norm = training.update(optimizer, loss, args)
         follow(teacher, student, momentum(step, args))
         run.end_step(step, loss, grad_norm)
     run.finish()

@@ -26,7 +26,7 @@ def load_teacher(args):
             training.fail(
                 f"the teacher has {name} {teacher.config[name]}, the student {getattr(args, name)}: not one grid"
             )
-    return teacher.requires_grad_(False).to(args.device)
+    return teacher.requires_grad_(False).to(args.device, getattr(torch, args.dtype))
 
 
 @torch.no_grad()
@@ -48,6 +48,7 @@ def latent_loss(student, predictor, targets, clips, masks):
 def main():
     parser = training.training_flags(__doc__, out="out/student", steps=160_000)
     parser.add_argument("--teacher", required=True, metavar="RUN|FILE", help="stage-1 or stage-2 checkpoint")
+    parser.add_argument("--shard-teacher", action="store_true", help="where it does not fit into a process whole")
     args = parser.parse_args()
     training.setup(args)
     config = training.encoder_config(args)
@@ -56,11 +57,11 @@ def main():
 
     student = Encoder(**config).to(args.device)
     predictor = Predictor(**training.predictor_config(args, student.width, teacher.width)).to(args.device)
+    training.prepare(teacher, args, sharded=args.shard_teacher)
+    for network in (student, predictor):
+        training.prepare(network, args)
     optimizer = training.make_optimizer([student, predictor], args)
     run = training.Run("student", args, {"encoder": student, "predictor": predictor}, optimizer, teacher)
-    if args.compile:
-        for block in (*teacher.blocks, *student.blocks, *predictor.blocks):
-            block.compile()
 
     loader = training.training_loader(source, args, run.start_step)
     for step in range(run.start_step, args.steps):
@@ -72,7 +73,7 @@ def main():
                 micro_loss = latent_loss(student, predictor, targets, clips, masks) / run.num_micro_batches
             micro_loss.backward()
             loss += micro_loss.detach()
-        grad_norm = training.update(optimizer, args)
+        loss, grad_norm = training.update(optimizer, loss, args)
         run.end_step(step, loss, grad_norm)
     run.finish()
 

@@ -40,11 +40,10 @@ def main():
     pixels = 3 * args.tubelet_size * args.patch_size**2
     encoder = Encoder(**config).to(args.device)
     predictor = Predictor(**training.predictor_config(args, encoder.width, pixels)).to(args.device)
+    for network in (encoder, predictor):
+        training.prepare(network, args)
     optimizer = training.make_optimizer([encoder, predictor], args)
     run = training.Run("teacher", args, {"encoder": encoder, "predictor": predictor}, optimizer)
-    if args.compile:
-        for block in (*encoder.blocks, *predictor.blocks):
-            block.compile()
 
     loader = training.training_loader(source, args, run.start_step)
     for step in range(run.start_step, args.steps):
@@ -55,7 +54,7 @@ def main():
                 micro_loss = pixel_loss(encoder, predictor, clips, masks) / run.num_micro_batches
             micro_loss.backward()
             loss += micro_loss.detach()
-        grad_norm = training.update(optimizer, args)
+        loss, grad_norm = training.update(optimizer, loss, args)
         run.end_step(step, loss, grad_norm)
     run.finish()
 

@@ -6,20 +6,37 @@ seed and on n, g, s alone, so neither restarting nor spreading a run over more p
 """
 
 import argparse
+import fcntl
 import itertools
 import json
 import math
 import os
 import platform
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import time
+import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.nn as nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 import data
 import flops
@@ -27,9 +44,13 @@ import masking
 from model import CHECKPOINT_FORMAT, SIZES, Encoder, Predictor, token_grid
 
 
-def fail(message):
-    """End with one line that says what is wrong and what to do, exit status 2; once per node at most, during set-up."""
-    if os.environ.get("LOCAL_RANK", "0") == "0" or dist.is_initialized():
+def fail(message, agreed=False):
+    """End with one line that says what is wrong and what to do, exit status 2.
+
+    During set-up one process per node says it. Later the one that fails does, or only the first if all have `agreed`.
+    """
+    speaks = os.environ.get("RANK", "0") == "0" if agreed else os.environ.get("LOCAL_RANK", "0") == "0"
+    if speaks or (dist.is_initialized() and not agreed):
         print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr, flush=True)
     sys.exit(2)
 
@@ -73,6 +94,7 @@ def training_flags(description, out, steps):
     flag("--data-weights", nargs="+", type=float, metavar="WEIGHT", help="share of each manifest in the samples")
     flag("--frame-step", type=int, default=4, help="video frames from one clip frame to the next (table 5)")
     flag("--workers", type=int, help="loader processes; default 8 per process on a GPU, 1 on the CPU")
+    flag("--loader-timeout", type=int, default=600, help="seconds to wait for a loader process")
     flag("--mask", choices=masking.STRATEGIES, default="multiblock", help="which tokens are predicted (section 5.2)")
     flag("--mask-truncation", choices=("random", "raster"), default="random", help="raster is V-JEPA's (masking.py)")
 
@@ -94,10 +116,17 @@ def training_flags(description, out, steps):
     flag("--device", choices=("cpu", "cuda"), help="default cuda where there is one")
     flag("--dtype", choices=("float32", "bfloat16"), help="of the forward pass; default bfloat16 on a GPU only")
     flag("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the blocks; default on a GPU only")
+    flag("--activation-checkpointing", action=argparse.BooleanOptionalAction, default=False,
+         help="recompute each block in the backward pass: less memory, a third more work")  # fmt: skip
+    flag("--replicate", dest="parallel", action="store_const", const="replicate", default="shard",
+         help="every process holds the whole of what is trained; without, it is sharded over all of them")  # fmt: skip
+    flag("--hybrid", dest="parallel", action="store_const", const="hybrid", default="shard",
+         help="sharded within a node, replicated across nodes")  # fmt: skip
 
     flag = parser.add_argument_group("what it leaves").add_argument
     flag("--out", type=Path, default=Path(out), help="run folder; one that holds this run already is continued")
     flag("--save-every", type=int, default=1000, help="steps")
+    flag("--keep", type=int, default=2, help="states to continue from that are kept, the newest ones")
     flag(
         "--snapshot-every", type=int, default=0, help="steps; each leaves a checkpoint-STEP.pt for analyze.py; 0: none"
     )
@@ -173,7 +202,7 @@ def setup(args):
     args.start_lr = 0.32 * args.lr if args.start_lr is None else args.start_lr
     if args.steps < 1 or args.batch_size < 1 or args.batch_size % world:
         fail(f"--steps and --batch-size are at least 1, --batch-size divisible by the {world} processes")
-    require_at_least(args, 1, "save_every", "log_every", "frame_step")
+    require_at_least(args, 1, "save_every", "log_every", "frame_step", "keep", "loader_timeout")
     require_at_least(args, 0, "seed", "workers", "snapshot_every")
     args.schedule_steps = args.steps  # where learning rate and weight decay end; V-JEPA's stretch moves it
     if args.warmup_steps >= args.steps:
@@ -186,13 +215,57 @@ def setup(args):
     if world > 1:
         if gpu:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if gpu else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
+    sys.excepthook = _in_one_line
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(args.seed)
     if rank == 0:
         name = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads (no GPU is used)"
         print(f"on {world} x {name}, {args.dtype}, batch {args.batch_size} = {world} processes x "
               f"{share // args.micro_batch_size} micro-batches x {args.micro_batch_size} clips")  # fmt: skip
+
+
+def lost_a_process(error):
+    """Whether an error only says that another process of the run is gone."""
+    signs, kinds = ("closed by peer", "gloo", "nccl"), RuntimeError | dcp.api.CheckpointException
+    return isinstance(error, kinds) and any(sign in str(error).lower() for sign in signs)
+
+
+def _in_one_line(kind, error, traceback):
+    """What ends a process for reasons outside it is said in one line, not in a traceback of where it was just then."""
+    text = str(error).lower()
+    if isinstance(error, RuntimeError) and "dataloader worker" in text:  # torch raises this anywhere in the step
+        print(f"{Path(sys.argv[0]).name}: a loader process died: {error}", file=sys.stderr, flush=True)
+    elif lost_a_process(error):
+        rank = rank_and_world()[0]
+        print(f"process {rank} ends: it lost another process, whose message says why", file=sys.stderr, flush=True)
+    else:
+        return sys.__excepthook__(kind, error, traceback)
+    data.end_workers()
+    os._exit(2)
+
+
+def prepare(network, args, sharded=True):
+    """Ready a network for training, in place: compile and checkpoint its blocks, share it among the processes (FSDP2).
+
+    Its blocks' parameters, gradients and optimiser state are sharded over all processes; over those of a node with
+    --hybrid; over none with --replicate. Parameters and sums of gradients are float32; with --dtype bfloat16 the
+    forward and backward pass gather and compute in bfloat16. One process keeps everything and needs no process group.
+    """
+    network.activation_checkpointing = args.activation_checkpointing
+    if args.compile:
+        for block in network.blocks:
+            block.compile()
+    if dist.is_initialized() and sharded:
+        world, local = dist.get_world_size(), int(os.environ["LOCAL_WORLD_SIZE"])
+        shape = {"shard": (1, world), "replicate": (world, 1), "hybrid": (world // local, local)}[args.parallel]
+        mesh = init_device_mesh(args.device, shape, mesh_dim_names=("replicate", "shard"))
+        policy = MixedPrecisionPolicy(cast_forward_inputs=False)  # RoPE's tables stay float32
+        if args.dtype == "bfloat16":
+            policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+        for part in (*network.blocks, network):
+            fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    return network
 
 
 def clip_source(args):
@@ -223,7 +296,8 @@ def training_loader(source, args, start_step):
         for step in range(start_step, args.steps)
         for first in (step * args.batch_size + g * size for g in micro_batch_indices(args))
     )
-    return iter(data.clip_loader(source, numbers, args.workers, pin_memory=args.device == "cuda"))
+    timeout = args.loader_timeout if args.workers else 0
+    return data.clip_loader(source, numbers, args.workers, pin_memory=args.device == "cuda", timeout=timeout)
 
 
 def generator(*key):
@@ -267,18 +341,22 @@ def set_schedules(optimizer, step, args):
             group["weight_decay"] = weight_decay(step, args)
 
 
-def update(optimizer, args):
-    """Average the gradients over the processes, clip them, step. Returns the norm before clipping, a tensor."""
+def update(optimizer, loss, args):
+    """Clip the gradients and step, unless loss or gradients are not finite. Returns loss and norm before clipping.
+
+    loss: this process's mean, a detached tensor; returned is the mean over all processes, the norm over all parameters.
+    """
     params = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in params])
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     if dist.is_initialized():
-        flat = torch.cat([p.grad.flatten() for p in params])
-        dist.all_reduce(flat)
-        for p, grad in zip(params, flat.split([p.numel() for p in params]), strict=True):
-            p.grad.copy_(grad.view_as(p)).div_(dist.get_world_size())
-    norm = torch.nn.utils.clip_grad_norm_(params, args.clip_grad)
-    optimizer.step()
+        dist.all_reduce(loss)
+        loss /= dist.get_world_size()
+    if math.isfinite(loss.item() + norm.item()):
+        torch.nn.utils.clip_grads_with_norm_(params, args.clip_grad, norm)
+        optimizer.step()
     optimizer.zero_grad()
-    return norm
+    return loss, norm
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -296,6 +374,18 @@ def write_aside(path, write):
     aside = path.with_name(path.name + ".tmp")
     write(aside)
     os.replace(aside, path)
+
+
+def checksum(path):
+    """[bytes, CRC-32] of a file; None if it cannot be read."""
+    size = crc = 0
+    try:
+        with open(path, "rb") as file:
+            while chunk := file.read(1 << 24):
+                size, crc = size + len(chunk), zlib.crc32(chunk, crc)
+    except OSError:
+        return None
+    return [size, crc]
 
 
 def git_commit():
@@ -316,6 +406,7 @@ class Run:
     """
 
     MAX_BAD = 0.05  # share of unreadable videos above which a run ends
+    RECORDED = {"step", "kind", "model", "args", "seconds", "flops", "counted", "files"}  # in run.json
 
     def __init__(self, kind, args, networks, optimizer, teacher=None):
         self.kind, self.args, self.networks, self.optimizer = kind, args, networks, optimizer
@@ -326,8 +417,10 @@ class Run:
         self.grid = token_grid((args.num_frames, args.resolution, args.resolution), args.tubelet_size, args.patch_size)
         self.num_micro_batches = len(micro_batch_indices(args))  # per step, of this process
         self.start_step, self.seconds, self.flops = 0, 0.0, 0.0
-        self.samples, self.num_bad, self.bad = 0, 0, set()
-        self.metrics_file, self.resume_file = args.out / "metrics.jsonl", args.out / "resume" / "state.pt"
+        self.samples, self.num_bad, self.bad = 0, 0, set()  # of this process, since it started
+        self.samples_before, self.num_bad_before = 0, 0  # of all processes, before
+        self.metrics_file, self.resume_folder = args.out / "metrics.jsonl", args.out / "resume"
+        self.stop_signal = 0
         try:  # whether the grid takes such masks; they may be too large for it
             masking.sample_masks(args.mask, self.grid, 1, generator(args.seed))
         except ValueError as error:
@@ -336,23 +429,27 @@ class Run:
             self._open_folder()
         except OSError as error:
             fail(f"--out {args.out}: {error.strerror}")
-        if self.resume_file.is_file():
-            self._resume()
-        elif self.rank == 0:
+        if not self._resume() and self.rank == 0:
             self._describe()
         self._start_window()
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._remember)
 
     # -- what a step sees
 
     def micro_batches(self, loader, step):
         """Yields this process's micro-batches of a step: clips, normalised (B, 3, T, H, W) on the device, and masks."""
+        self.names = []
         for g in micro_batch_indices(self.args):
             started = time.perf_counter()
             try:
                 batch = next(loader)
             except data.BadVideo as error:  # its last line; before it, a worker's traceback
                 fail(f"ten unreadable videos in a row, the last one: {str(error).splitlines()[-1]}")
+            except data.LoaderFailed as error:
+                fail(str(error))
             self.waited += time.perf_counter() - started
+            self.names += batch.names
             self._count_bad(batch)
             rng, truncation = generator(self.args.seed, step, g), self.args.mask_truncation
             masks = masking.sample_masks(self.args.mask, self.grid, len(batch.clips), rng, truncation)
@@ -365,8 +462,6 @@ class Run:
         for reason in sorted(set(batch.skipped) - self.bad):
             print(f"unreadable, another video stands in: {reason}", file=sys.stderr, flush=True)
         self.bad.update(batch.skipped)
-        if self.samples >= 100 and self.num_bad > self.MAX_BAD * self.samples:
-            fail(f"{self.num_bad} of {self.samples} samples are unreadable, more than {self.MAX_BAD:.0%}: check --data")
 
     def _count_tokens(self, masks):
         counts = [(mask.context_ids.shape[1], mask.target_ids.shape[1]) for mask in masks]
@@ -389,25 +484,44 @@ class Run:
         self.losses = []
 
     def end_step(self, step, loss, grad_norm):
-        """Log and save where it is time. loss: this process's mean, a detached tensor; grad_norm: from `update`."""
+        """Log and save where it is time; end the run where it cannot or shall not go on. Takes `update`'s."""
         args, done = self.args, step + 1
-        self.losses.append(loss)  # read only when logged: no device synchronisation per step
+        if not math.isfinite(loss.item() + grad_norm.item()):
+            fail(f"step {done}: loss {loss.item():.4g}, gradient norm {grad_norm.item():.4g}, lr "
+                 f"{learning_rate(step, args):.3g}; not updated, the last checkpoint is kept; a lower --lr may help. "
+                 f"Clips of process {self.rank}: {', '.join(self.names)}")  # fmt: skip
+        self.losses.append(loss)
+        stop = torch.tensor(self.stop_signal, device=self.device)
+        if dist.is_initialized():  # a signal reaches the processes at different steps, or only one of them
+            dist.all_reduce(stop, dist.ReduceOp.MAX)
         snapshot = args.snapshot_every and done % args.snapshot_every == 0
-        saving = snapshot or done % args.save_every == 0 or done == args.steps
+        saving = stop or snapshot or done % args.save_every == 0 or done == args.steps
         if saving or done % args.log_every == 0:
             self._log(done, grad_norm)
         if saving:
             self.save(done, snapshot)
+        if stop:
+            if self.rank == 0:
+                name = signal.Signals(stop.item()).name
+                print(
+                    f"{name}: saved and stopped after step {done} of {args.steps}; the same command continues",
+                    flush=True,
+                )
+            self._leave()
+            sys.exit(0)
+
+    def _remember(self, number, frame):
+        self.stop_signal = number
 
     def _log(self, done, grad_norm):
         args = self.args
-        sums = [self.window_clips, self.window_flops, self.num_bad, *self.tokens.values()]  # of this process
-        sums = torch.tensor(sums, dtype=torch.float64, device=self.device)
-        sums = torch.cat((torch.stack(self.losses).mean().double()[None] / self.world, sums))
+        sums = [self.samples, self.num_bad, self.window_clips, self.window_flops, *self.tokens.values()]
+        sums = torch.tensor(sums, dtype=torch.float64)  # of this process
         if dist.is_initialized():
             dist.all_reduce(sums)
-        # waits for the device, so the time below is right
-        loss, clips, window_flops, bad, *tokens = sums.tolist()
+        samples, bad, clips, window_flops, *tokens = sums.tolist()
+        self.counted = int(samples) + self.samples_before, int(bad) + self.num_bad_before
+        loss = torch.stack(self.losses).double().mean().item()
         grad_norm = grad_norm.item()
         seconds = time.perf_counter() - self.started
         self.seconds += seconds
@@ -426,11 +540,12 @@ class Run:
             "tflops": window_flops / seconds / 1e12,
             # tokens of a clip, summed over its masks
             **{name: count / clips for name, count in zip(self.tokens, tokens, strict=True)},
-            "bad_videos": int(bad),
+            "bad_videos": self.counted[1],
         }
         self._start_window()
-        if not math.isfinite(loss):
-            fail(f"the loss is {loss} at step {done}; the last checkpoint is kept; a lower --lr may help")
+        samples, bad = self.counted
+        if samples >= 100 and bad > self.MAX_BAD * samples:
+            fail(f"{bad} of {samples} samples are unreadable, more than {self.MAX_BAD:.0%}: check --data", agreed=True)
         if self.rank == 0:
             with open(self.metrics_file, "a") as file:
                 file.write(json.dumps(line) + "\n")
@@ -439,41 +554,99 @@ class Run:
                   f"{line['clips_per_s']:.0f} clips/s  waiting for data {line['data_wait']:.0%}  {left} left",
                   flush=True)  # fmt: skip
 
+    def _state(self):
+        """(all networks as one module, what resume/ holds of them and of the optimiser: sharded tensors only)."""
+        networks = nn.ModuleDict(self.networks)
+        optimizer = get_optimizer_state_dict(networks, self.optimizer)["state"]
+        return networks, {"networks": get_model_state_dict(networks), "optimizer": optimizer}
+
     def save(self, step, snapshot=False):
         """Write checkpoint.pt for others and resume/ for this run; with `snapshot`, a checkpoint that stays as well."""
-        if self.rank == 0:
-            weights = {name: network.state_dict() for name, network in self.networks.items()}
-            shared = {"format": CHECKPOINT_FORMAT, "kind": self.kind, "step": step, "model": self.model,
-                      "encoder_is": self.kind, **weights, "args": self._plain_args()}  # fmt: skip
-            own = {"optimizer": self.optimizer.state_dict(), "seconds": self.seconds, "flops": self.flops}
-            try:
-                write_aside(self.resume_file, lambda path: torch.save(shared | own, path))
+        whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        weights = {name: get_model_state_dict(network, options=whole) for name, network in self.networks.items()}
+        shared = {"format": CHECKPOINT_FORMAT, "kind": self.kind, "step": step, "model": self.model,
+                  "encoder_is": self.kind, **weights, "args": self._plain_args()}  # fmt: skip
+        folder = self.resume_folder / f"step-{step:08}"
+        aside = folder.with_suffix(".tmp")
+        try:
+            if self.rank == 0:
+                shutil.rmtree(aside, ignore_errors=True)
+                aside.mkdir()
+                # Before the state: a run that goes on from a state has written its checkpoints.
                 for name in ["checkpoint.pt", f"checkpoint-{step:06}.pt"][: 2 if snapshot else 1]:
                     write_aside(self.args.out / name, lambda path: torch.save(shared, path))
-            except (OSError, RuntimeError) as error:  # RuntimeError is torch.save's word for a full disk
-                fail(f"step {step} could not be saved in {self.args.out}, the one before is kept: {error}")
+            self._save_state(step, aside, folder)
+        except (OSError, RuntimeError, dcp.api.CheckpointException) as error:  # RuntimeError: torch.save, a full disk
+            if lost_a_process(error):
+                raise
+            reason = str(error).strip().splitlines()[-1]
+            fail(
+                f"step {step} could not be saved in {self.args.out}, the one before is kept; is the disk full? {reason}"
+            )
         if dist.is_initialized():
             dist.barrier()
+
+    def _save_state(self, step, aside, folder):
+        """resume/step-N: every process writes its part; the folder gets its name when it is whole."""
+        if dist.is_initialized():
+            dist.barrier()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as it should be with one process
+            dcp.save(self._state()[1], checkpoint_id=aside)
+        if self.rank == 0:
+            record = {"step": step, "kind": self.kind, "model": self.model, "args": self._plain_args(),
+                      "seconds": self.seconds, "flops": self.flops, "counted": self.counted,
+                      "files": {path.name: checksum(path) for path in sorted(aside.iterdir())}}  # fmt: skip
+            (aside / "run.json").write_text(json.dumps(record))
+            shutil.rmtree(folder, ignore_errors=True)
+            aside.rename(folder)
+            for old in self._states()[self.args.keep :]:
+                shutil.rmtree(old)
 
     def finish(self):
         """Say what there is now, and leave the process group."""
         if self.rank == 0:
             print(f"{self.kind} done: {self.args.steps} steps in {duration(self.seconds)}, "
                   f"{self.flops:.3g} FLOPs; {self.args.out / 'checkpoint.pt'}", flush=True)  # fmt: skip
+        self._leave()
+
+    def _leave(self):
+        """The end of the run, not of the process: let others have the folder, the signals, the process group."""
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_DFL)
+        if self.rank == 0:
+            self.lock.close()
         if dist.is_initialized():
+            dist.barrier()
             dist.destroy_process_group()
 
     # -- how it starts
 
     def _open_folder(self):
         out = self.args.out
-        if self.rank == 0 and self.args.fresh and (out / "args.json").exists():
-            older = next(p for i in itertools.count(1) if not (p := out.with_name(f"{out.name}.{i}")).exists())
-            shutil.move(out, older)
-            print(f"--fresh: the run that was in {out} is now in {older}")
+        if self.rank == 0:
+            self._lock()
+            if self.args.fresh and (out / "args.json").exists():
+                older = next(p for i in itertools.count(1) if not (p := out.with_name(f"{out.name}.{i}")).exists())
+                shutil.move(out, older)
+                print(f"--fresh: the run that was in {out} is now in {older}")
+                self._lock()
+            self.resume_folder.mkdir(exist_ok=True)
         if dist.is_initialized():
             dist.barrier()
-        self.resume_file.parent.mkdir(parents=True, exist_ok=True)
+
+    def _lock(self):
+        """Keep other runs out of the folder for as long as this process lives."""
+        self.args.out.mkdir(parents=True, exist_ok=True)
+        self.lock = open(self.args.out / "lock", "a+")  # noqa: SIM115
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.lock.seek(0)
+            fail(f"{self.args.out} is in use by another run ({self.lock.read()}); choose another --out")
+        self.lock.truncate(0)
+        self.lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+        self.lock.flush()
 
     def _describe(self):
         versions = {"python": platform.python_version(), "torch": torch.__version__, "av": data.av.__version__}
@@ -485,27 +658,66 @@ class Run:
         print(f"{self.kind}: encoder {sizes[0]:.2f}M parameters, predictor {sizes[1]:.2f}M; "
               f"{self.args.steps} steps into {self.args.out}", flush=True)  # fmt: skip
 
+    def _states(self):
+        """The folders to continue from, the newest first."""
+        return sorted((p for p in self.resume_folder.glob("step-*") if p.suffix != ".tmp"), reverse=True)
+
     def _resume(self):
-        try:
-            state = torch.load(self.resume_file, map_location="cpu", weights_only=True)
-        except Exception as error:  # whatever a damaged file makes torch.load raise, the remedy is one
-            fail(f"{self.resume_file} cannot be read ({type(error).__name__}); --fresh starts anew")
-        if state["kind"] != self.kind or state["model"] != self.model:
-            fail(f"{self.args.out} holds a run of another kind or model; choose another --out, or --fresh")
-        silent = ("fresh", "out", "schedule_steps")
-        changed = [k for k, v in self._plain_args().items() if k not in silent and state["args"].get(k) != v]
-        for name, network in self.networks.items():
-            network.load_state_dict(state[name])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.start_step, self.seconds, self.flops = state["step"], state["seconds"], state["flops"]
+        """Restore the newest whole state; whether there is one."""
+        for folder in self._states():
+            try:
+                record = self._verified(folder)
+                break
+            except (OSError, ValueError, AttributeError, TypeError) as error:
+                if self.rank == 0:
+                    print(f"{folder} is damaged ({error}); trying the one before", file=sys.stderr, flush=True)
+        else:
+            begun = any(self.resume_folder.iterdir())  # the first save was cut off
+            if self._states() or ((self.args.out / "checkpoint.pt").exists() and not begun):
+                fail(
+                    f"{self.args.out} holds a run, but no whole state to continue it from; --fresh starts anew",
+                    agreed=True,
+                )
+            return False
+        if record["kind"] != self.kind or record["model"] != self.model:
+            fail(f"{self.args.out} holds a run of another kind or model; choose another --out, or --fresh", agreed=True)
+        networks, state = self._state()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            dcp.load(state, checkpoint_id=folder)
+        set_model_state_dict(networks, state["networks"])
+        groups = get_optimizer_state_dict(networks, self.optimizer)["param_groups"]
+        set_optimizer_state_dict(networks, self.optimizer, {"state": state["optimizer"], "param_groups": groups})
+        self.start_step, self.seconds, self.flops = record["step"], record["seconds"], record["flops"]
+        self.samples_before, self.num_bad_before = record["counted"]
         if self.rank == 0:
+            for newer in self._states():
+                if newer > folder:
+                    shutil.rmtree(newer)
             lines = self.metrics_file.read_text().splitlines() if self.metrics_file.exists() else []
             # A killed process may leave its last line unfinished.
             kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= self.start_step]
             write_aside(self.metrics_file, lambda path: path.write_text("".join(line + "\n" for line in kept)))
             print(f"continuing {self.args.out} at step {self.start_step} of {self.args.steps}")
+            silent, before = ("fresh", "out", "schedule_steps"), record["args"]
+            changed = [k for k, v in self._plain_args().items() if k not in silent and before.get(k) != v]
             if changed:
                 print("  with other flags than before: " + ", ".join("--" + k.replace("_", "-") for k in changed))
+        return True
+
+    def _verified(self, folder):
+        """The record of a state's folder whose files are as they were written; ValueError if one is not."""
+        record = json.loads((folder / "run.json").read_text())
+        if not isinstance(record, dict) or not record.keys() >= self.RECORDED:
+            raise ValueError("run.json says too little")
+        mine = sorted(record["files"])[self.rank :: self.world]  # the processes share the reading
+        bad = [name for name in mine if checksum(folder / name) != record["files"][name]]
+        count = torch.tensor(len(bad))
+        if dist.is_initialized():
+            dist.all_reduce(count)
+        if count:
+            raise ValueError(f"{count.item()} of its files are not as they were written")
+        return record
 
     def _plain_args(self):
         def plain(value):

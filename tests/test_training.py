@@ -108,7 +108,7 @@ def test_update_clips_the_global_norm():
     params = [p for m in modules for p in m.parameters()]
     for p in params:
         p.grad = torch.ones_like(p)
-    assert training.update(optimizer, args).item() == pytest.approx(math.sqrt(24))
+    assert training.update(optimizer, torch.tensor(0.0), args)[1].item() == pytest.approx(math.sqrt(24))
     assert all(p.grad is None for p in params)
     first = torch.cat([optimizer.state[p]["exp_avg"].flatten() for p in params]) / 0.1
     assert first.norm().item() == pytest.approx(0.5, rel=1e-4)
@@ -197,7 +197,7 @@ def test_one_batch_can_be_learnt(script, factor):
     for _ in range(150):
         loss = losses_of(script, encoder, predictor, clips, masks)
         loss.backward()
-        training.update(optimizer, args)
+        training.update(optimizer, torch.tensor(0.0), args)
         losses.append(loss.item())
     assert losses[-1] < factor * losses[0]
 
@@ -258,7 +258,13 @@ FIGURES = ("step", "loss", "grad_norm", "lr", "weight_decay", "context_kept", "c
 def test_what_a_run_leaves_behind(teacher, student, ema):
     runs = (teacher, "teacher", 32, 384), (student, "student", 48, 32), (ema, "ema", 32, 32)
     for out, kind, width, out_width in runs:
-        assert sorted(p.name for p in out.iterdir()) == ["args.json", "checkpoint.pt", "metrics.jsonl", "resume"]
+        assert sorted(p.name for p in out.iterdir()) == [
+            "args.json",
+            "checkpoint.pt",
+            "lock",
+            "metrics.jsonl",
+            "resume",
+        ]
         record = json.loads((out / "args.json").read_text())
         assert record["kind"] == kind and record["world_size"] == 1
         args = record["args"]
@@ -306,6 +312,7 @@ def test_an_interrupted_run_continues_as_if_nothing_had_happened(script, teacher
 
         def stop_after_four(run, step, *rest):
             if step == 4:
+                run.lock.close()  # as the end of the process would
                 raise KeyboardInterrupt
             end_step(run, step, *rest)
 
@@ -622,26 +629,77 @@ def test_wrong_flags_of_the_baseline(flags, tmp_path, capfd):
     assert flags.split()[0] in error and not (tmp_path / "run").exists()
 
 
-def damage(path):
-    path.write_bytes(path.read_bytes()[:3000])
+def damage(path, left=3000):
+    path.write_bytes(path.read_bytes()[:left])
 
 
-@pytest.mark.parametrize(
-    "change, flags, says",
-    [
-        (lambda run: damage(run / "resume" / "state.pt"), [], "cannot be read"),
-        (lambda run: (run / "resume" / "state.pt").write_bytes(b""), [], "cannot be read"),
-        (None, ["--width", "16"], "another kind or model"),
-        (None, ["--predictor-depth", "2"], "another kind or model"),
-        (None, ["--resolution", "64"], "another kind or model"),
-    ],
-)
-def test_runs_that_cannot_go_on(change, flags, says, teacher, tmp_path, capfd):
+@pytest.mark.parametrize("flags", [["--width", "16"], ["--predictor-depth", "2"], ["--resolution", "64"]])
+def test_a_run_of_another_model_is_not_continued(flags, teacher, tmp_path, capfd):
     run = shutil.copytree(teacher, tmp_path / "run")
-    if change:
-        change(run)
     error = refusal(capfd, train_teacher, *TINY, "--out", run, *flags)
-    assert says in error and "--fresh" in error
+    assert "another kind or model" in error and "--fresh" in error
+
+
+def flip(path, place=0.5):
+    """Change one bit."""
+    content = bytearray(path.read_bytes())
+    content[int(place * len(content))] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES = {
+    "truncated": lambda state: damage(state / "__0_0.distcp"),
+    "empty": lambda state: (state / "__0_0.distcp").write_bytes(b""),
+    "missing": lambda state: (state / "__0_0.distcp").unlink(),
+    "first-byte": lambda state: flip(state / "__0_0.distcp", 0),
+    "one-byte": lambda state: flip(state / "__0_0.distcp"),
+    "metadata": lambda state: flip(state / ".metadata"),
+    "no-metadata": lambda state: (state / ".metadata").unlink(),
+    "no-record": lambda state: (state / "run.json").unlink(),
+    "cut-record": lambda state: damage(state / "run.json", 100),
+    "binary-record": lambda state: (state / "run.json").write_bytes(bytes(range(256))),
+    "other-record": lambda state: (state / "run.json").write_text("{}"),
+    "list-record": lambda state: (state / "run.json").write_text("[]"),
+    "number-record": lambda state: (state / "run.json").write_text("0"),
+}
+
+
+@pytest.mark.parametrize("change", DAMAGES)
+def test_a_damaged_state_gives_way_to_the_one_before(change, teacher, tmp_path, capfd):
+    run = shutil.copytree(teacher, tmp_path / "run")
+    newest = run / "resume" / "step-00000006"
+    DAMAGES[change](newest)
+    run_script(train_teacher, *TINY, "--out", run)
+    said = capfd.readouterr()
+    assert "at step 4 of 6" in said.out and said.err.count("\n") == 1
+    assert said.err.startswith(f"{newest} is damaged (") and said.err.endswith("); trying the one before\n")
+    assert same_weights(run, teacher) and metrics(run, *FIGURES) == metrics(teacher, *FIGURES)
+    run_script(train_teacher, *TINY, "--out", run)  # what was damaged has been replaced
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("change", DAMAGES)
+def test_a_run_without_a_whole_state_is_not_continued(change, teacher, tmp_path, capfd):
+    run = shutil.copytree(teacher, tmp_path / "run")
+    for state in (run / "resume").iterdir():
+        DAMAGES[change](state)
+    before = (run / "checkpoint.pt").read_bytes(), metrics(run)
+    with pytest.raises(SystemExit) as stop:
+        run_script(train_teacher, *TINY, "--out", run)
+    *found, last = capfd.readouterr().err.splitlines()
+    assert stop.value.code == 2 and [line.split()[0][-8:] for line in found] == ["00000006", "00000004"]
+    assert last == f"train_teacher.py: {run} holds a run, but no whole state to continue it from; --fresh starts anew"
+    assert before == ((run / "checkpoint.pt").read_bytes(), metrics(run))
+
+
+def test_what_a_kill_while_saving_leaves_does_not_matter(teacher, tmp_path):
+    run = shutil.copytree(teacher, tmp_path / "run")
+    newest = run / "resume" / "step-00000006"
+    (newest / "run.json").unlink()
+    newest.rename(newest.with_suffix(".tmp"))
+    run_script(train_teacher, *TINY, "--out", run)
+    assert same_weights(run, teacher) and metrics(run, *FIGURES) == metrics(teacher, *FIGURES)
+    assert sorted(path.name for path in (run / "resume").iterdir()) == ["step-00000004", "step-00000006"]
 
 
 def test_a_student_does_not_continue_a_teacher(teacher, tmp_path, capfd):
@@ -711,4 +769,20 @@ def test_nothing_but_unreadable_videos(workers, tmp_path, capfd):
 
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, capfd):
     error = refusal(capfd, train_teacher, *TINY, "--lr", "1e30", "--clip-grad", "1e30", "--out", tmp_path / "run")
-    assert "the loss is" in error
+    assert ": step 2: loss nan, gradient norm nan, lr 6.6e+29; " in error
+    assert error.endswith("Clips of process 0: built-in 4, built-in 5, built-in 6, built-in 7\n")
+    assert metrics(tmp_path / "run", "step") == [[1]] and not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+@pytest.mark.parametrize("loss, gradient", [("nan", 1), ("inf", 1), (0, "nan"), (0, "inf")])
+def test_no_update_without_a_finite_loss_and_finite_gradients(loss, gradient):
+    module = torch.nn.Linear(3, 3)
+    before = {name: x.clone() for name, x in module.state_dict().items()}
+    args = paper_args(80_000)
+    optimizer = training.make_optimizer([module], args)
+    for p in module.parameters():
+        p.grad = torch.ones_like(p)
+    module.bias.grad[1] = float(gradient)
+    found = training.update(optimizer, torch.tensor(float(loss)), args)
+    assert not math.isfinite(sum(found).item())
+    assert equal(module.state_dict(), before) and not optimizer.state
