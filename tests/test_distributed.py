@@ -556,7 +556,7 @@ def test_no_checkpoint_runs_code(teacher, tmp_path, capfd):
 
 def test_checksums(tmp_path):
     file = tmp_path / "x"
-    assert training.checksum(file) == [0, 0]
+    assert training.checksum(file) is None
     file.write_bytes(b"123456789")
     assert training.checksum(file) == [9, 0xCBF43926]  # the check value of CRC-32
     file.write_bytes(b"123456788")
