@@ -25,7 +25,7 @@ import data
 import flops
 from masking import sample_masks
 from model import load_checkpoint, load_encoder, load_predictor, token_grid, tubelets, untubelets
-from training import Parser, duration, fail, generator, require_at_least, resolve_device
+from training import Parser, duration, effective_rank, fail, generator, require_at_least, resolve_device
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the choice of backend)
@@ -225,13 +225,6 @@ def embeddings(args, path, weights="encoder"):
         parts.append(encoder(data.normalise(clips, torch.device(args.device))).mean(1).float().cpu())
     args.first = first
     return torch.cat(parts)
-
-
-def effective_rank(x):
-    """RankMe of embeddings (M, D): the exponential of the entropy of the singular values (Garrido et al., 2023)."""
-    sigma = torch.linalg.svdvals(x)
-    p = sigma / sigma.sum() + 1e-7
-    return (-(p * p.log()).sum()).exp().item()
 
 
 def rankme(args):

@@ -28,7 +28,9 @@ class Mask(NamedTuple):
     target_lost: torch.Tensor  # (B,) target tokens cut, likewise; a token that is cut is neither context nor target
 
     def to(self, device):
-        return Mask(*(x.to(device, non_blocking=True) for x in self))
+        # From pinned memory, or the copy would wait for what the GPU is doing.
+        pinned = (x.pin_memory() if torch.device(device).type == "cuda" else x for x in self)
+        return Mask(*(x.to(device, non_blocking=True) for x in pinned))
 
 
 def sample_masks(name, grid, batch, generator, truncation="random"):

@@ -36,13 +36,17 @@ def latent_targets(teacher, clips):
 
 
 def latent_loss(student, predictor, targets, clips, masks):
-    """Mean absolute error at the target tokens, averaged over the masks. targets: (B, N, D_teacher)."""
+    """Mean absolute error at the target tokens, averaged over the masks; and the last mask's predictions and targets.
+
+    targets: the latents of all tokens (B, N, D_teacher).
+    """
     loss = 0.0
     for i, mask in enumerate(masks):
         context = student(clips, mask.context_ids)
         predicted = predictor(context, mask.context_ids, mask.target_ids, student.grid(clips), i)
-        loss += (predicted.float() - gather(targets, mask.target_ids)).abs().mean() / len(masks)
-    return loss
+        wanted = gather(targets, mask.target_ids)
+        loss += (predicted.float() - wanted).abs().mean() / len(masks)
+    return loss, predicted, wanted
 
 
 def main():
@@ -61,20 +65,22 @@ def main():
     for network in (student, predictor):
         training.prepare(network, args)
     optimizer = training.make_optimizer([student, predictor], args)
-    run = training.Run("student", args, {"encoder": student, "predictor": predictor}, optimizer, teacher)
+    run = training.Run("student", args, {"encoder": student, "predictor": predictor}, optimizer, source, teacher)
+
+    def loss_of(clips, masks):
+        with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+            return latent_loss(student, predictor, latent_targets(teacher, clips), clips, masks)
 
     loader = training.training_loader(source, args, run.start_step)
     for step in range(run.start_step, args.steps):
         training.set_schedules(optimizer, step, args)
         loss = 0.0
         for clips, masks in run.micro_batches(loader, step):
-            with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-                targets = latent_targets(teacher, clips)
-                micro_loss = latent_loss(student, predictor, targets, clips, masks) / run.num_micro_batches
+            micro_loss = loss_of(clips, masks)[0] / run.num_micro_batches
             micro_loss.backward()
             loss += micro_loss.detach()
         loss, grad_norm = training.update(optimizer, loss, args)
-        run.end_step(step, loss, grad_norm)
+        run.end_step(step, loss, grad_norm, loss_of)
     run.finish()
 
 

@@ -21,14 +21,15 @@ def pixel_targets(clips, tubelet_size, patch_size):
 
 
 def pixel_loss(encoder, predictor, clips, masks):
-    """Mean squared error at the target tokens, averaged over the masks."""
+    """Mean squared error at the target tokens, averaged over the masks; and the last mask's predictions and targets."""
     targets = pixel_targets(clips, encoder.tubelet_size, encoder.patch_size)
     loss = 0.0
     for i, mask in enumerate(masks):
         context = encoder(clips, mask.context_ids)
         predicted = predictor(context, mask.context_ids, mask.target_ids, encoder.grid(clips), i)
-        loss += (predicted.float() - gather(targets, mask.target_ids)).square().mean() / len(masks)
-    return loss
+        wanted = gather(targets, mask.target_ids)
+        loss += (predicted.float() - wanted).square().mean() / len(masks)
+    return loss, predicted, wanted
 
 
 def main():
@@ -43,19 +44,22 @@ def main():
     for network in (encoder, predictor):
         training.prepare(network, args)
     optimizer = training.make_optimizer([encoder, predictor], args)
-    run = training.Run("teacher", args, {"encoder": encoder, "predictor": predictor}, optimizer)
+    run = training.Run("teacher", args, {"encoder": encoder, "predictor": predictor}, optimizer, source)
+
+    def loss_of(clips, masks):
+        with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+            return pixel_loss(encoder, predictor, clips, masks)
 
     loader = training.training_loader(source, args, run.start_step)
     for step in range(run.start_step, args.steps):
         training.set_schedules(optimizer, step, args)
         loss = 0.0
         for clips, masks in run.micro_batches(loader, step):
-            with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-                micro_loss = pixel_loss(encoder, predictor, clips, masks) / run.num_micro_batches
+            micro_loss = loss_of(clips, masks)[0] / run.num_micro_batches
             micro_loss.backward()
             loss += micro_loss.detach()
         loss, grad_norm = training.update(optimizer, loss, args)
-        run.end_step(step, loss, grad_norm)
+        run.end_step(step, loss, grad_norm, loss_of)
     run.finish()
 
 

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import platform
+import resource
 import shutil
 import signal
 import socket
@@ -92,6 +93,7 @@ def training_flags(description, out, steps):
     flag = parser.add_argument_group("what it sees").add_argument
     flag("--data", nargs="+", metavar="MANIFEST", help="text files of 'path label' lines; built-in videos without")
     flag("--data-weights", nargs="+", type=float, metavar="WEIGHT", help="share of each manifest in the samples")
+    flag("--held-out", metavar="MANIFEST", help="videos whose loss is logged and that are never trained on")
     flag("--frame-step", type=int, default=4, help="video frames from one clip frame to the next (table 5)")
     flag("--workers", type=int, help="loader processes; default 8 per process on a GPU, 1 on the CPU")
     flag("--loader-timeout", type=int, default=600, help="seconds to wait for a loader process")
@@ -131,6 +133,7 @@ def training_flags(description, out, steps):
         "--snapshot-every", type=int, default=0, help="steps; each leaves a checkpoint-STEP.pt for analyze.py; 0: none"
     )
     flag("--log-every", type=int, default=10, help="steps")
+    flag("--tensorboard", action="store_true", help="the figures of metrics.jsonl for TensorBoard as well")
     flag("--fresh", action="store_true", help="start anew; a run that is in --out already is moved aside")
     return parser
 
@@ -300,6 +303,16 @@ def training_loader(source, args, start_step):
     return data.clip_loader(source, numbers, args.workers, pin_memory=args.device == "cuda", timeout=timeout)
 
 
+def next_batch(loader):
+    """The loader's next `data.Batch`; ends the script where there is none to be had."""
+    try:
+        return next(loader)
+    except data.BadVideo as error:  # its last line; before it, a worker's traceback
+        fail(f"unreadable, and nothing stands in: {str(error).splitlines()[-1]}")
+    except data.LoaderFailed as error:
+        fail(str(error))
+
+
 def generator(*key):
     """A CPU random generator determined by a tuple of non-negative integers."""
     state = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
@@ -345,6 +358,7 @@ def update(optimizer, loss, args):
     """Clip the gradients and step, unless loss or gradients are not finite. Returns loss and norm before clipping.
 
     loss: this process's mean, a detached tensor; returned is the mean over all processes, the norm over all parameters.
+    Nothing here waits for the device.
     """
     params = [p for group in optimizer.param_groups for p in group["params"]]
     norm = torch.nn.utils.get_total_norm([p.grad for p in params])
@@ -352,11 +366,55 @@ def update(optimizer, loss, args):
     if dist.is_initialized():
         dist.all_reduce(loss)
         loss /= dist.get_world_size()
-    if math.isfinite(loss.item() + norm.item()):
-        torch.nn.utils.clip_grads_with_norm_(params, args.clip_grad, norm)
-        optimizer.step()
+    torch.nn.utils.clip_grads_with_norm_(params, args.clip_grad, norm)
+    # Where this is 1, fused AdamW changes nothing: torch's way for scaled gradients.
+    optimizer.found_inf = (~torch.isfinite(loss + norm)).float()
+    optimizer.step()
     optimizer.zero_grad()
     return loss, norm
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what is watched
+
+HELD_OUT_SEED = 2**30  # built-in clips that no run with a seed below this is trained on
+PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989, "B200": 2250}  # bfloat16, dense, of the SXM modules
+
+
+def fixed_batch(source, args):
+    """(clips uint8, masks, whether never trained on) of one micro-batch, the same for every process at every step."""
+    numbers = range(args.micro_batch_size)
+    if args.held_out:
+        try:
+            source = data.Manifest([args.held_out], args.num_frames, args.frame_step, args.resolution, train=False)
+        except (OSError, ValueError) as error:
+            fail(f"--held-out: {error}")
+        numbers = np.linspace(0, len(source) - 1, len(numbers)).round().astype(int).tolist()
+    elif not args.data:
+        source = data.Synthetic(args.num_frames, args.resolution, HELD_OUT_SEED)
+    workers = min(1, args.workers)
+    timeout = args.loader_timeout if workers else 0
+    clips = next_batch(data.clip_loader(source, [numbers], workers, timeout=timeout)).clips
+    grid = token_grid(clips.shape, args.tubelet_size, args.patch_size)
+    masks = masking.sample_masks(args.mask, grid, len(clips), generator(args.seed, HELD_OUT_SEED), args.mask_truncation)
+    return clips, masks, bool(args.held_out or not args.data)
+
+
+def effective_rank(x):
+    """RankMe of vectors (M, D): the exponential of the entropy of the singular values (Garrido et al., 2023)."""
+    if not x.isfinite().all():
+        return math.nan
+    x = x.double()  # the matrix below squares the singular values
+    sigma = torch.linalg.eigvalsh(x.T @ x).clamp(min=0).sqrt()
+    p = sigma / sigma.sum() + 1e-7
+    return (-(p * p.log()).sum()).exp().item()
+
+
+def peak_memory(device):
+    """Bytes that this process has needed at most: of the GPU's memory, of the machine's on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -401,14 +459,15 @@ class Run:
     """A training run and its folder: restores what an earlier start saved, logs, saves.
 
     kind: "teacher", "student" or "ema". networks: what is saved, by name: "encoder" (what a checkpoint is loaded for),
-    "predictor", and whatever else is needed to go on. teacher: what makes the targets, if anything does. Networks and
-    optimiser are restored in place where --out holds an earlier part of this run. `start_step` is where to go on.
+    "predictor", and whatever else is needed to go on. source: the training data. teacher: what makes the targets, if
+    anything does. Networks and optimiser are restored in place where --out holds an earlier part of this run.
+    `start_step` is where to go on.
     """
 
     MAX_BAD = 0.05  # share of unreadable videos above which a run ends
     RECORDED = {"step", "kind", "model", "args", "seconds", "flops", "counted", "files"}  # in run.json
 
-    def __init__(self, kind, args, networks, optimizer, teacher=None):
+    def __init__(self, kind, args, networks, optimizer, source, teacher=None):
         self.kind, self.args, self.networks, self.optimizer = kind, args, networks, optimizer
         self.model = {name: networks[name].config for name in ("encoder", "predictor")}
         self.teacher_config = teacher.config if teacher else None
@@ -420,17 +479,22 @@ class Run:
         self.samples, self.num_bad, self.bad = 0, 0, set()  # of this process, since it started
         self.samples_before, self.num_bad_before = 0, 0  # of all processes, before
         self.metrics_file, self.resume_folder = args.out / "metrics.jsonl", args.out / "resume"
-        self.stop_signal = 0
+        self.stop_signal, self.tensorboard = 0, None
+        name = torch.cuda.get_device_name() if args.device == "cuda" else ""
+        self.peak_tflops = next((peak for gpu, peak in PEAK_TFLOPS.items() if gpu in name), None)
         try:  # whether the grid takes such masks; they may be too large for it
             masking.sample_masks(args.mask, self.grid, 1, generator(args.seed))
         except ValueError as error:
             fail(f"--mask {args.mask}: {error}")
+        self.fixed = fixed_batch(source, args)
         try:
             self._open_folder()
         except OSError as error:
             fail(f"--out {args.out}: {error.strerror}")
         if not self._resume() and self.rank == 0:
             self._describe()
+        if args.tensorboard and self.rank == 0:
+            self._open_tensorboard()
         self._start_window()
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._remember)
@@ -442,12 +506,7 @@ class Run:
         self.names = []
         for g in micro_batch_indices(self.args):
             started = time.perf_counter()
-            try:
-                batch = next(loader)
-            except data.BadVideo as error:  # its last line; before it, a worker's traceback
-                fail(f"ten unreadable videos in a row, the last one: {str(error).splitlines()[-1]}")
-            except data.LoaderFailed as error:
-                fail(str(error))
+            batch = next_batch(loader)
             self.waited += time.perf_counter() - started
             self.names += batch.names
             self._count_bad(batch)
@@ -481,23 +540,23 @@ class Run:
         """Figures are averages since the last logged step."""
         self.started, self.waited, self.window_clips, self.window_flops = time.perf_counter(), 0.0, 0, 0.0
         self.tokens = dict.fromkeys(("context_kept", "context_lost", "target_kept", "target_lost"), 0)
-        self.losses = []
+        self.steps = []  # (step, loss, gradient norm, names of the clips): read when logged, so that no step waits
 
-    def end_step(self, step, loss, grad_norm):
-        """Log and save where it is time; end the run where it cannot or shall not go on. Takes `update`'s."""
+    def end_step(self, step, loss, grad_norm, loss_of):
+        """Log and save where it is time; end the run where it cannot or shall not go on.
+
+        Takes `update`'s loss and norm. loss_of(clips, masks) -> (loss, predictions, targets), those of the last mask
+        (B, Kt, D), is called with the fixed batch.
+        """
         args, done = self.args, step + 1
-        if not math.isfinite(loss.item() + grad_norm.item()):
-            fail(f"step {done}: loss {loss.item():.4g}, gradient norm {grad_norm.item():.4g}, lr "
-                 f"{learning_rate(step, args):.3g}; not updated, the last checkpoint is kept; a lower --lr may help. "
-                 f"Clips of process {self.rank}: {', '.join(self.names)}")  # fmt: skip
-        self.losses.append(loss)
-        stop = torch.tensor(self.stop_signal, device=self.device)
+        self.steps.append((step, loss, grad_norm, self.names))
+        stop = torch.tensor(self.stop_signal)
         if dist.is_initialized():  # a signal reaches the processes at different steps, or only one of them
             dist.all_reduce(stop, dist.ReduceOp.MAX)
         snapshot = args.snapshot_every and done % args.snapshot_every == 0
         saving = stop or snapshot or done % args.save_every == 0 or done == args.steps
         if saving or done % args.log_every == 0:
-            self._log(done, grad_norm)
+            self._log(done, loss_of)
         if saving:
             self.save(done, snapshot)
         if stop:
@@ -513,35 +572,66 @@ class Run:
     def _remember(self, number, frame):
         self.stop_signal = number
 
-    def _log(self, done, grad_norm):
+    def _read_steps(self):
+        """The losses and gradient norms since the last logged step; ends the run if one is not finite."""
+        figures = torch.stack([torch.stack((loss, norm)) for _, loss, norm, _ in self.steps]).double().tolist()
+        for (step, _, _, names), (loss, norm) in zip(self.steps, figures, strict=True):
+            if not math.isfinite(loss + norm):
+                fail(f"step {step + 1}: loss {loss:.4g}, gradient norm {norm:.4g}, lr "
+                     f"{learning_rate(step, self.args):.3g}; not updated, the last checkpoint is kept; a lower --lr "
+                     f"may help. Clips of process {self.rank}: {', '.join(names)}")  # fmt: skip
+        return zip(*figures, strict=True)
+
+    @torch.no_grad()
+    def _watch(self, loss_of):
+        """What a collapse shows in first, on the fixed batch: spread and rank of targets and predictions."""
+        clips, masks, held_out = self.fixed
+        clips, masks = data.normalise(clips, self.device), [mask.to(self.device) for mask in masks]
+        loss, *vectors = loss_of(clips, masks)
+        line = {"held_out_loss": loss.item()} if held_out else {}
+        for name, x in zip(("prediction", "target"), vectors, strict=True):
+            x = x.float().flatten(0, 1)
+            x = x[:: math.ceil(len(x) / 4096)]
+            line |= {f"{name}_std": x.std(0).mean().item(), f"{name}_rank": effective_rank(x)}
+        return line
+
+    def _log(self, done, loss_of):
         args = self.args
+        losses, norms = self._read_steps()
+        watched = self._watch(loss_of)
         sums = [self.samples, self.num_bad, self.window_clips, self.window_flops, *self.tokens.values()]
         sums = torch.tensor(sums, dtype=torch.float64)  # of this process
         if dist.is_initialized():
             dist.all_reduce(sums)
         samples, bad, clips, window_flops, *tokens = sums.tolist()
+        memory = torch.tensor(peak_memory(self.device))
+        if dist.is_initialized():
+            dist.all_reduce(memory, dist.ReduceOp.MAX)
         self.counted = int(samples) + self.samples_before, int(bad) + self.num_bad_before
-        loss = torch.stack(self.losses).double().mean().item()
-        grad_norm = grad_norm.item()
+        loss, grad_norm = sum(losses) / len(losses), norms[-1]
         seconds = time.perf_counter() - self.started
         self.seconds += seconds
         self.flops += window_flops
-        steps = len(self.losses)
         line = {
             "step": done,
             "loss": loss,
             "grad_norm": grad_norm,
             "lr": learning_rate(done - 1, args),
             "weight_decay": weight_decay(done - 1, args),
+            **watched,
             "clips_per_s": clips / seconds,
+            "tokens_per_s": clips / seconds * math.prod(self.grid),
             "data_wait": self.waited / seconds,
             "seconds": self.seconds,
             "flops": self.flops,
             "tflops": window_flops / seconds / 1e12,
+            "peak_memory_gib": memory.item() / 2**30,
             # tokens of a clip, summed over its masks
             **{name: count / clips for name, count in zip(self.tokens, tokens, strict=True)},
             "bad_videos": self.counted[1],
         }
+        if self.peak_tflops and args.dtype == "bfloat16":
+            line["model_flops_utilisation"] = line["tflops"] / (self.world * self.peak_tflops)
         self._start_window()
         samples, bad = self.counted
         if samples >= 100 and bad > self.MAX_BAD * samples:
@@ -549,7 +639,10 @@ class Run:
         if self.rank == 0:
             with open(self.metrics_file, "a") as file:
                 file.write(json.dumps(line) + "\n")
-            left = duration((args.steps - done) * seconds / steps)
+            if self.tensorboard:
+                for name, value in line.items():
+                    self.tensorboard.add_scalar(name, value, done)
+            left = duration((args.steps - done) * seconds / len(losses))
             print(f"{self.kind} {done}/{args.steps}  loss {loss:.4f}  lr {line['lr']:.1e}  grad {grad_norm:.3f}  "
                   f"{line['clips_per_s']:.0f} clips/s  waiting for data {line['data_wait']:.0%}  {left} left",
                   flush=True)  # fmt: skip
@@ -614,6 +707,8 @@ class Run:
         """The end of the run, not of the process: let others have the folder, the signals, the process group."""
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, signal.SIG_DFL)
+        if self.tensorboard:
+            self.tensorboard.close()
         if self.rank == 0:
             self.lock.close()
         if dist.is_initialized():
@@ -657,6 +752,13 @@ class Run:
         sizes = [sum(p.numel() for p in self.networks[name].parameters()) / 1e6 for name in self.model]
         print(f"{self.kind}: encoder {sizes[0]:.2f}M parameters, predictor {sizes[1]:.2f}M; "
               f"{self.args.steps} steps into {self.args.out}", flush=True)  # fmt: skip
+
+    def _open_tensorboard(self):
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            fail("--tensorboard needs a package: pip install tensorboard")
+        self.tensorboard = SummaryWriter(self.args.out / "tensorboard", purge_step=self.start_step + 1)
 
     def _states(self):
         """The folders to continue from, the newest first."""

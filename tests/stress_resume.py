@@ -26,7 +26,7 @@ TINY = shlex.split(
     "--predictor-depth 2 --predictor-heads 2 --batch-size 8 --micro-batch-size 2 --warmup-steps 2 --workers 0 "
     "--device cpu --log-every 1 --clip-grad 1 --lr 3e-3"
 )
-TIMES = ("clips_per_s", "data_wait", "seconds", "tflops")
+TIMES = ("clips_per_s", "tokens_per_s", "data_wait", "seconds", "tflops", "peak_memory_gib")
 
 
 def start(script, log, *flags):

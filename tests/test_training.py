@@ -41,9 +41,9 @@ def some_batch(count=4):
 
 def losses_of(script, encoder, predictor, clips, masks):
     if script is train_teacher:
-        return train_teacher.pixel_loss(encoder, predictor, clips, masks)
+        return train_teacher.pixel_loss(encoder, predictor, clips, masks)[0]
     targets = script.latent_targets(some_teacher(), clips)
-    return script.latent_loss(encoder, predictor, targets, clips, masks)
+    return script.latent_loss(encoder, predictor, targets, clips, masks)[0]
 
 
 def some_teacher(width=48):
@@ -173,11 +173,11 @@ def test_gradients_reach_student_and_predictor_only(script):
     clips, masks = some_batch()
     teacher = some_teacher()
     if script is train_teacher:
-        loss = train_teacher.pixel_loss(encoder, predictor, clips, masks)
+        loss, *_ = train_teacher.pixel_loss(encoder, predictor, clips, masks)
     else:
         targets = script.latent_targets(teacher.requires_grad_(True), clips)
         assert not targets.requires_grad and targets.dtype == torch.float32
-        loss = script.latent_loss(encoder, predictor, targets, clips, masks)
+        loss, *_ = script.latent_loss(encoder, predictor, targets, clips, masks)
     loss.backward()
     for name, p in (*encoder.named_parameters(), *predictor.named_parameters()):
         assert p.grad is not None and p.grad.abs().max() > 0, name
@@ -275,6 +275,8 @@ def test_what_a_run_leaves_behind(teacher, student, ema):
         for line in lines:
             assert math.isfinite(line["loss"]) and line["grad_norm"] > 0 and line["clips_per_s"] > 0
             assert 0 <= line["data_wait"] <= 1 and line["bad_videos"] == 0 and line["tflops"] > 0
+            assert line["tokens_per_s"] == pytest.approx(32 * line["clips_per_s"])
+            assert 0.1 < line["peak_memory_gib"] < 100  # of a process that holds torch
             counts = [line[f"{a}_{b}"] for a in ("context", "target") for b in ("kept", "lost")]
             assert sum(counts) == 2 * 32  # every token of both masks is accounted for
         assert lines[0]["lr"] == pytest.approx(0.32 * 3e-3) and lines[-1]["lr"] == pytest.approx(1e-6)
@@ -383,11 +385,12 @@ def test_every_micro_batch_is_new_and_they_are_averaged(script, teacher, tmp_pat
     original = getattr(script, name)
 
     def watched(*args):
-        clips.extend(args[-2])
-        masks.append(tuple(mask.context_ids.numpy().tobytes() for mask in args[-1]))
-        loss = original(*args)
-        losses.append(loss.item())
-        return loss
+        result = original(*args)
+        if torch.is_grad_enabled():  # not the fixed batch
+            clips.extend(args[-2])
+            masks.append(tuple(mask.context_ids.numpy().tobytes() for mask in args[-1]))
+            losses.append(result[0].item())
+        return result
 
     monkeypatch.setattr(script, name, watched)
     run_script(script, *TINY, *own_flags(script, teacher), "--micro-batch-size", 2, "--seed", 3, "--out", tmp_path)
@@ -764,7 +767,7 @@ def test_nothing_but_unreadable_videos(workers, tmp_path, capfd):
     (tmp_path / "m.csv").write_text("".join(f"{n}.mp4\n" for n in range(12)))
     flags = [*TINY, "--workers", workers, "--data", tmp_path / "m.csv", "--out", tmp_path / "run"]
     error = refusal(capfd, train_teacher, *flags)
-    assert "ten unreadable videos in a row" in error and ".mp4: no such file" in error
+    assert "unreadable, and nothing stands in: " in error and ".mp4: no such file" in error
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, capfd):
@@ -785,4 +788,85 @@ def test_no_update_without_a_finite_loss_and_finite_gradients(loss, gradient):
     module.bias.grad[1] = float(gradient)
     found = training.update(optimizer, torch.tensor(float(loss)), args)
     assert not math.isfinite(sum(found).item())
-    assert equal(module.state_dict(), before) and not optimizer.state
+    assert equal(module.state_dict(), before)
+    assert not any(x.any() for state in optimizer.state.values() for x in state.values())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what is watched
+
+
+@every_script
+def test_the_fixed_batch_is_watched(script, teacher, tmp_path):
+    held_out = tmp_path / "held_out.csv"
+    held_out.write_text("".join(f"{n}.png\n" for n in range(3)))
+    for n in range(3):
+        write_image(torch.full((3, 32, 32), 60 * n, dtype=torch.uint8), tmp_path / f"{n}.png")
+    flags = [*TINY, *own_flags(script, teacher), "--held-out", held_out]
+    run_script(script, *flags, "--out", tmp_path / "run", "--snapshot-every", 1)
+    lines = metrics(tmp_path / "run")
+    assert len({line["held_out_loss"] for line in lines}) == len(lines) == 6
+    source = data.Manifest([held_out], 4, 4, 32, train=False)
+    clips = data.normalise(source.batch([0, 1, 1, 2]).clips, "cpu")  # four clips, spread over three lines
+    masks = masking.sample_masks("multiblock", GRID, 4, training.generator(0, training.HELD_OUT_SEED))
+    for step, line in enumerate(lines, start=1):
+        checkpoint = load_checkpoint(tmp_path / "run" / f"checkpoint-{step:06}.pt")
+        learner = "student" if script is train_ema_baseline else "encoder"
+        encoder = Encoder(**checkpoint["model"]["encoder"])
+        encoder.load_state_dict(checkpoint[learner])
+        predictor = Predictor(**checkpoint["model"]["predictor"])
+        predictor.load_state_dict(checkpoint["predictor"])
+        with torch.no_grad():
+            if script is train_teacher:
+                loss, *vectors = train_teacher.pixel_loss(encoder, predictor, clips, masks)
+            else:
+                target_encoder = load_encoder(
+                    teacher if script is train_student else tmp_path / "run" / "checkpoint.pt"
+                )
+                if script is train_ema_baseline:
+                    target_encoder.load_state_dict(checkpoint["encoder"])
+                targets = script.latent_targets(target_encoder, clips)
+                loss, *vectors = script.latent_loss(encoder, predictor, targets, clips, masks)
+        assert line["held_out_loss"] == pytest.approx(loss.item(), rel=1e-5)
+        for name, x in zip(("prediction", "target"), vectors, strict=True):
+            x = x.flatten(0, 1).double()
+            assert line[f"{name}_std"] == pytest.approx(x.std(0).mean().item(), rel=1e-5)
+            sigma = torch.linalg.svdvals(x)
+            p = sigma / sigma.sum()
+            entropy = torch.special.entr(p).sum()
+            assert line[f"{name}_rank"] == pytest.approx(entropy.exp().item(), rel=1e-3)
+
+
+def test_effective_rank():
+    assert training.effective_rank(torch.eye(7)) == pytest.approx(7, rel=1e-4)
+    collapsed = torch.randn(200, 1) * torch.randn(1, 64)
+    assert training.effective_rank(collapsed) == pytest.approx(1, abs=1e-2)
+
+
+def test_what_is_held_out_must_be_readable(tmp_path, capfd):
+    (tmp_path / "m.csv").write_text("gone.mp4\n")
+    flags = [*TINY, "--out", tmp_path / "run", "--held-out"]
+    error = refusal(capfd, train_teacher, *flags, tmp_path / "m.csv")
+    assert "unreadable, and nothing stands in: " in error and "gone.mp4: no such file" in error
+    assert "nowhere.csv" in refusal(capfd, train_teacher, *flags, tmp_path / "nowhere.csv")
+
+
+def test_training_videos_are_watched_but_not_called_held_out(tmp_path):
+    write_image(torch.full((3, 32, 32), 60, dtype=torch.uint8), tmp_path / "a.png")
+    (tmp_path / "m.csv").write_text("a.png\n")
+    run_script(train_teacher, *TINY, "--data", tmp_path / "m.csv", "--out", tmp_path / "run")
+    line = metrics(tmp_path / "run")[-1]
+    assert "held_out_loss" not in line and line["target_rank"] >= 1
+
+
+def test_tensorboard(tmp_path, capfd, monkeypatch):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run_script(train_teacher, *TINY, "--tensorboard", "--out", tmp_path / "run")
+    events = event_accumulator.EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    lines = metrics(tmp_path / "run")
+    for name in lines[0]:
+        found = [(event.step, event.value) for event in events.Scalars(name)]
+        assert found == [(line["step"], pytest.approx(line[name], rel=1e-6)) for line in lines]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    error = refusal(capfd, train_teacher, *TINY, "--tensorboard", "--out", tmp_path / "other")
+    assert "--tensorboard needs a package: pip install tensorboard" in error
