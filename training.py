@@ -503,15 +503,15 @@ class Run:
 
     def micro_batches(self, loader, step):
         """Yields this process's micro-batches of a step: clips, normalised (B, 3, T, H, W) on the device, and masks."""
-        self.names = []
-        for g in micro_batch_indices(self.args):
+        self.names, args = [], self.args
+        for g in micro_batch_indices(args):
             started = time.perf_counter()
             batch = next_batch(loader)
             self.waited += time.perf_counter() - started
             self.names += batch.names
             self._count_bad(batch)
-            rng, truncation = generator(self.args.seed, step, g), self.args.mask_truncation
-            masks = masking.sample_masks(self.args.mask, self.grid, len(batch.clips), rng, truncation)
+            rng, sizes, truncation = generator(args.seed, step, g), generator(args.seed, step), args.mask_truncation
+            masks = masking.sample_masks(args.mask, self.grid, len(batch.clips), rng, truncation, sizes)
             self._count_tokens(masks)
             yield data.normalise(batch.clips, self.device), [mask.to(self.device) for mask in masks]
 

@@ -175,13 +175,13 @@ def spoilt(how, rank):
     original, calls = train_teacher.pixel_loss, itertools.count(1)
 
     def pixel_loss(*args):
-        loss = original(*args)
-        if rank != 1 or next(calls) != 3:
-            return loss
-        if how == "gradients":
-            loss.register_hook(lambda gradient: gradient * math_nan)
-            return loss
-        return loss * math_nan if how == "nan" else loss + float("inf")
+        loss, *vectors = original(*args)
+        if rank == 1 and torch.is_grad_enabled() and next(calls) == 3:
+            if how == "gradients":
+                loss.register_hook(lambda gradient: gradient * math_nan)
+            else:
+                loss = loss * math_nan if how == "nan" else loss + float("inf")
+        return loss, *vectors
 
     math_nan = float("nan")
     train_teacher.pixel_loss = pixel_loss
@@ -502,7 +502,7 @@ def test_a_loader_that_hangs_ends_the_run(tmp_path):
     hang = "lambda: test_distributed.time.sleep(300)"
     error = loader_refusal(tmp_path, f"reads({str(tmp_path / '7.png')!r}, {hang})", "--loader-timeout", 3)
     assert "7.png" in error and "3 seconds" in error
-    assert time.monotonic() - started < 30  # of which half is torch's start
+    assert time.monotonic() - started < 60  # of which a good part is torch's start
 
 
 @pytest.mark.parametrize(

@@ -155,7 +155,7 @@ def test_masks_are_drawn_as_in_training():
             assert counts == [(m.context_ids.shape[1], m.target_ids.shape[1]) for m in masks]
     contexts = []  # of the first mask; the more clips are cut to the shortest, the fewer tokens are left
     for size in (1, 4, 12):
-        args = wanted("--batch-size", 12, "--micro-batch-size", size)
+        args = wanted("--batch-size", 12, "--micro-batch-size", size, "--mask-truncation", "raster")
         contexts.append(sum(masks[0][0] for masks in flops.drawn_masks(args, grid, draws)) / draws)
     assert contexts[0] > 1.1 * contexts[1] > 1.2 * contexts[2]
 
@@ -174,7 +174,9 @@ def test_the_training_log_counts_the_same(teacher, student, ema):
         checkpoint = load_checkpoint(run)
         drawn = []
         for step in range(6):  # of one micro-batch of four clips each
-            masks = sample_masks("multiblock", (2, 4, 4), 4, training.generator(0, step, 0))
+            masks = sample_masks(
+                "multiblock", (2, 4, 4), 4, training.generator(0, step, 0), sizes=training.generator(0, step)
+            )
             drawn.append([(m.context_ids.shape[1], m.target_ids.shape[1]) for m in masks])
         stage = *checkpoint["model"].values(), other and load_checkpoint(other)["model"]["encoder"], 6
         line = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
