@@ -83,12 +83,12 @@ def read_manifest(path, num_classes=None):
     return paths, labels
 
 
-def read_clip(path, num_frames, frame_step, place):
-    """A clip of a video, uint8 (T, 3, H, W): num_frames frames, frame_step apart; the last one repeats if it is short.
+def read_clips(path, num_frames, frame_step, places):
+    """Clips of one video, opened once: for each of `places` one, uint8 (T, 3, H, W): num_frames frames, frame_step apart.
 
-    place in [0, 1] says where the clip lies in the room that the video leaves: 0 first, 0.5 middle, 1 last. Images are
-    videos of one frame. Decoding starts at the keyframe before the clip and ends with its last frame; only the frames
-    kept are converted to RGB. BadVideo if there is nothing to decode.
+    A place in [0, 1] says where the clip lies in the room that the video leaves: 0 first, 0.5 middle, 1 last. The last
+    frame repeats if the video is short. Images are videos of one frame. Decoding starts at the keyframe before a clip
+    and ends with its last frame; only the frames kept are converted to RGB. BadVideo if there is nothing to decode.
     """
     if not Path(path).is_file():
         raise BadVideo(f"{path}: no such file")
@@ -96,18 +96,27 @@ def read_clip(path, num_frames, frame_step, place):
         with av.open(str(path)) as container:
             if not container.streams.video:
                 raise BadVideo(f"{path}: no video stream")
-            frames = _decode(container, num_frames, frame_step, place)
+            container.streams.video[0].codec_context.thread_count = 1  # parallelism is the loader's
+            clips = []
+            for i, place in enumerate(places):
+                if i:
+                    container.seek(0)
+                clips.append(_decode(container, num_frames, frame_step, place))
     except (av.FFmpegError, RuntimeError, OSError) as error:
         raise BadVideo(f"{path}: {getattr(error, 'strerror', None) or str(error).splitlines()[0]}") from error
-    if not frames:
+    if not all(clips):
         raise BadVideo(f"{path}: no frame can be decoded")
-    return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
+    return [torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2) for frames in clips]
+
+
+def read_clip(path, num_frames, frame_step, place):
+    """The clip of `read_clips` at one place."""
+    return read_clips(path, num_frames, frame_step, [place])[0]
 
 
 def _decode(container, num_frames, frame_step, place):
     """RGB arrays (H, W, 3) of the wanted frames; frames are numbered by their time stamps."""
     stream = container.streams.video[0]
-    stream.codec_context.thread_count = 1  # parallelism is the loader's
     rate = stream.average_rate or stream.guessed_rate
     start_time = stream.start_time or 0
     length = stream.frames

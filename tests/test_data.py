@@ -101,6 +101,12 @@ def test_read_clip_is_exact(video):
             assert torch.equal(clip, frames[numbers])
 
 
+def test_read_clips_is_read_clip_at_every_place(video):
+    places = [0.5, 0, 1, 0.3, 0.3]
+    for place, clip in zip(places, data.read_clips(video[0], 4, 3, places), strict=True):
+        assert torch.equal(clip, read_clip(video[0], 4, 3, place))
+
+
 def test_every_place_is_equally_likely(tmp_path):
     path = write_video(tmp_path / "v.mp4", map(numbered, range(8)))
     first = [frame_numbers(read_clip(path, 2, 3, (i + 0.5) / 100))[0] for i in range(100)]
