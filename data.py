@@ -388,6 +388,8 @@ class Manifest:
             raise ValueError(f"{len(manifests)} manifests but {len(weights)} weights")
         if weights and (min(weights) < 0 or not 0 < sum(weights) < math.inf):
             raise ValueError(f"weights {weights} are no shares: not negative, and not all 0")
+        if fps is not None and not 0 < fps < math.inf:
+            raise ValueError(f"--fps {fps}: frames per second are positive")
         paths, labels = zip(*(read_manifest(m, num_classes) for m in manifests), strict=True)
         self.paths, self.labels = Paths([part for p in paths for part in p.parts]), np.concatenate(labels)
         self.weights = np.array(weights) / sum(weights) if weights else None
