@@ -72,9 +72,7 @@ class Paths:
     """
 
     def __init__(self, parts):
-        self.parts = (
-            parts  # of each manifest: its folder, its bytes, where its paths start in them and how long they are
-        )
+        self.parts = parts  # of each manifest: folder, bytes, where its paths start in them, how long they are
         self.ends = list(itertools.accumulate(len(starts) for _, _, starts, _ in parts))
 
     def __len__(self):
