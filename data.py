@@ -32,8 +32,8 @@ CROP_AREA, CROP_ASPECT = (0.3, 1.0), (0.75, 1.35)  # paper table 5
 INTEGER = re.compile(b"-?[0-9]+")
 MAX_REORDER = 16  # frames that are shown later but may be decoded earlier than another one, in any codec
 TURNS = {90: [("transpose", "cclock")], 180: [("hflip", None), ("vflip", None)], 270: [("transpose", "clock")]}
-# What FFmpeg does faster leaves rubbish at the right edge where widths are no multiples of 16.
-SCALING = "bilinear+accurate_rnd+full_chroma_int"
+# Antialiased, as all of FFmpeg's; what it does faster leaves rubbish at the right edge of widths that 16 does not divide.
+SCALING = "bilinear+accurate_rnd+full_chroma_int+full_chroma_inp"
 
 
 class Batch(NamedTuple):
