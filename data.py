@@ -32,7 +32,7 @@ CROP_AREA, CROP_ASPECT = (0.3, 1.0), (0.75, 1.35)  # paper table 5
 INTEGER = re.compile(b"-?[0-9]+")
 MAX_REORDER = 16  # frames that are shown later but may be decoded earlier than another one, in any codec
 TURNS = {90: [("transpose", "cclock")], 180: [("hflip", None), ("vflip", None)], 270: [("transpose", "clock")]}
-# Antialiased, as all of FFmpeg's; what it does faster leaves rubbish at the right edge of widths that 16 does not divide.
+# Antialiased, as all of FFmpeg's. What it does faster leaves rubbish at the right edge where 16 does not divide widths.
 SCALING = "bilinear+accurate_rnd+full_chroma_int+full_chroma_inp"
 
 
