@@ -95,6 +95,9 @@ def training_flags(description, out, steps):
     flag("--data-weights", nargs="+", type=float, metavar="WEIGHT", help="share of each manifest in the samples")
     flag("--held-out", metavar="MANIFEST", help="videos whose loss is logged and that are never trained on")
     flag("--frame-step", type=int, default=4, help="video frames from one clip frame to the next (table 5)")
+    flag("--fps", type=float, help="frames of a clip per second of video, by time stamps; instead of --frame-step")
+    flag("--clips-per-video", type=int, default=1, help="consecutive clips from one opened video: faster, less diverse")
+    flag("--max-bad", type=float, default=0.05, help="share of unreadable videos above which the run ends")
     flag("--workers", type=int, help="loader processes; default 8 per process on a GPU, 1 on the CPU")
     flag("--loader-timeout", type=int, default=600, help="seconds to wait for a loader process")
     flag("--mask", choices=masking.STRATEGIES, default="multiblock", help="which tokens are predicted (section 5.2)")
@@ -205,7 +208,7 @@ def setup(args):
     args.start_lr = 0.32 * args.lr if args.start_lr is None else args.start_lr
     if args.steps < 1 or args.batch_size < 1 or args.batch_size % world:
         fail(f"--steps and --batch-size are at least 1, --batch-size divisible by the {world} processes")
-    require_at_least(args, 1, "save_every", "log_every", "frame_step", "keep", "loader_timeout")
+    require_at_least(args, 1, "save_every", "log_every", "frame_step", "keep", "loader_timeout", "clips_per_video")
     require_at_least(args, 0, "seed", "workers", "snapshot_every")
     args.schedule_steps = args.steps  # where learning rate and weight decay end; V-JEPA's stretch moves it
     if args.warmup_steps >= args.steps:
@@ -279,8 +282,9 @@ def clip_source(args):
         return data.Synthetic(args.num_frames, args.resolution, args.seed)
     try:
         return data.Manifest(
-            args.data, args.num_frames, args.frame_step, args.resolution, args.seed, weights=args.data_weights
-        )
+            args.data, args.num_frames, args.frame_step, args.resolution, args.seed, weights=args.data_weights,
+            fps=args.fps, clips_per_video=args.clips_per_video,
+        )  # fmt: skip
     except (OSError, ValueError) as error:
         fail(f"--data: {error}")
 
@@ -386,7 +390,9 @@ def fixed_batch(source, args):
     numbers = range(args.micro_batch_size)
     if args.held_out:
         try:
-            source = data.Manifest([args.held_out], args.num_frames, args.frame_step, args.resolution, train=False)
+            source = data.Manifest(
+                [args.held_out], args.num_frames, args.frame_step, args.resolution, train=False, fps=args.fps
+            )
         except (OSError, ValueError) as error:
             fail(f"--held-out: {error}")
         numbers = np.linspace(0, len(source) - 1, len(numbers)).round().astype(int).tolist()
@@ -464,7 +470,6 @@ class Run:
     `start_step` is where to go on.
     """
 
-    MAX_BAD = 0.05  # share of unreadable videos above which a run ends
     RECORDED = {"step", "kind", "model", "args", "seconds", "flops", "counted", "files"}  # in run.json
 
     def __init__(self, kind, args, networks, optimizer, source, teacher=None):
@@ -634,8 +639,11 @@ class Run:
             line["model_flops_utilisation"] = line["tflops"] / (self.world * self.peak_tflops)
         self._start_window()
         samples, bad = self.counted
-        if samples >= 100 and bad > self.MAX_BAD * samples:
-            fail(f"{bad} of {samples} samples are unreadable, more than {self.MAX_BAD:.0%}: check --data", agreed=True)
+        if samples >= 100 and bad > self.args.max_bad * samples:
+            fail(
+                f"{bad} of {samples} samples are unreadable, more than --max-bad {self.args.max_bad:.0%}: check --data",
+                agreed=True,
+            )
         if self.rank == 0:
             with open(self.metrics_file, "a") as file:
                 file.write(json.dumps(line) + "\n")

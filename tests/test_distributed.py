@@ -422,7 +422,7 @@ def bad_video(path, *_):
     "patch, says",
     [
         ("killed((1,), 'training.update', 3)(1)", ["Signal 9 (SIGKILL)", "local_rank: 1"]),
-        ("data.read_clip = test_distributed.bad_video", ["unreadable, and nothing stands in"]),
+        ("data.read_clips = test_distributed.bad_video", ["unreadable, and nothing stands in"]),
     ],
     ids=["killed", "bad-data"],
 )
@@ -467,7 +467,7 @@ def test_a_loss_or_gradient_that_is_not_finite_in_one_process_ends_the_run(how, 
 
 
 def loader_refusal(tmp_path, patch, *flags):
-    """What a run with loader processes whose read_clip is patched says as it ends, and after how long."""
+    """What a run with loader processes whose read_clips is patched says as it ends, and after how long."""
     manifest(tmp_path, 12)
     script = wrapped(tmp_path / "wrapped.py", f"test_distributed.{patch}")
     flags = [*TINY, "--data", tmp_path / "m.csv", "--workers", 2, "--out", tmp_path / "run", *flags]
@@ -479,14 +479,14 @@ def loader_refusal(tmp_path, patch, *flags):
 
 def reads(path, action):
     """Patch: action() when this file is read."""
-    read_clip = data.read_clip
+    read_clips = data.read_clips
 
     def patched(file, *rest):
         if file == str(path):
             action()
-        return read_clip(file, *rest)
+        return read_clips(file, *rest)
 
-    data.read_clip = patched
+    data.read_clips = patched
 
 
 @pytest.mark.slow

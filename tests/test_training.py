@@ -757,7 +757,7 @@ def test_too_many_unreadable_videos_end_the_run(bad, fails, tmp_path, capfd):
         run_script(train_teacher, *flags)
     assert stop.value.code == 2
     *named, last = capfd.readouterr().err.splitlines()
-    assert "8 of 100 samples are unreadable, more than 5%" in last
+    assert "8 of 100 samples are unreadable, more than --max-bad 5%" in last
     assert len(named) == 2 and "missing0.png: no such file" in "".join(named)
     assert len(metrics(tmp_path / "run")) == 3
 
