@@ -20,7 +20,6 @@ training scripts apply.
 import argparse
 import contextlib
 import json
-import math
 import os
 import runpy
 import shutil
@@ -33,9 +32,8 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
-from torch.overrides import TorchFunctionMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -44,7 +42,7 @@ import data
 import flops
 import masking
 import training
-from model import CHECKPOINT_FORMAT, SIZES, Encoder, Predictor, gather, rope_table, token_grid, tubelets
+from model import CHECKPOINT_FORMAT, Encoder, Predictor, gather, rope_table, token_grid, tubelets
 
 GIB = 2**30
 TOLERANCE, CHECKED_STEPS = 0.15, 3  # of --check
@@ -105,49 +103,54 @@ class Live(TorchDispatchMode):
         return super().__exit__(*error)
 
 
-class AsOnGPU(TorchFunctionMode):
-    """Where a GPU differs: flash attention's kernel, and autocast, which has layer norms in float32.
+def as_on_gpu():
+    """A context with what is different on a GPU: flash attention's kernel, and autocast's layer norms in float32.
 
-    The tensors say that they are on the CPU: without a GPU, autograd refuses tensors that say they are on one.
+    The tensors say that they are on the CPU: without a GPU, autograd refuses those that say they are on one.
     """
+    layer_norm = F.layer_norm
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is F.scaled_dot_product_attention:
-            return torch.ops.aten._scaled_dot_product_flash_attention(*args)[0]
-        if function is F.layer_norm and torch.is_autocast_enabled("cpu"):
-            args = [a.float() if isinstance(a, torch.Tensor) else a for a in args]
-        return function(*args, **(kwargs or {}))
+    def in_float32(x, shape, weight=None, bias=None, eps=1e-5):
+        if torch.is_autocast_enabled("cpu"):
+            x, weight, bias = (t if t is None else t.float() for t in (x, weight, bias))
+        return layer_norm(x, shape, weight, bias, eps)
+
+    def flash(q, k, v):
+        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
+
+    return mock.patch.multiple(F, layer_norm=in_float32, scaled_dot_product_attention=flash)
 
 
 @contextlib.contextmanager
 def first_of(processes, per_node):
     """As if this were the first process of several. One alone needs no process group."""
-    init_device_mesh = training.init_device_mesh
-
-    def real_mesh(*args, **kwargs):
-        with unset_fake_temporarily():  # FSDP reads the ranks in it
-            return init_device_mesh(*args, **kwargs)
-
     if processes > 1:
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=processes)
     try:
-        with (
-            mock.patch.dict(os.environ, LOCAL_WORLD_SIZE=str(per_node)),
-            mock.patch.object(training, "init_device_mesh", real_mesh),
-        ):
+        with mock.patch.dict(os.environ, LOCAL_WORLD_SIZE=str(per_node)):
             yield
     finally:
         if processes > 1:
             dist.destroy_process_group()
 
 
-def unfilled(cls, config, dtype=torch.float32):
-    """cls(**config) with weights that nobody drew."""
+def built(cls, config, args, sharded=True):
+    """cls(**config), ready for training, its weights (or this process's shards) without memory: on the meta device."""
     with torch.device("meta"):
         network = cls(**config)
-    weights = {name: torch.empty(p.shape, dtype=dtype) for name, p in network.state_dict().items()}
-    network.load_state_dict(weights, assign=True)
-    return network
+    return training.prepare(network, args, sharded)
+
+
+def fill(network, dtype=torch.float32):
+    """Give a network weights that count (and whose values nobody knows)."""
+
+    def filled(p):
+        if not isinstance(p, DTensor):
+            return torch.empty(p.shape, dtype=dtype)
+        local = torch.empty(p.to_local().shape, dtype=dtype)
+        return DTensor.from_local(local, p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
+
+    network.load_state_dict({name: filled(p) for name, p in network.state_dict().items()}, assign=True)
 
 
 def step_loss(teacher, student, predictor, clips, ids):
@@ -175,58 +178,46 @@ def on_paper(own, args, stage, masks, checkpointing):
     stay throughout; gathered: the whole weights among them that FSDP2 has gathered.
     """
     encoder_config, predictor_config, teacher_config, _ = stage
-    dtype, gpu, clips_at_once = getattr(torch, args.dtype), args.device == "cuda", args.micro_batch_size
+    dtype, clips_at_once = getattr(torch, args.dtype), args.micro_batch_size
+    as_there = as_on_gpu() if args.device == "cuda" else contextlib.nullcontext()
     args = argparse.Namespace(**vars(args) | {"device": "cpu", "activation_checkpointing": checkpointing})
-    as_there = AsOnGPU() if gpu else contextlib.nullcontext()
     rope_table.cache_clear()
     parts, live = {}, Live()
-    with FakeTensorMode(), first_of(own.processes, own.processes_per_node), live, as_there:
+    with first_of(own.processes, own.processes_per_node):
+        student, predictor = built(Encoder, encoder_config, args), built(Predictor, predictor_config, args)
+        frozen = own.kind == "student"
+        teacher = teacher_config and built(Encoder, teacher_config, args, own.shard_teacher or not frozen)
+        with FakeTensorMode(allow_non_fake_inputs=True), live, as_there:
+            if teacher:
+                fill(teacher.requires_grad_(False), dtype if frozen else torch.float32)
+            parts["teacher"] = live.bytes
+            fill(student)
+            fill(predictor)
+            parts["weights"] = live.bytes - sum(parts.values())
+            params = [*student.parameters(), *predictor.parameters()]
+            averages = [torch.zeros_like(p) for p in params for _ in range(2)]  # AdamW's; updates are in place
+            parts["optimizer"] = live.bytes - sum(parts.values())
+            gradients = [torch.zeros_like(p) for p in params]
+            parts["gradients"] = live.bytes - sum(parts.values())
+            several = args.batch_size > own.processes * clips_at_once
+            if several:  # those of the micro-batches before
+                for p, gradient in zip(params, gradients, strict=True):
+                    p.grad = gradient
+                del gradient
+            del gradients
+            live.start_again()
 
-        def rest():
-            return live.bytes - sum(parts.values())
-
-        teacher = None
-        if teacher_config:
-            frozen = own.kind == "student"
-            teacher = unfilled(Encoder, teacher_config, dtype if frozen else torch.float32).requires_grad_(False)
-            training.prepare(teacher, args, sharded=own.shard_teacher or not frozen)
-        parts["teacher"] = rest()
-        student, predictor = unfilled(Encoder, encoder_config), unfilled(Predictor, predictor_config)
-        for network in (student, predictor):
-            training.prepare(network, args)
-        parts["weights"] = rest()
-        optimizer = training.make_optimizer([student, predictor], args)
-        params = [p for group in optimizer.param_groups for p in group["params"]]
-        for p in params:
-            p.grad = torch.zeros_like(p)
-        parts["gradients"] = rest()
-
-        def update():  # as training.update, which asks whether the numbers are finite; here are none
-            norm = torch.nn.utils.get_total_norm([p.grad for p in params])
-            norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-            torch.nn.utils.clip_grads_with_norm_(params, args.clip_grad, norm)
-            optimizer.step()
-
-        update()  # makes the state; and DTensor plans every operation once, on tensors of the whole size
-        parts["optimizer"] = rest()
-        several = args.batch_size > own.processes * clips_at_once
-        if not several:
-            optimizer.zero_grad()
-        live.start_again()
-
-        batch = torch.empty(clips_at_once, 3, args.num_frames, args.resolution, args.resolution, dtype=torch.uint8)
-        clips = data.normalise(batch, "cpu")
-        if gpu:
-            del batch  # it stays with the host
-        ids = [[torch.empty(clips_at_once, count, dtype=torch.long) for count in mask] for mask in masks]
-        with torch.autocast("cpu", torch.bfloat16, enabled=args.dtype == "bfloat16"):
-            loss, targets = step_loss(teacher, student, predictor, clips, ids)
-        loss.backward()
-        stay = sum(parts.values()) - (0 if several else parts["gradients"])
-        parts |= {"activations": live.peak - stay, "gathered": live.gathered_at_peak, "step": live.peak}
-        live.start_again()
-        update()
-        parts["update"] = live.peak
+            batch = torch.empty(clips_at_once, 3, args.num_frames, args.resolution, args.resolution, dtype=torch.uint8)
+            clips = data.normalise(batch, "cpu")
+            del batch  # on a GPU the host has it, on the CPU a loader process's shared memory
+            ids = [[torch.empty(clips_at_once, count, dtype=torch.long) for count in mask] for mask in masks]
+            with torch.autocast("cpu", torch.bfloat16, enabled=args.dtype == "bfloat16"):
+                loss, targets = step_loss(teacher, student, predictor, clips, ids)
+            loss.backward()
+            stay = sum(parts.values()) - (0 if several else parts["gradients"])
+            parts |= {"activations": live.peak - stay, "gathered": live.gathered_at_peak, "step": live.peak}
+            parts["update"] = live.bytes
+            del averages, targets  # were alive until here
     rope_table.cache_clear()  # fake ones are of no use to others
     return parts
 
@@ -298,6 +289,7 @@ def in_truth(own, args, stage, flags):
     argv = [
         str(script), *flags, f"--steps={CHECKED_STEPS}", "--warmup-steps=1", f"--batch-size={args.batch_size}",
         f"--micro-batch-size={args.micro_batch_size}", "--no-compile", "--log-every=1", f"--out={folder}/out",
+        "--workers=1",  # made in this process, the built-in videos would count
     ]  # fmt: skip
     if own.kind == "student":
         config, file = stage[2], folder / f"teacher-{rank}.pt"
@@ -323,8 +315,8 @@ def check(own, args, stage, grid, flags):
             args.mask, grid, args.micro_batch_size, training.generator(args.seed, step, g), args.mask_truncation)]
         for step in range(CHECKED_STEPS) for g in training.micro_batch_indices(args)
     ]  # fmt: skip
+    truth = in_truth(own, args, stage, flags)  # first: real process groups do not work after fake ones
     parts = on_paper(own, args, stage, largest(drawn, stage), args.activation_checkpointing)
-    truth = in_truth(own, args, stage, flags)
     ratio = peak(parts) / truth
     print(f"process {rank} of {world}, {own.kind}, {args.dtype}, checkpointing {args.activation_checkpointing}: "
           f"paper {peak(parts) / GIB:.4f} GiB, truth {truth / GIB:.4f} GiB, ratio {ratio:.3f}")  # fmt: skip
