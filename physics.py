@@ -394,74 +394,70 @@ def synthetic_pair(seed, number, num_frames, resolution):
     def draw(low, high):
         return low + (high - low) * next(columns)
 
-    property = PROPERTIES[number % len(PROPERTIES)]
-    pixel, time = (torch.arange(S) + 0.5) / S, torch.arange(T) / (T - 1)
-    size, speed, event = draw(0.1, 0.13), draw(0.7, 0.8), draw(0.35, 0.5)
-    shape, forward = int(draw(0, len(data.SHAPES))), draw(0, 1) < 0.5
-    other = (shape + 1 + int(draw(0, len(data.SHAPES) - 1))) % len(data.SHAPES)
-    colour = torch.tensor([0.95, 0.6, 0.25])[torch.randperm(3, generator=torch.Generator().manual_seed(number))]
-
-    # What is there at every time, in the possible video and, from when it happens on, in the impossible one.
-    x, y = 0.5 + speed * (time - 0.5), torch.full((T,), draw(0.3, 0.7))
-    then = {"x": x, "y": y, "shape": shape, "colour": colour, "there": True}
-    after = dict(then)
-    happens, bar = time > 0.5, None  # the bar's left and right edge
-    if property in ("permanence", "shape", "colour"):
-        bar = 0.5 - 0.18, 0.5 + 0.18  # 2.8 sizes wide or more: the shape is wholly hidden for a while
-        if property == "permanence":
-            then["there"] = number // len(PROPERTIES) % 2 == 0
-            after["there"] = not then["there"]
-        elif property == "shape":
-            after["shape"] = other
-        else:
-            after["colour"] = colour.roll(1)
-    elif property == "continuity":
-        happens, y = time > event, torch.full((T,), draw(0.2, 0.35))
-        then["y"], after["y"] = (y, 1 - y) if draw(0, 1) < 0.5 else (1 - y, y)
-    elif property == "solidity":
-        bar = 0.6, 0.7
-        then["x"] = bar[0] - size - (bar[0] - size - x).abs()
-    else:
-        fall = 4 * (time - event).clamp(min=0).square()
-        then["x"] = after["x"] = torch.full((T,), draw(0.3, 0.7))
-        then["y"], after["y"] = (0.5 + fall).clamp(max=1 - size), (0.5 - fall).clamp(min=size)
-
     def cover(inside):  # signed distance inside an edge -> opacity, one pixel wide
         return (inside * S + 0.5).clamp(0, 1)
 
-    def object_at(x, y, shape, colour, there):
-        """Opacity (T, 1, S, S) and colour of the shape; its farthest point is `size` from its centre."""
-        outline, hole = (table[shape] / outlines[shape].max() * size for table in (outlines, holes))
-        dx, dy = (pixel - x[:, None])[:, None, :], (pixel - y[:, None])[:, :, None]
-        angle = (torch.atan2(dy, dx) * (outlines.shape[1] / data.TAU)).long() % outlines.shape[1]
-        distance = (dx.square() + dy.square()).sqrt()
-        opacity = (
-            cover(outline[angle] - distance) * cover(distance - hole) if hole else cover(outline[angle] - distance)
-        )
-        return (opacity * there)[:, None], colour[:, None, None]
+    property = PROPERTIES[number % len(PROPERTIES)]
+    occluded = property in ("permanence", "shape", "colour")
+    pixel, time, noise = (torch.arange(S) + 0.5) / S, torch.arange(T) / (T - 1), torch.Generator().manual_seed(number)
+    size, speed, event = draw(0.1, 0.13), draw(0.7, 0.8), draw(0.35, 0.5)  # size: from the centre to the farthest point
+    kind, forward, upper = int(draw(0, len(data.SHAPES))), draw(0, 1) < 0.5, draw(0, 1) < 0.5
+    colour = torch.tensor([0.95, 0.6, 0.25])[torch.randperm(3, generator=noise)]
+
+    # What is there at every time: as it should be, and as it is from the event on in the impossible video.
+    x, y = 0.5 + speed * (time - 0.5), torch.full((T,), draw(0.3, 0.7))
+    possible = {"x": x, "y": y, "kind": kind, "colour": colour, "there": True}
+    impossible = dict(possible)
+    happened = time > (0.5 if occluded else event)
+    bar = (0.32, 0.68) if occluded else None  # left and right edge; 2.7 sizes wide or more, the shape is wholly hidden
+    if property == "permanence":
+        possible["there"] = number // len(PROPERTIES) % 2 == 0
+        impossible["there"] = not possible["there"]
+    elif property == "shape":
+        impossible["kind"] = (kind + 1 + int(draw(0, len(data.SHAPES) - 1))) % len(data.SHAPES)
+    elif property == "colour":
+        impossible["colour"] = colour.roll(1)
+    elif property == "continuity":
+        top = torch.full((T,), draw(0.2, 0.35))
+        possible["y"], impossible["y"] = (top, 1 - top) if upper else (1 - top, top)
+    elif property == "solidity":
+        bar = 0.6, 0.7
+        possible["x"] = bar[0] - size - (bar[0] - size - x).abs()
+    else:
+        fall = 4 * (time - event).clamp(min=0).square()
+        possible["x"] = impossible["x"] = torch.full((T,), draw(0.3, 0.7))
+        possible["y"], impossible["y"] = (0.5 + fall).clamp(max=1 - size), (0.5 - fall).clamp(min=size)
 
     outlines, holes = data._shape_outlines()
-    background = torch.full((3, S, S), 0.0)
-    for wave in range(3):
+
+    def shape_opacity(x, y, kind, there):  # (T, 1, S, S)
+        outline, hole = (table[kind] / outlines[kind].max() * size for table in (outlines, holes))
+        dx, dy = (pixel - x[:, None])[:, None, :], (pixel - y[:, None])[:, :, None]
+        angle = (torch.atan2(dy, dx) * (len(outline) / data.TAU)).long() % len(outline)
+        distance = (dx.square() + dy.square()).sqrt()
+        opacity = cover(outline[angle] - distance) * (cover(distance - hole) if hole else 1)
+        return (opacity * there)[:, None]
+
+    background = torch.empty(3, S, S)
+    for channel in background:
         angle, frequency, phase, strength = draw(0, data.TAU), draw(0.5, 1.5), draw(0, data.TAU), draw(0.03, 0.07)
         along = math.cos(angle) * pixel + math.sin(angle) * pixel[:, None]
-        background[wave] = 0.35 + strength * (data.TAU * frequency * along + phase).cos()
-    grain = torch.randn(T, 3, S, S, generator=torch.Generator().manual_seed(number)) * 0.03
-    grey = draw(0.5, 0.75)
-    videos = []
-    for states in (then, after):
-        frames = background.expand(T, 3, S, S)
-        behind = property in ("permanence", "shape", "colour")
-        layers = [object_at(**states)]
-        if bar:
+        channel.copy_(0.35 + strength * (data.TAU * frequency * along + phase).cos())
+    grey, grain = torch.tensor(draw(0.5, 0.75)), torch.randn(T, 3, S, S, generator=noise) * 0.03
+
+    def render(colour, **shape):
+        layers = [(shape_opacity(**shape), colour[:, None, None])]
+        if bar:  # an occluder is in front of the shape, a wall behind it, so that one sees it pass
             opacity = cover(torch.minimum(pixel - bar[0], bar[1] - pixel)).expand(T, 1, S, S)
-            layers.insert(1 if behind else 0, (opacity, torch.tensor(grey)))
+            layers.insert(1 if occluded else 0, (opacity, grey))
+        frames = background.expand(T, 3, S, S)
         for opacity, paint in layers:
             frames = torch.lerp(frames, paint.expand_as(frames), opacity)
         frames = ((frames + grain).clamp(0, 1) * 255).round().to(torch.uint8)
-        videos.append(frames if forward else frames.flip(3))
-    possible, impossible = videos
-    impossible = torch.where(happens[:, None, None, None], impossible, possible)
+        return frames if forward else frames.flip(3)
+
+    possible, impossible = render(**possible), render(**impossible)
+    impossible = torch.where(happened[:, None, None, None], impossible, possible)
     return make_pair(property, f"built-in {number}", possible, impossible)
 
 
@@ -545,16 +541,23 @@ def draw_surprise(shown, args, path):
 
 def draw_frames(shown, path, columns=12):
     """Frames of one pair of every property, evenly spread; the impossible video below, from the event on in red."""
-    figure, axes = plt.subplots(2 * len(shown), columns, figsize=(columns * 0.8, len(shown) * 1.75), squeeze=False)
-    for row, (pair, *_) in enumerate(shown):
-        for line, video in enumerate((pair.possible, pair.impossible)):
-            for column, ax in enumerate(axes[2 * row + line]):
-                frame = column * (len(video) - 1) // (columns - 1)
-                ax.imshow(video[frame].permute(1, 2, 0).numpy())
-                ax.set(xticks=[], yticks=[])
-                if line and pair.event is not None and frame >= pair.event:
-                    ax.spines[:].set(color="red", linewidth=1.5)
-        axes[2 * row][0].set_ylabel(pair.property, fontsize=6)
+    rows, resolution = [], shown[0][0].possible.shape[-1]
+    edge = max(1, resolution // 32)
+    for pair, *_ in shown:
+        for video, event in ((pair.possible, None), (pair.impossible, pair.event)):
+            numbers = torch.linspace(0, len(video) - 1, columns).long()
+            framed = torch.full((columns, 3, resolution + 2 * edge, resolution + 2 * edge), 255, dtype=torch.uint8)
+            if event is not None:
+                framed[numbers >= event] = torch.tensor([[[255]], [[0]], [[0]]], dtype=torch.uint8)
+            framed[:, :, edge:-edge, edge:-edge] = video[numbers]
+            rows.append(framed.transpose(0, 1).transpose(1, 2).flatten(2))  # (3, R, columns * R)
+    figure, ax = plt.subplots(figsize=(columns * 0.8, len(rows) * 0.8), layout="constrained")
+    ax.imshow(torch.cat(rows, dim=1).permute(1, 2, 0).numpy())
+    height = resolution + 2 * edge
+    ax.set_yticks([(2 * n + 1) * height for n in range(len(shown))], [pair.property for pair, *_ in shown], rotation=90)
+    ax.set_xticks([])
+    ax.tick_params(length=0, labelsize=8)
+    ax.spines[:].set_visible(False)
     save(figure, path)
 
 
@@ -594,7 +597,7 @@ def main():
         print()
     except data.BadVideo as error:  # its last line; before it, a worker's traceback
         fail(f"unreadable video: {str(error).splitlines()[-1]}")
-    seconds = time.perf_counter() - started
+    seconds, shown = time.perf_counter() - started, list(shown.values())
     if short:
         print(f"{short} videos are shorter than a window: continued by their last frame")
 
@@ -611,9 +614,9 @@ def main():
         args.out.mkdir(parents=True, exist_ok=True)
         write_aside(args.out / "results.json", lambda path: path.write_text(json.dumps(record) + "\n"))
         print(args.out / "results.json")
-        draw_surprise(shown.values(), args, args.out / "surprise.png")
+        draw_surprise(shown, args, args.out / "surprise.png")
         if args.save:
-            draw_frames(shown.values(), args.save)
+            draw_frames(shown, args.save)
     except OSError as error:
         fail(f"{error.filename}: {error.strerror}")
 
