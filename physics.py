@@ -118,6 +118,8 @@ def load(args):
     try:
         checkpoint = load_checkpoint(args.checkpoint)
         kind, config = checkpoint["kind"], checkpoint["model"]
+        if "predictor" not in checkpoint:
+            raise ValueError(f"{args.checkpoint} holds no predictor")
         encoder = build(Encoder, config["encoder"], checkpoint["student" if kind == "ema" else "encoder"])
         predictor = build(Predictor, config["predictor"], checkpoint["predictor"])
     except (OSError, ValueError) as error:

@@ -186,6 +186,9 @@ def test_a_student_without_its_teacher_is_refused(teacher, student, ema, tmp_pat
     torch.save(checkpoint, alone)
     assert "give --teacher" in refusal(capfd, physics, "--checkpoint", alone, *out)
     assert "is not the teacher" in refusal(capfd, physics, "--checkpoint", student, "--teacher", student, *out)
+    del checkpoint["predictor"]
+    torch.save(checkpoint, alone)
+    assert "holds no predictor" in refusal(capfd, physics, "--checkpoint", alone, *out)
     for run in (teacher, ema):
         assert "for students" in refusal(capfd, physics, "--checkpoint", run, "--teacher", teacher, *out)
 
