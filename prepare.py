@@ -21,13 +21,15 @@ import re
 import signal
 import sys
 import time
-from collections import Counter
+from collections import Counter, deque
+from fractions import Fraction
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import NamedTuple
 
 import av
 import numpy as np
+from av.sidedata.sidedata import Type as SideData
 from av.video.reformatter import ColorRange, VideoReformatter
 
 import data
@@ -609,59 +611,69 @@ def transcode_video(path, out, short_side, crf):
         return {"error": reason(error)}
 
 
+def upright(frame):
+    """The frame as its metadata says that it is to be shown, turned or mirrored; itself where they say nothing."""
+    try:
+        matrix = frame.side_data.get(SideData.DISPLAYMATRIX)
+    except ValueError:  # PyAV 18 fails if there is side data that it does not know (HEIC's); no mirroring then
+        turns = round(frame.rotation / 90) % 4  # counter-clockwise
+        a, b, c, d = ((1, 0, 0, 1), (0, -1, 1, 0), (-1, 0, 0, -1), (0, 1, -1, 0))[turns]
+    else:
+        a, b, _, c, d = (1, 0, 0, 0, 1) if matrix is None else np.frombuffer(matrix, np.int32)[:5].tolist()
+    if a > 0 and d > 0:
+        return frame
+    picture = frame.to_ndarray(format="rgb24")
+    if abs(b) > abs(a):  # what is at x, y is shown at a x + c y, b x + d y
+        picture, a, d = picture.swapaxes(0, 1), c, b
+    picture = picture[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
+    return av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+
+
 def _transcode(container, aside, short_side, crf):
     """Decode, turn, scale and encode every frame; the frames keep their time stamps, counted from the first."""
     stream = container.streams.video[0]
     stream.codec_context.thread_count = 1
-    reformatter, copy, first, last = VideoReformatter(), None, 0, -1
-    step = max(1, round(1 / ((stream.average_rate or 25) * stream.time_base)))  # of a frame, in time_base
-    decoded = encoded = 0
+    rate, base = stream.average_rate or Fraction(25), stream.time_base
+    step = max(1, round(1 / (rate * base)))  # ticks from frame to frame, where the file does not say
+    reformatter, decoded, encoded, last, durations = VideoReformatter(), 0, 0, -1, deque()
     with av.open(aside, "w", format="mp4") as file:
+        # Scene changes would put keyframes elsewhere, and B-frames make every seek decode more.
+        options = {"crf": str(crf), "g": "12", "keyint_min": "12", "sc_threshold": "0", "bf": "0"}
+        copy = file.add_stream("libx264", rate=rate, options=options)
+        coded = copy.codec_context
+        coded.thread_count, coded.pix_fmt = 1, "yuv420p"
+        copy.time_base = coded.time_base = base
 
-        def write(frame):
-            packets = copy.encode(frame)
-            for packet in packets:
-                packet.duration = step  # matters for the last one only; the others last until the next
+        def mux(packets):
+            for packet in packets:  # in the order of the frames, since there are no B-frames
+                packet.duration = durations.popleft()
                 file.mux(packet)
             return len(packets)
 
         for frame in container.decode(stream):
-            turns = round(frame.rotation / 90) % 4  # counter-clockwise
-            if copy is None:
-                shown = (frame.height, frame.width) if turns % 2 else (frame.width, frame.height)
-                scale = min(1, short_side / min(shown))
-                width, height = (max(2, round(side * scale) // 2 * 2) for side in shown)  # yuv420p takes even sizes
-                # Named per stream: scene changes would put keyframes elsewhere, and B-frames delay seeking.
-                options = {"crf": str(crf), "g": "12", "keyint_min": "12", "sc_threshold": "0", "bf": "0"}
-                copy = file.add_stream("libx264", rate=stream.average_rate or 25, options=options)
-                copy.width, copy.height, copy.pix_fmt = width, height, "yuv420p"
-                copy.time_base = copy.codec_context.time_base = stream.time_base
-                copy.codec_context.thread_count = 1
-                if stream.sample_aspect_ratio:
-                    ratio = stream.sample_aspect_ratio
-                    copy.codec_context.sample_aspect_ratio = 1 / ratio if turns % 2 else ratio
-                coded = copy.codec_context
-                if frame.colorspace:  # not RGB, which becomes untagged BT.601
-                    coded.colorspace = frame.colorspace
-                coded.color_range, coded.color_primaries = ColorRange.MPEG, frame.color_primaries
-                coded.color_trc = frame.color_trc
+            picture = upright(frame)
+            if not decoded:
                 first = frame.pts or 0
+                scale = min(1, short_side / min(picture.width, picture.height))
+                # yuv420p takes even sizes only
+                width, height = (max(2, round(side * scale) // 2 * 2) for side in (picture.width, picture.height))
+                coded.width, coded.height, coded.color_range = width, height, ColorRange.MPEG
+                if picture.format.name.startswith("yuv"):  # others become BT.601, which is what untagged means
+                    coded.colorspace = frame.colorspace
+                coded.color_primaries, coded.color_trc = frame.color_primaries, frame.color_trc
+                if stream.sample_aspect_ratio and picture is frame:
+                    coded.sample_aspect_ratio = stream.sample_aspect_ratio
             pts = last + step if frame.pts is None else frame.pts - first
-            if turns:
-                array = frame.to_ndarray(format="rgb24")
-                picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(np.rot90(array, turns)), format="rgb24")
-            else:
-                picture = frame
+            last = max(pts, last + 1)  # two frames of one time remain two frames
+            durations.append(getattr(frame, "duration", 0) or step)
             full = picture.color_range if picture.format.name.startswith("yuv") else None
             picture = reformatter.reformat(picture, width, height, "yuv420p", src_color_range=full,
                                            dst_color_range=ColorRange.MPEG)  # fmt: skip
-            picture.pict_type = 0  # the encoder's to choose
-            picture.pts = last = max(pts, last + 1)  # two frames of one time are two frames
-            picture.time_base = stream.time_base
-            decoded, encoded = decoded + 1, encoded + write(picture)
+            picture.pts, picture.time_base, picture.pict_type = last, base, 0  # keyframes are the encoder's to choose
+            decoded, encoded = decoded + 1, encoded + mux(coded.encode(picture))
         if not decoded:
             raise ValueError("no frame can be decoded")
-        encoded += write(None)
+        encoded += mux(coded.encode(None))
     if encoded != decoded:
         raise RuntimeError(f"{decoded} frames in, {encoded} out")
     return {"frames": decoded, "frames_in_header": stream.frames, "width": width, "height": height}
