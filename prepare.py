@@ -356,9 +356,7 @@ def panda70m(args):
                 if path and not checked and os.path.isfile(aside := os.path.splitext(path)[0] + ".json"):
                     checked = True  # rows of another csv file would give each clip another one's duration
                     if row["videoID"] not in Path(aside).read_text(encoding="utf-8"):
-                        fail(
-                            f"--annotations: {path} is not of video {row['videoID']}; it was downloaded by another file"
-                        )
+                        fail(f"--annotations: {path} is not of video {row['videoID']}; another file downloaded it")
                 count["missing" if not path else "found" if 4 <= seconds <= 50 else "excluded"] += 1
                 if path and 4 <= seconds <= 50:
                     strata[min(int(seconds) - 4, 45)].append((number, clip, path))
@@ -655,8 +653,9 @@ def _transcode(container, aside, short_side, crf):
             if not decoded:
                 first = frame.pts or 0
                 scale = min(1, short_side / min(picture.width, picture.height))
-                # yuv420p takes even sizes only
-                width, height = (max(2, round(side * scale) // 2 * 2) for side in (picture.width, picture.height))
+                width, height = (  # even, as yuv420p needs it
+                    max(2, min(2 * round(side * scale / 2), side // 2 * 2)) for side in (picture.width, picture.height)
+                )
                 coded.width, coded.height, coded.color_range = width, height, ColorRange.MPEG
                 if picture.format.name.startswith("yuv"):  # others become BT.601, which is what untagged means
                     coded.colorspace = frame.colorspace
