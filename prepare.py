@@ -432,18 +432,17 @@ def in_processes(work, paths, workers, timeout):
                 if pipe not in ready and time.monotonic() < deadline:
                     continue
                 del busy[pipe]
-                try:
-                    if pipe not in ready:
-                        raise TimeoutError
-                    result = pipe.recv()
-                    idle.append((pipe, process))
-                except (EOFError, ConnectionResetError, TimeoutError) as error:
-                    process.kill() if isinstance(error, TimeoutError) else None
-                    process.join()
-                    died = signal.Signals(-process.exitcode).name if process.exitcode < 0 else process.exitcode
-                    hangs = f"not done after {timeout:g} s" if isinstance(error, TimeoutError) else None
-                    result = {"error": hangs or f"the process that read it died ({died})"}
-                    pipe.close()
+                if pipe in ready:
+                    try:
+                        result = pipe.recv()
+                        idle.append((pipe, process))
+                    except (EOFError, ConnectionResetError):
+                        process.join()
+                        died = signal.Signals(-process.exitcode).name if process.exitcode < 0 else process.exitcode
+                        result = {"error": f"the process that read it died ({died})"}
+                else:
+                    process.kill()
+                    result = {"error": f"not done after {timeout:g} s"}
                 yield path, result
     finally:
         for process in [p for _, p in idle] + [p for p, *_ in busy.values()]:
@@ -456,21 +455,23 @@ def size_in_bytes(path):
     return os.path.getsize(path) if os.path.isfile(path) else None
 
 
-def work_through(args, paths, work, settings, log):
+def work_through(args, paths, work, settings, log, copy_of=None):
     """{path: record} of all paths: what `log` (JSON lines) has from before, and the rest, done now and written there.
 
     A record is what `work` gives, with an "error" if the video is bad. Records made by other settings, or of a file of
-    another size, are not from before. Ends the script at a signal and where `work` says "stop", leaving a log to go on
-    from.
+    another size, or of a lost copy_of(path), are not from before. Ends the script at a signal and where `work` says
+    "stop", leaving a log to go on from.
     """
     records, wanted = {}, set(paths)
     if log.is_file():
         for line in log.read_text(encoding="utf-8").splitlines():
             with contextlib.suppress(json.JSONDecodeError):  # the last line, if it was cut off
                 record = json.loads(line)
-                old = record["settings"] == settings and record["bytes"] == size_in_bytes(record["path"])
-                if record["path"] in wanted and old and not (args.retry and "error" in record):
-                    records[record["path"]] = record
+                path, bad = record["path"], "error" in record
+                same = record["settings"] == settings and record["bytes"] == size_in_bytes(path)
+                kept = not args.retry if bad else copy_of is None or os.path.isfile(copy_of(path))
+                if path in wanted and same and kept:
+                    records[path] = record
     todo = [path for path in dict.fromkeys(paths) if path not in records]
     if records:
         print(f"{len(records):,} of {len(wanted):,} were done before ({log})")
@@ -664,7 +665,8 @@ def _transcode(container, aside, short_side, crf):
                     coded.sample_aspect_ratio = stream.sample_aspect_ratio
             pts = last + step if frame.pts is None else frame.pts - first
             last = max(pts, last + 1)  # two frames of one time remain two frames
-            durations.append(getattr(frame, "duration", 0) or step)
+            ticks = getattr(frame, "duration", 0) or step
+            durations.append(ticks if abs(ticks - step) > 1 else step)  # Matroska's are rounded, which shifts the rate
             full = picture.color_range if picture.format.name.startswith("yuv") else None
             picture = reformatter.reformat(picture, width, height, "yuv420p", src_color_range=full,
                                            dst_color_range=ColorRange.MPEG)  # fmt: skip
@@ -698,14 +700,13 @@ def transcode(args):
     if base == os.path.abspath(args.out):
         fail(f"--out {args.out}: holds the manifest; the copies would replace the originals")
     settings, started = {"short_side": args.short_side, "crf": args.crf}, time.monotonic()
-    records = work_through(args, paths, lambda p: transcode_video(p, target(p), **settings), settings, log)
+    records = work_through(
+        args, paths, lambda p: transcode_video(p, target(p), **settings), settings, log, copy_of=target
+    )
     for path, record in records.items():
         if "error" in record:  # what a killed process left
             Path(target(path) + ".tmp").unlink(missing_ok=True)
     good = {path: record for path, record in records.items() if "error" not in record}
-    gone = [path for path in good if not os.path.isfile(target(path))]
-    if gone:
-        fail(f"{len(gone):,} copies that {log} lists are gone, e.g. {target(gone[0])}: remove {log} and start again")
     name_bad(records, log)
     sizes = [sum(record[key] or 0 for record in good.values()) / 1e9 for key in ("bytes", "bytes_out")]
     print(f"{sizes[0]:.3f} GB became {sizes[1]:.3f} GB, {duration(time.monotonic() - started)}")

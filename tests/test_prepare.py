@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import faulthandler
 import json
 import os
 import re
@@ -337,6 +338,7 @@ def test_check_names_what_is_broken_hangs_or_kills_its_process(videos, capfd, mo
 
     def read_clip(path, *_, really=data.read_clip):
         if path.endswith("b.mp4"):
+            faulthandler.disable()  # pytest's
             os.kill(os.getpid(), signal.SIGSEGV)
         return really(path, *_)
 
@@ -474,6 +476,9 @@ def test_transcode_writes_a_manifest_of_the_copy_and_resumes(videos, capfd, monk
     at = os.stat(videos / "copy" / "a.mp4").st_mtime_ns
     run_script(prepare, *flags)
     assert copy.is_file() and not os.path.exists(f"{copy}.tmp") and at == os.stat(videos / "copy" / "a.mp4").st_mtime_ns
+    os.remove(copy)
+    run_script(prepare, *flags)
+    assert copy.is_file()
     run_script(prepare, *flags, "--short-side", 16)
     assert decode(copy)[0][0][1].shape == (16, 16, 3)
 
