@@ -104,7 +104,7 @@ def k710(folders):
         for sample in kinetics(folder)[1]:
             name = names.setdefault(re.sub(r"\W+", " ", sample.label.lower().replace("'", "")).strip(), sample.label)
             samples.append(sample._replace(source=sample.clip[0], label=name))
-    return sorted(names.values()), sorted(samples, key=lambda s: s.split != "val")
+    return sorted(names.values()), samples
 
 
 def ssv2(folder):
@@ -204,7 +204,7 @@ def imagenet1k(args):
         elif folder.name == "val" and not truth:
             fail(f"{path} lies in no folder of a synset: --annotations is needed (--help)")
     samples += [Sample("val", name, name, (name,), label) for name, label in truth.items()]
-    return sorted({s.label for s in samples}), sorted(samples, key=lambda s: s.split != "val"), files
+    return sorted({s.label for s in samples}), samples, files
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -253,10 +253,10 @@ def _rank(path):
 
 
 def select(samples, files):
-    """({split: [(path, label)]}, {split: counts}): the samples, validation first, whose file is there and new."""
+    """({split: [(path, label)]}, {split: counts}): the samples whose file is there and new; validation comes first."""
     chosen, counts = {"train": [], "val": []}, {"train": Counter(), "val": Counter()}
     clips, sources, used = set(), set(), set()
-    for sample in samples:
+    for sample in sorted(samples, key=lambda s: s.split != "val"):
         count = counts[sample.split]
         count["annotated"] += 1
         path = next((files[name] for name in sample.names if name in files), None)
@@ -266,13 +266,12 @@ def select(samples, files):
             count["duplicate"] += 1
         elif not path:
             count["missing"] += 1
+        elif path in used:  # two spans of one video whose file has no span in its name
+            count["duplicate"] += 1
         else:
             count["found"] += 1
-            if path in used:  # two spans of one video whose file has no span in its name
-                count["duplicate"] += 1
-            else:
-                chosen[sample.split].append((path, sample.label))
-                used.add(path)
+            chosen[sample.split].append((path, sample.label))
+            used.add(path)
         clips.add(sample.clip)
         if sample.split == "val":
             sources.add(sample.source)
