@@ -696,8 +696,8 @@ def transcode(args):
 
     if len({target(path) for path in paths}) < len(set(paths)):
         fail(f"{args.manifest}: names both FILE and FILE.mp4, which would have one copy")
-    if base == os.path.abspath(args.out):
-        fail(f"--out {args.out}: holds the manifest; the copies would replace the originals")
+    if os.path.realpath(args.out) in (os.path.realpath(base), os.sep):
+        fail(f"--out {args.out}: copies there would replace the originals")
     settings, started = {"short_side": args.short_side, "crf": args.crf}, time.monotonic()
     records = work_through(
         args, paths, lambda p: transcode_video(p, target(p), **settings), settings, log, copy_of=target

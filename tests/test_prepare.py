@@ -470,6 +470,11 @@ def test_transcode_writes_a_manifest_of_the_copy_and_resumes(videos, capfd, monk
     assert "3 videos are good, 1 bad" in capfd.readouterr().out
     assert sorted(os.listdir(videos / "copy")) == ["a.mp4", "all.csv", "all.transcode.jsonl", "c.mp4", "sub"]
 
+    os.symlink(videos, videos / "here")
+    assert "would replace the originals" in refusal(capfd, prepare, *flags[:3], videos / "here")
+    (videos / "all2.csv").write_text("sub/b.avi 1\nsub/b.avi.mp4 1\n")
+    assert "would have one copy" in refusal(capfd, prepare, "transcode", videos / "all2.csv", *flags[2:])
+
     log, copy = videos / "copy" / "all.transcode.jsonl", videos / "copy" / "c.mp4"
     lines = [line for line in log.read_text().splitlines() if "c.mp4" not in line]
     log.write_text("\n".join(lines) + "\n")  # as if the command had been killed while it wrote c.mp4
