@@ -375,6 +375,9 @@ def test_check_stops_at_sigterm_and_continues_where_it_stopped(videos, capfd):
     while not (log.is_file() and log.read_text().count("\n") == 2) and time.monotonic() < until:
         time.sleep(0.05)
     children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    for child in children:  # a signal to the whole group is the parent's to answer
+        os.kill(int(child), signal.SIGTERM)
+    time.sleep(0.5)
     run.send_signal(signal.SIGTERM)
     text = run.communicate(timeout=30)[0]
     assert run.returncode == 130 and "2 of 3 are done" in text
