@@ -418,6 +418,8 @@ def test_a_copy_has_the_same_frames_at_the_same_times_with_a_keyframe_every_12(t
     )
     record = copy_of(source, tmp_path / "out" / "v.mp4")
     frames, kinds = decode(tmp_path / "out" / "v.mp4")
+    with av.open(str(tmp_path / "out" / "v.mp4")) as container:
+        assert container.streams.video[0].start_time == 0
     assert record["frames"] == len(frames) == len(times) and kinds == ["video"]
     assert [t for t, *_ in frames] == pytest.approx([t / 25 for t in times], abs=1e-3)
     assert [i for i, f in enumerate(frames) if f[2]] == [0, 12, 24, 36] and {f[3] for f in frames} == {"I", "P"}
