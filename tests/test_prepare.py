@@ -430,17 +430,23 @@ def test_a_copy_has_the_same_frames_at_the_same_times_with_a_keyframe_every_12(t
 
 
 def test_a_copy_is_scaled_to_the_short_side_but_never_enlarged_and_has_even_sizes(tmp_path):
-    for (height, width), want in [((51, 35), (50, 34)), ((96, 60), (52, 32)), ((40, 90), (32, 72)), ((1, 1), (2, 2))]:
+    for (height, width), want in [
+        ((51, 35), (50, 34)), ((96, 60), (52, 32)), ((40, 90), (32, 72)), ((1, 1), (2, 2)), ((52, 34), (52, 34)),
+    ]:  # fmt: skip
         with av.open(str(tmp_path / "v.mp4"), "w") as file:
-            stream = file.add_stream("libx264", rate=25, options={"qp": "2"})
-            stream.width, stream.height, stream.pix_fmt = width, height, "yuv444p"
+            stream = file.add_stream("libx264", rate=25, options={"qp": "2", "g": "5"})
+            stream.width, stream.height = width, height
+            stream.pix_fmt = "yuv444p" if height % 2 or width % 2 else "yuv420p"
+            stream.codec_context.colorspace, stream.codec_context.color_range = 1, 1  # BT.709, limited
             picture = np.full((height, width, 3), (200, 60, 20), np.uint8)
-            file.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+            for _ in range(8):
+                file.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
             file.mux(stream.encode())
-        copy_of(tmp_path / "v.mp4", tmp_path / "copy.mp4", short_side=32 if height > 51 or width > 35 else 256)
-        (frame,), _ = decode(tmp_path / "copy.mp4")
-        assert frame[1].shape[:2] == want
-        assert np.abs(frame[1].mean((0, 1)) - (200, 60, 20)).max() < 4  # the colours are the same
+        copy_of(tmp_path / "v.mp4", tmp_path / "copy.mp4", short_side=32 if height > 52 or width > 35 else 256)
+        (before, *_), (after, *others) = decode(tmp_path / "v.mp4")[0], decode(tmp_path / "copy.mp4")[0]
+        assert after[1].shape[:2] == want
+        assert np.abs(after[1].mean((0, 1)) - before[1].mean((0, 1))).max() < 4  # the colours are the same
+        assert not any(frame[2] for frame in others)  # the original's keyframes are not the copy's
 
 
 @pytest.mark.parametrize("matrix, numpy_says", [
