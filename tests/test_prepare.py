@@ -365,6 +365,7 @@ def test_check_names_what_is_broken_hangs_or_kills_its_process(videos, capfd, mo
     assert ("b.mp4", 2) in manifest(videos, videos, "all.clean")
 
 
+@pytest.mark.slow  # starts a process that imports torch
 def test_check_stops_at_sigterm_and_continues_where_it_stopped(videos, capfd):
     os.mkfifo(videos / "hangs.mp4")
     (videos / "all.csv").write_text("a.mp4 1\nb.mp4 1\nhangs.mp4 1\n")
