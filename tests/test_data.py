@@ -73,6 +73,7 @@ VIDEOS = {
     "late start.mkv": dict(gop=12, bframes=2, start=40),
     "motion jpeg.avi": dict(codec="mjpeg"),
     "mpeg4.avi": dict(codec="mpeg4"),
+    "b-frames.avi": dict(gop=12, bframes=2),  # its time stamps are those of decoding
 }
 LENGTH = 90
 
