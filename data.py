@@ -203,7 +203,7 @@ def _read_video(path, num_frames, frame_step, places, fps, careful):
         start, length, shown = stream.start_time or 0, stream.frames, None
         if careful:
             shown = [frame.pts for frame in container.decode(stream)]
-            if None in shown or len(set(shown)) < len(shown):  # number the frames
+            if None in shown or any(a >= b for a, b in itertools.pairwise(shown)):  # number the frames
                 shown, unit = range(len(shown)), 1 / rate if rate else None
         elif not length or not rate:
             shown = [packet.pts for packet in container.demux(stream) if packet.size]
@@ -235,7 +235,7 @@ def _read_video(path, num_frames, frame_step, places, fps, careful):
 
 def _decode_all(path, shown, times):
     """The last frame not after each of these times, of a video whose frames have the time stamps `shown`."""
-    chosen = np.searchsorted(np.sort(shown), times, side="right") - 1
+    chosen = np.searchsorted(shown, times, side="right") - 1
     with av.open(str(path)) as container:
         container.streams.video[0].codec_context.thread_count = 1
         frames = {n: frame for n, frame in enumerate(container.decode(video=0)) if n in set(chosen)}
@@ -272,7 +272,7 @@ def _packets(container, stream, times):
 
 
 def _frames(stream, packets, wanted):
-    """The frames with the time stamps `wanted`, {time stamp: frame}; some may be missing if the video is damaged."""
+    """The frames with the time stamps `wanted`, {time stamp: frame}; some are missing if the video is an odd one."""
     # From the last packet back: what follows the last wanted frame up to the next keyframe is not needed. Frames that
     # are decoded after a keyframe but shown before it (open groups of pictures) refer to what is before it, too.
     runs, run, earliest = [], [], math.inf
@@ -287,11 +287,17 @@ def _frames(stream, packets, wanted):
     frames, codec = {}, stream.codec_context
     skips = codec.name == "h264"  # its headers say which frames no other refers to; the decoder passes over these
     codec.open(strict=False)
+    before = -math.inf
     for run in reversed(runs):
         codec.flush_buffers()
         for packet in (*run, None):
             codec.skip_frame = "NONREF" if skips and packet and packet.pts not in wanted else "DEFAULT"
-            frames.update((frame.pts, frame) for frame in codec.decode(packet) if frame.pts in wanted)
+            for frame in codec.decode(packet):
+                if frame.pts is None or frame.pts <= before:  # AVI's time stamps are in decoding order
+                    return {}
+                before = frame.pts
+                if frame.pts in wanted:
+                    frames[frame.pts] = frame
     return frames
 
 
