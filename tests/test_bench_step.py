@@ -1,0 +1,141 @@
+"""bench_step.py: that it times what it says, and that the peer computes the same."""
+
+import argparse
+import itertools
+import math
+import shlex
+
+import pytest
+import torch
+from conftest import randomise, refusal, run_script
+from torch.utils.flop_counter import FlopCounterMode
+
+import bench
+import bench_step
+import flops
+import training
+
+TINY = shlex.split(
+    "--width 24 --depth 2 --heads 2 --patch-size 8 --num-frames 4 --resolution 32 --predictor-width 16 "
+    "--predictor-depth 1 --predictor-heads 2 --device cpu --lr 1e-3"
+)
+
+
+def tiny_args(*more):
+    args = training.training_flags("", out="out", steps=160_000).parse_args([*TINY, *map(str, more)])
+    training.setup(args)
+    return args
+
+
+def tiny_step(kind, args):
+    """Ours, with weights that all matter (mask tokens start at zero)."""
+    ours = bench_step.Ours(kind, flops.stages(argparse.Namespace(teacher=None, teacher_steps=1), args)[kind], args)
+    randomise(ours.encoder), randomise(ours.predictor)
+    return ours
+
+
+def weights(ours):
+    return {name: bench_step.cpu_copy(getattr(ours, name)) for name in ("encoder", "predictor", "teacher")}
+
+
+@pytest.mark.parametrize("kind", ["student", "ema"])
+def test_the_peer_computes_the_same_steps_from_the_same_weights(kind):
+    pytest.importorskip("transformers")
+    args = tiny_args("--batch-size", 4, "--micro-batch-size", 2)
+    ours = tiny_step(kind, args)
+    peer, clips = bench_step.HuggingFace(ours, weights(ours), compiled=False), bench_step.random_clips(args)
+    for number in range(4):  # of which all but the first depend on the gradients, and for ema on the moving average
+        mine, theirs = (bench_step.one_step(runner, number, clips) for runner in (ours, peer))
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=0)
+    if kind == "ema":
+        moved = bench_step.cpu_copy(ours.teacher)["norm.weight"], peer.teacher.layernorm.weight
+        torch.testing.assert_close(*moved, rtol=1e-5, atol=1e-7)
+
+
+def test_a_peer_that_computes_something_else_ends_the_script(capfd):
+    args = tiny_args("--batch-size", 2)
+    bench_step.check_agreement("hf eager", 1.00005, 1.0, 1.0, 1.0, args)
+    for wrong in (1.001, math.nan):
+        with pytest.raises(SystemExit):
+            bench_step.check_agreement("hf eager", wrong, 1.0, 1.0, 1.0, args)
+        assert "something else" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["teacher", "student", "ema"])
+def test_executed_flops_are_those_of_the_steps_that_are_timed(kind):
+    args = tiny_args("--batch-size", 4, "--micro-batch-size", 2)
+    ours, clips = tiny_step(kind, args), bench_step.random_clips(args)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        for number in (3, 4):
+            bench_step.one_step(ours, number, clips)
+    assert bench_step.executed(ours.stage, args, (3, 4)) == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+def test_marks_split_a_step_into_its_parts_forward_and_backward():
+    args, marks = tiny_args("--batch-size", 2), []
+    stamped = tiny_step("ema", args)
+    for part in ("teacher", "encoder", "predictor"):
+        setattr(stamped, part, bench_step.Stamped(getattr(stamped, part), part, marks.append))
+    bench_step.one_step(stamped, 0, bench_step.random_clips(args), marks.append)
+    forward = ["teacher", "rest", *["encoder", "rest", "predictor", "rest"] * 2]
+    assert marks == forward + ["predictor", "encoder"] * 2 + ["rest", "optimiser", "moving average", "rest"]
+
+
+def test_shares_add_up_to_the_step(monkeypatch):
+    args, clock = tiny_args("--batch-size", 2), itertools.count()
+    monkeypatch.setattr(bench_step, "now", lambda args: next(clock))
+    parts = bench_step.shares(tiny_step("student", args), (0, 1), bench_step.random_clips(args))
+    # One second from each mark to the next, see above; one more mark begins a step.
+    assert parts == {"teacher": 1, "encoder": 4, "predictor": 4, "optimiser": 1, "rest": 7}
+
+
+def test_what_was_not_measured_costs_as_much_per_flop_as_the_nearest_that_was():
+    costs = [bench_step.Cost(1e9, 2.0), bench_step.Cost(1e12, 1000.0), bench_step.Cost(1e12)]
+    assert bench_step.extrapolated(bench_step.Cost(3e9), costs) == pytest.approx(6.0)
+    assert bench_step.extrapolated(bench_step.Cost(4e11), costs) == pytest.approx(400.0)
+    assert bench_step.extrapolated(costs[0], costs) == 2.0
+
+
+def test_the_command_prints_times_ratios_and_shares(capsys, monkeypatch):
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(bench_step, "matmul_ceiling", lambda args: 5e10)
+    flags = ["--batch-size", 2, "--rounds", 2, "--round-steps", 1]
+    run_script(bench, "step", *TINY, *flags, "--kind", "teacher")
+    assert "ours " in capsys.readouterr().out
+    run_script(bench, "step", *TINY, *flags, "--kind", "student", "--peer", "hf", "--dtype", "bfloat16")
+    out = capsys.readouterr().out
+    assert all(word in out for word in ("hf eager", "times as long as ours", "shares: ", "off ours", "TFLOP/s"))
+
+
+def test_the_sweep_measures_what_fits_and_marks_what_does_not(capsys, monkeypatch):
+    monkeypatch.setattr(bench_step, "matmul_ceiling", lambda args: 1e10)  # the paper's runs would take hours
+    flags = "--model vit_ti --patch-size 8 --num-frames 4 --resolution 32 --predictor-width 16 --predictor-depth 1 "
+    flags = shlex.split(flags + "--predictor-heads 2 --device cpu --batch-size 1 --sizes vit_ti --round-steps 1")
+    run_script(bench, "step", *flags, "--sweep", "--time-budget", 5)
+    growth, paper = capsys.readouterr().out.split("whole runs of the paper")
+    first, *_ = [line.split() for line in growth.splitlines() if line.startswith("vit_ti")]
+    assert first[1:4] == ["4", "32", "1"] and "~" not in first
+    assert float(first[-2]) * 1e3 == pytest.approx(float(first[4]) * float(first[-3]), rel=0.02)  # TFLOP/s
+    assert len(paper.strip().splitlines()) == 2 + len(bench_step.PAPER_RUNS) and "~" in paper
+
+
+def test_mistakes_are_refused_in_one_line(capfd):
+    peer = [*TINY, "--batch-size", 2, "--peer", "hf"]
+    assert "width" in refusal(capfd, bench, "step", *peer, "--kind", "teacher")
+    assert "width" in refusal(capfd, bench, "step", *peer, "--teacher", "vit_ti")
+    assert "--width" in refusal(capfd, bench, "step", *TINY, "--sweep")
+
+
+@pytest.mark.slow
+def test_compilations_and_graph_breaks_are_counted(capsys, monkeypatch):
+    flags = [*TINY, "--batch-size", 2, "--compiles", 3, "--compile-backend", "eager"]
+    with pytest.raises(SystemExit) as stop:
+        run_script(bench, "step", *flags)
+    out = capsys.readouterr().out
+    assert "student: 3 steps, 0 graph breaks" in out and " forward: 3 compilations" in out
+    assert stop.value.code == 0
+    gelu = torch.nn.functional.gelu
+    monkeypatch.setattr("model.F.gelu", lambda x: (torch._dynamo.graph_break(), gelu(x))[1])
+    with pytest.raises(SystemExit) as stop:
+        run_script(bench, "step", *flags)
+    assert stop.value.code == 1 and ", 0 graph breaks" not in capsys.readouterr().out
