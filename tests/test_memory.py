@@ -45,10 +45,10 @@ def test_a_check_that_is_off_says_so(capfd, monkeypatch):
 
 def test_what_stays_is_what_the_parameters_weigh():
     """Weights, gradients and two averages in float32; the frozen teacher in the compute dtype, the average is not."""
-    vit = dict(SIZES["vit_ti"], num_frames=4)
+    vit = dict(SIZES["vit_ti"], depth=2, num_frames=4)
     teacher = flops.parameters(Encoder, vit)
-    trained = teacher + flops.parameters(Predictor, dict(in_width=192, out_width=192))
-    flags = ["--model", "vit_ti", "--batch-size", 4]
+    trained = teacher + flops.parameters(Predictor, dict(in_width=192, out_width=192, depth=2))
+    flags = ["--model", "vit_ti", "--depth", 2, "--predictor-depth", 2, "--batch-size", 4]
     student, ema = (paper(*flags, kind=kind, dtype="bfloat16") for kind in ("student", "ema"))
     for parts in (student, ema):
         assert (parts["weights"], parts["gradients"], parts["optimizer"]) == (4 * trained, 4 * trained, 8 * trained)
