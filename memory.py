@@ -52,11 +52,11 @@ TOLERANCE, CHECKED_STEPS = 0.15, 3  # of --check
 
 
 class Live(TorchDispatchMode):
-    """Counts the bytes of all storages alive. `gathered` is the part that FSDP2 fills and frees by resizing storages."""
+    """Counts the bytes of all storages alive. `gathered`: of those that FSDP2 fills and frees by resizing them."""
 
     def __init__(self):
         super().__init__()
-        self.sizes, self.bytes, self.gathered = {}, 0, 0
+        self.sizes, self.resized, self.bytes, self.gathered = {}, set(), 0, 0
         self.start_again()
 
     def start_again(self):
@@ -72,7 +72,11 @@ class Live(TorchDispatchMode):
             self.start_again()
 
     def forget(self, key):
-        self.bytes -= self.sizes.pop(key)
+        size = self.sizes.pop(key)
+        self.bytes -= size
+        if key in self.resized:
+            self.resized.remove(key)
+            self.gathered -= size
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if any(issubclass(t, DTensor) for t in types):
@@ -87,9 +91,10 @@ class Live(TorchDispatchMode):
         resize = torch.UntypedStorage.resize_
 
         def noted(storage, size):
-            before = storage.nbytes()
+            before = self.sizes.get(id(storage), 0) if id(storage) in self.resized else 0
             resize(storage, size)
             if id(storage) in self.sizes:
+                self.resized.add(id(storage))
                 self.gathered += storage.nbytes() - before
                 self.note(storage)
             return storage
@@ -262,13 +267,14 @@ def print_paper(own, args, stage, masks):
 
 
 def cpu_peak(run):
-    """Call run(); the most bytes that torch's CPU allocator had out at a time, as its own reports to the profiler say."""
+    """Call run(); the most bytes that torch's CPU allocator had given out at a time, by its reports to the profiler."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     with tempfile.TemporaryDirectory() as folder:
         profiler.export_chrome_trace(f"{folder}/trace.json")
         events = json.loads(Path(folder, "trace.json").read_text(errors="replace"))["traceEvents"]
-    reports = [event["args"] for event in events if event["name"] == "[memory]" and event["args"]["Device Type"] == 0]
+    reports = [event for event in events if event["name"] == "[memory]" and event["args"]["Device Type"] == 0]
+    reports = [event["args"] for event in sorted(reports, key=lambda event: event["ts"])]
     start = reports[0]["Total Allocated"] - reports[0]["Bytes"]
     return max(report["Total Allocated"] for report in reports) - start
 
