@@ -316,11 +316,12 @@ def check(own, args, stage, grid, flags):
     rank, world = training.rank_and_world()
     own.processes, own.processes_per_node = world, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     args.batch_size = min(args.batch_size, 2 * world * args.micro_batch_size)
-    drawn = [
-        [(mask.context_ids.shape[1], mask.target_ids.shape[1]) for mask in masking.sample_masks(
-            args.mask, grid, args.micro_batch_size, training.generator(args.seed, step, g), args.mask_truncation)]
-        for step in range(CHECKED_STEPS) for g in training.micro_batch_indices(args)
-    ]  # fmt: skip
+    drawn = []
+    for step in range(CHECKED_STEPS):
+        for g in training.micro_batch_indices(args):
+            rng, sizes = training.generator(args.seed, step, g), training.generator(args.seed, step)
+            masks = masking.sample_masks(args.mask, grid, args.micro_batch_size, rng, args.mask_truncation, sizes)
+            drawn.append([(mask.context_ids.shape[1], mask.target_ids.shape[1]) for mask in masks])
     truth = in_truth(own, args, stage, flags)  # first: real process groups do not work after fake ones
     parts = on_paper(own, args, stage, largest(drawn, stage), args.activation_checkpointing)
     ratio = peak(parts) / truth
