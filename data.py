@@ -8,23 +8,32 @@ Letters: B clips, T frames, H and W pixels. A manifest is V-JEPA's: one "path la
 paths relative to the manifest; the label may be left out for pretraining.
 """
 
+import array
 import atexit
+import bisect
 import functools
 import itertools
 import math
+import mmap
+import os
 import re
 import signal
+from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
 import av
 import numpy as np
 import torch
-from torchvision.transforms import v2
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png"}
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as V-JEPA
 CROP_AREA, CROP_ASPECT = (0.3, 1.0), (0.75, 1.35)  # paper table 5
+INTEGER = re.compile(b"-?[0-9]+")
+MAX_REORDER = 16  # frames that are shown later but may be decoded earlier than another one, in any codec
+TURNS = {90: [("transpose", "cclock")], 180: [("hflip", None), ("vflip", None)], 270: [("transpose", "clock")]}
+# What FFmpeg does faster leaves rubbish at the right edge where widths are no multiples of 16.
+SCALING = "bilinear+accurate_rnd+full_chroma_int"
 
 
 class Batch(NamedTuple):
@@ -55,115 +64,335 @@ class BadVideo(ValueError):
     """A video or image that gives no clip; the message names it and says why."""
 
 
+class Paths:
+    """The paths that manifests name, a sequence of strings that are read from the files as they are asked for.
+
+    The files are mapped into memory, once for all processes of a node; a list of millions of strings would be copied by
+    every one of them. So a manifest in use may be replaced (mv), but not overwritten.
+    """
+
+    def __init__(self, parts):
+        self.parts = (
+            parts  # of each manifest: its folder, its bytes, where its paths start in them and how long they are
+        )
+        self.ends = list(itertools.accumulate(len(starts) for _, _, starts, _ in parts))
+
+    def __len__(self):
+        return self.ends[-1]
+
+    def __getitem__(self, line):
+        part = bisect.bisect_right(self.ends, range(len(self))[line])
+        folder, text, starts, lengths = self.parts[part]
+        start = starts[line - self.ends[part]]
+        return os.path.join(folder, text[start : start + lengths[line - self.ends[part]]].decode())
+
+
 def read_manifest(path, num_classes=None):
-    """(paths, labels) of a manifest; label -1 where a line has none.
+    """(`Paths`, labels as an int32 array) of a manifest; label -1 where a line has none.
 
     With num_classes every line must have a label in 0 .. num_classes - 1. OSError, or ValueError naming file and line.
     """
     path = Path(path)
     if path.suffix.lower() in IMAGE_SUFFIXES | {".mp4", ".webm", ".mkv", ".avi", ".mov"}:
         raise ValueError(f"{path} is a video or an image; --data takes manifests: text files of 'path label' lines")
-    paths, labels = [], []
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not a text file; a manifest has lines of 'path label'") from error
-    for number, line in enumerate(map(str.strip, lines), start=1):
-        if not line:
-            continue
-        name, _, label = line.rpartition(" ")
-        if not name or not re.fullmatch("-?[0-9]+", label):
-            name, label = line, -1
-        if num_classes and not 0 <= int(label) < num_classes:
-            raise ValueError(f"{path} line {number}: a label from 0 to {num_classes - 1} is needed: {line!r}")
-        paths.append(str(path.parent / name.strip().strip('"')))
-        labels.append(int(label))
-    if not paths:
+    starts, lengths, labels = array.array("q"), array.array("i"), array.array("i")
+    with open(path, "rb") as file:
+        text = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if os.fstat(file.fileno()).st_size else b""
+        end = 0
+        for number, raw in enumerate(file, start=1):
+            start, end = end, end + len(raw)
+            line = raw.strip()
+            if not line:
+                continue
+            name, _, label = line.rpartition(b" ")
+            if not name or not INTEGER.fullmatch(label):
+                name, label = line, b"-1"
+            name = name.strip().strip(b'"')
+            try:
+                name.isascii() or name.decode()
+                labels.append(int(label))
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path} is not a text file; a manifest has lines of 'path label'") from error
+            except OverflowError as error:
+                raise ValueError(f"{path} line {number}: the label is too large: {line.decode()!r}") from error
+            if num_classes and not 0 <= labels[-1] < num_classes:
+                raise ValueError(
+                    f"{path} line {number}: a label from 0 to {num_classes - 1} is needed: {line.decode()!r}"
+                )
+            starts.append(start + raw.index(name))
+            lengths.append(len(name))
+    if not starts:
         raise ValueError(f"{path} names no videos")
-    return paths, labels
+    return Paths([(str(path.parent), text, starts, lengths)]), np.frombuffer(labels, np.int32)
 
 
-def read_clip(path, num_frames, frame_step, place):
-    """A clip of a video, uint8 (T, 3, H, W): num_frames frames, frame_step apart; the last one repeats if it is short.
+def read_clips(path, num_frames, frame_step, places, fps=None, crops=None, size=None):
+    """Clips of one video, opened once: for each of `places` one, uint8 (T, 3, H, W).
 
-    place in [0, 1] says where the clip lies in the room that the video leaves: 0 first, 0.5 middle, 1 last. Images are
-    videos of one frame. Decoding starts at the keyframe before the clip and ends with its last frame; only the frames
-    kept are converted to RGB. BadVideo if there is nothing to decode.
+    A clip is num_frames frames, frame_step apart, or, with fps, 1 / fps seconds. A place in [0, 1] says where it lies
+    in the room that the video leaves: 0 first, 0.5 middle, 1 last. The last frame repeats if the video is short. Images
+    are videos of one frame; a folder of numbered images is a video too. Rotation metadata is honoured, alpha dropped.
+
+    crops: for each clip a function of the frame's height and width that gives top, left, height and width of what is
+    cut out and scaled to size x size, antialiased bilinear; without, whole frames. Boxes in videos with subsampled
+    colour are widened to even borders by the last pixel at most.
+
+    BadVideo if there is nothing to decode.
     """
-    if not Path(path).is_file():
-        raise BadVideo(f"{path}: no such file")
-    try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise BadVideo(f"{path}: no video stream")
-            frames = _decode(container, num_frames, frame_step, place)
-    except (av.FFmpegError, RuntimeError, OSError) as error:
-        raise BadVideo(f"{path}: {getattr(error, 'strerror', None) or str(error).splitlines()[0]}") from error
-    if not frames:
-        raise BadVideo(f"{path}: no frame can be decoded")
-    return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
+    crops = crops or [None] * len(places)
+    for careful in (False, True):
+        try:
+            if Path(path).is_dir():
+                clips = _read_folder(Path(path), num_frames, frame_step, places, fps)
+            elif not Path(path).is_file():
+                raise BadVideo(f"{path}: no such file")
+            elif Path(path).suffix.lower() in IMAGE_SUFFIXES:
+                clips = [[_read_image(path)] * num_frames] * len(places)
+            else:
+                clips = _read_video(path, num_frames, frame_step, places, fps, careful)
+            if clips:
+                return [_to_rgb(frames, crop, size) for frames, crop in zip(clips, crops, strict=True)]
+        except (av.FFmpegError, RuntimeError, OSError) as error:
+            if careful:
+                reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+                raise BadVideo(f"{path}: {reason}") from error
+    raise BadVideo(f"{path}: no frame can be decoded")
 
 
-def _decode(container, num_frames, frame_step, place):
-    """RGB arrays (H, W, 3) of the wanted frames; frames are numbered by their time stamps."""
-    stream = container.streams.video[0]
-    stream.codec_context.thread_count = 1  # parallelism is the loader's
-    rate = stream.average_rate or stream.guessed_rate
-    start_time = stream.start_time or 0
-    length = stream.frames
-    if not length and stream.duration and rate:
-        length = int(stream.duration * stream.time_base * rate)
-    if not length or not rate:  # no index to seek in: count the frames by decoding them all
-        length, rate = sum(1 for _ in container.decode(stream)), None
-        container.seek(0)
-    span = (num_frames - 1) * frame_step + 1
-    first = min(int(place * (max(0, length - span) + 1)), max(0, length - span))
-    wanted = range(first, min(first + span, max(length, 1)), frame_step)
+def read_clip(path, num_frames, frame_step, place, fps=None):
+    """The clip of `read_clips` at one place."""
+    return read_clips(path, num_frames, frame_step, [place], fps)[0]
 
-    frames, before = [], -1
-    if first and rate:
-        container.seek(start_time + int((first - 0.5) / (rate * stream.time_base)), stream=stream)
-    for frame in container.decode(stream):
-        if rate and frame.pts is not None:
-            number = round((frame.pts - start_time) * stream.time_base * rate)
+
+def _wanted(place, num_frames, step, length):
+    """Which frames a clip takes of a video of `length` frames; fractions of frames where step is no whole number."""
+    room = max(0, math.floor(length - 1 - (num_frames - 1) * step))
+    wanted = min(int(place * (room + 1)), room) + step * np.arange(num_frames)
+    return wanted[np.minimum(np.arange(num_frames), (wanted < max(length - 0.5, 1)).sum() - 1)]
+
+
+def _read_image(path):
+    with av.open(str(path)) as container:
+        return next(container.decode(video=0))
+
+
+def _read_folder(folder, num_frames, frame_step, places, fps):
+    """The decoded frames of clips of a folder of numbered images."""
+    images = [(re.findall("[0-9]+", f.stem), f) for f in folder.iterdir() if f.suffix.lower() in IMAGE_SUFFIXES]
+    images = sorted((int(numbers[-1]), f) for numbers, f in images if numbers)
+    if not images:
+        raise BadVideo(f"{folder}: a folder without numbered images")
+    if fps:
+        raise BadVideo(f"{folder}: a folder of images has no time for --fps; --frame-step is needed")
+    clips = [_wanted(place, num_frames, frame_step, len(images)) for place in places]
+    frames = {n: _read_image(images[n][1]) for n in set(np.concatenate(clips).tolist())}
+    return [[frames[n] for n in clip.tolist()] for clip in clips]
+
+
+def _read_video(path, num_frames, frame_step, places, fps, careful):
+    """The decoded frames of clips of a video: those on screen at the wanted times, give or take half a frame.
+
+    Which frames these are is read from the packets, so that only they, and what they refer to, are decoded. None where
+    that cannot be done; `careful` decodes everything.
+    """
+    # Without the option opening decodes the first frames, for what is not needed here: as long as half a short clip.
+    with av.open(str(path), options=None if careful else {"skip_frame": "all"}) as container:
+        if not container.streams.video:
+            raise BadVideo(f"{path}: no video stream")
+        stream = container.streams.video[0]
+        stream.codec_context.thread_count = 1  # parallelism is the loader's
+        unit, rate = stream.time_base, stream.average_rate or stream.guessed_rate
+        start, length, shown = stream.start_time or 0, stream.frames, None
+        if careful:
+            shown = [frame.pts for frame in container.decode(stream)]
+            if None in shown or len(set(shown)) < len(shown):  # number the frames
+                shown, unit = range(len(shown)), 1 / rate if rate else None
+        elif not length or not rate:
+            shown = [packet.pts for packet in container.demux(stream) if packet.size]
+            if None in shown:
+                return None
+        if shown is None:
+            duration = float(1 / (rate * unit))  # of a frame, in the unit of time stamps
+        elif shown:
+            start, length = min(shown), len(shown)
+            duration = (max(shown) - start) / max(1, length - 1) or 1
         else:
-            number = before + 1
-        before = number
-        # A frame stands for every wanted number up to its own (numbers are missing where the frame rate varies).
-        while len(frames) < len(wanted) and number >= wanted[len(frames)]:
-            frames.append(frame.to_ndarray(format="rgb24"))
-        if len(frames) == len(wanted):
+            return None
+        if fps and not unit:
+            raise BadVideo(f"{path}: no time stamps for --fps; --frame-step is needed")
+        step = 1 / (fps * duration * float(unit)) if fps else frame_step
+        clips = [start + duration * _wanted(place, num_frames, step, length) for place in places]
+        times = np.unique(np.concatenate(clips))
+        if careful:
+            frames = _decode_all(path, np.array(shown), times + duration / 2)
+        else:
+            far = np.flatnonzero(np.diff(times) * unit > 10) + 1  # seconds that are jumped over, not read through
+            parts = [_decode(container, stream, part + duration / 2, duration) for part in np.split(times, far)]
+            if None in parts:
+                return None
+            frames = sum(parts, [])
+    frames = dict(zip(times.tolist(), frames, strict=True))
+    return [[frames[time] for time in clip.tolist()] for clip in clips]
+
+
+def _decode_all(path, shown, times):
+    """The last frame not after each of these times, of a video whose frames have the time stamps `shown`."""
+    chosen = np.searchsorted(np.sort(shown), times, side="right") - 1
+    with av.open(str(path)) as container:
+        container.streams.video[0].codec_context.thread_count = 1
+        frames = {n: frame for n, frame in enumerate(container.decode(video=0)) if n in set(chosen)}
+    return [frames[n] for n in chosen]
+
+
+def _decode(container, stream, times, duration):
+    """The last frame not after each of these times (increasing), from as few packets as possible; None if unsure."""
+    packets = _packets(container, stream, times)
+    if packets is None:
+        return None
+    shown = np.array(sorted(packet.pts for packet in packets if not packet.is_discard))
+    if not len(shown) or shown[0] > times[0] or shown[-1] < times[-1] - 2 * duration:
+        return None  # the keyframe sought is another one, or the video ends before its time
+    chosen = shown[np.searchsorted(shown, times, side="right") - 1].tolist()
+    frames = _frames(stream, packets, set(chosen))
+    return [frames[pts] for pts in chosen] if len(frames) == len(set(chosen)) else None
+
+
+def _packets(container, stream, times):
+    """The packets, in decoding order, from the keyframe before the first of these times to the last time."""
+    container.seek(int(times[0]), stream=stream)
+    packets, beyond = [], 0
+    for packet in container.demux(stream):
+        if not packet.size:
             break
-    return frames + frames[-1:] * (num_frames - len(frames))
+        if packet.pts is None:
+            return None
+        packets.append(packet)
+        beyond += packet.pts > times[-1]
+        if beyond > MAX_REORDER:
+            break
+    return packets
+
+
+def _frames(stream, packets, wanted):
+    """The frames with the time stamps `wanted`, {time stamp: frame}; some may be missing if the video is damaged."""
+    # From the last packet back: what follows the last wanted frame up to the next keyframe is not needed. Frames that
+    # are decoded after a keyframe but shown before it (open groups of pictures) refer to what is before it, too.
+    runs, run, earliest = [], [], math.inf
+    for packet in reversed(packets):
+        if packet.pts in wanted:
+            earliest = min(earliest, packet.pts)
+        if earliest < math.inf:
+            run.append(packet)
+        if packet.is_keyframe and packet.pts <= earliest < math.inf:
+            runs.append(run[::-1])
+            run, earliest = [], math.inf
+    frames, codec = {}, stream.codec_context
+    skips = codec.name == "h264"  # its headers say which frames no other refers to; the decoder passes over these
+    codec.open(strict=False)
+    for run in reversed(runs):
+        codec.flush_buffers()
+        for packet in (*run, None):
+            codec.skip_frame = "NONREF" if skips and packet and packet.pts not in wanted else "DEFAULT"
+            frames.update((frame.pts, frame) for frame in codec.decode(packet) if frame.pts in wanted)
+    return frames
+
+
+def _to_rgb(frames, crop, size):
+    """Decoded frames as RGB, uint8 (T, 3, H, W), upright; cut out and scaled in one pass over the decoder's pixels."""
+    turn = TURNS.get(frames[0].rotation % 360, ())
+    height, width = frames[0].height, frames[0].width
+    if frames[0].rotation % 180:
+        height, width = width, height
+    top, left, h, w = crop(height, width) if crop else (0, 0, height, width)
+    out = np.empty((len(frames), 3, size or h, size or w), np.uint8)
+    kind = None
+    for t, frame in enumerate(frames):
+        if t and frame is frames[t - 1]:
+            out[t] = out[t - 1]
+            continue
+        if kind != (frame.width, frame.height, frame.format.name):
+            resized = kind and kind[:2] != (frame.width, frame.height)  # size and format may change within a video
+            kind = frame.width, frame.height, frame.format.name
+            graph = av.filter.Graph()
+            chain = [
+                graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=Fraction(1))
+            ]
+            for name, value in (
+                *turn,
+                *([("scale", f"{width}:{height}")] if resized else []),
+                ("crop", f"{w}:{h}:{left}:{top}"),
+                ("scale", f"{out.shape[3]}:{out.shape[2]}:flags={SCALING}"),
+                ("format", "gbrp"),
+                ("buffersink", None),
+            ):
+                chain.append(graph.add(name, value))
+            graph.link_nodes(*chain).configure()
+        chain[0].push(frame)
+        for channel, plane in zip((1, 2, 0), (scaled := chain[-1].pull()).planes, strict=True):
+            pixels = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)
+            out[t, channel] = pixels[: scaled.height, : scaled.width]
+    return torch.from_numpy(out)
+
+
+def random_crop(rng, height, width):
+    """Top, left, height and width of a random part: table 5's area and aspect, as torchvision's RandomResizedCrop."""
+    low, high = CROP_ASPECT
+    for _ in range(10):
+        area = height * width * rng.uniform(*CROP_AREA)
+        aspect = math.exp(rng.uniform(math.log(low), math.log(high)))
+        h, w = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
+        if 0 < h <= height and 0 < w <= width:
+            return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
+    h, w = min(height, round(width / low)), min(width, round(height * high))  # for very long or very high frames
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def centre_crop(height, width):
+    """Top, left, height and width of the square in the middle."""
+    side = min(height, width)
+    return round((height - side) / 2), round((width - side) / 2), side, side
+
+
+def shuffled(place, length, *key):
+    """Which of `length` things is at a place of the order that `key` (integers) stands for; every order has each once.
+
+    Computed for this place alone (a Feistel network, walked until it ends within the range): an array of the order
+    would have to be made, and held, by every worker.
+    """
+    half = max(1, (length - 1).bit_length() + 1 >> 1)
+    keys = np.random.SeedSequence(key).generate_state(6, np.uint64).tolist()
+    while True:
+        left, right = place >> half, place & (1 << half) - 1
+        for k in keys:
+            mixed = (right ^ k) * 0x9E3779B97F4A7C15 & 2**64 - 1
+            mixed = (mixed ^ mixed >> 29) * 0xBF58476D1CE4E5B9 & 2**64 - 1
+            left, right = right, left ^ mixed >> 64 - half
+        place = left << half | right
+        if place < length:
+            return place
 
 
 class Manifest:
     """Clips of the videos and images in manifests: augmented for training, centred and in order for evaluation.
 
     Training (`train=True`): sample n is video n of an endless sequence of shuffled passes, or, with weights, of a
-    manifest drawn by weight; the clip's place, a random resized crop and a flip are drawn from (seed, n). An unreadable
-    video is replaced by the next one and reported. Evaluation: sample n is line n, middle clip, centre crop; an
-    unreadable video is a BadVideo error.
+    manifest drawn by weight; the clip's place, a random resized crop and a flip are drawn from (seed, n). With
+    clips_per_video k samples nk to nk + k - 1 are of one video, opened once if they are asked for together. An
+    unreadable video is replaced by the next one and reported. Evaluation: sample n is line n, middle clip, centre crop;
+    an unreadable video is a BadVideo error.
     """
 
     def __init__(self, manifests, num_frames, frame_step, resolution, seed=0, train=True, weights=None,
-                 num_classes=None):  # fmt: skip
+                 num_classes=None, fps=None, clips_per_video=1):  # fmt: skip
         if weights and len(weights) != len(manifests):
             raise ValueError(f"{len(manifests)} manifests but {len(weights)} weights")
         if weights and (min(weights) < 0 or not 0 < sum(weights) < math.inf):
             raise ValueError(f"weights {weights} are no shares: not negative, and not all 0")
-        parts = [read_manifest(m, num_classes) for m in manifests]
-        self.paths = [p for paths, _ in parts for p in paths]
-        self.labels = [label for _, labels in parts for label in labels]
-        self.ends = list(itertools.accumulate(len(paths) for paths, _ in parts))
+        paths, labels = zip(*(read_manifest(m, num_classes) for m in manifests), strict=True)
+        self.paths, self.labels = Paths([part for p in paths for part in p.parts]), np.concatenate(labels)
         self.weights = np.array(weights) / sum(weights) if weights else None
-        self.num_frames, self.frame_step, self.seed, self.train = num_frames, frame_step, seed, train
-        self.shuffled = -1, None  # (pass, order): the latest pass over the data that was asked for
-        if train:
-            crop = v2.RandomResizedCrop(resolution, scale=CROP_AREA, ratio=CROP_ASPECT, antialias=True)
-            self.transform = v2.Compose([crop, v2.RandomHorizontalFlip()])
-        else:
-            self.transform = v2.Compose([v2.Resize(resolution, antialias=True), v2.CenterCrop(resolution)])
+        self.num_frames, self.frame_step, self.fps, self.resolution = num_frames, frame_step, fps, resolution
+        self.seed, self.train, self.clips_per_video = seed, train, clips_per_video
 
     def __len__(self):
         return len(self.paths)
@@ -172,37 +401,41 @@ class Manifest:
         """Which line of the manifests (counted through) sample `number` is."""
         if not self.train:
             return number
+        number //= self.clips_per_video
         if self.weights is not None:
-            rng = np.random.default_rng((self.seed, number))
-            part = rng.choice(len(self.ends), p=self.weights)
-            return int(rng.integers(self.ends[part - 1] if part else 0, self.ends[part]))
+            rng, ends = np.random.default_rng((self.seed, number)), self.paths.ends
+            part = rng.choice(len(ends), p=self.weights)
+            return int(rng.integers(ends[part - 1] if part else 0, ends[part]))
         turn, place = divmod(number, len(self))
-        if turn != self.shuffled[0]:
-            self.shuffled = turn, np.random.default_rng((self.seed, turn)).permutation(len(self))
-        return int(self.shuffled[1][place])
+        return shuffled(place, len(self), self.seed, turn)
 
-    def sample(self, number):
-        """(clip (3, T, H, W) uint8, label, skipped, path) of one sample."""
-        line, skipped = self.line(number), []
-        state = np.random.SeedSequence((self.seed, number)).generate_state(1, np.uint64)[0]
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(state >> np.uint64(1)))
-            while True:
-                place = torch.rand(()).item() if self.train else 0.5
-                _now_reading(line)
-                try:
-                    frames = read_clip(self.paths[line], self.num_frames, self.frame_step, place)
-                    break
-                except BadVideo as error:
-                    skipped.append(str(error))
-                    if not self.train or len(skipped) == min(10, len(self)):
-                        raise
-                    line = (line + 1) % len(self)
-            return self.transform(frames).transpose(0, 1), self.labels[line], skipped, self.paths[line]
+    def samples(self, numbers):
+        """Of samples that share a video, each: clip (3, T, H, W) uint8, label, skipped, path."""
+        line, skipped = self.line(numbers[0]), []
+        rngs = [np.random.default_rng((self.seed, number, 1)) for number in numbers]
+        crops = [functools.partial(random_crop, rng) if self.train else centre_crop for rng in rngs]
+        while True:
+            places = [rng.random() if self.train else 0.5 for rng in rngs]
+            _now_reading(line)
+            try:
+                clips = read_clips(
+                    self.paths[line], self.num_frames, self.frame_step, places, self.fps, crops, self.resolution
+                )
+                break
+            except BadVideo as error:
+                skipped.append(str(error))
+                if not self.train or len(skipped) == min(10, len(self)):
+                    raise
+                line = (line + 1) % len(self)
+        flips = [self.train and rng.random() < 0.5 for rng in rngs]
+        clips = [clip.flip(3) if flip else clip for clip, flip in zip(clips, flips, strict=True)]
+        return [(clip.transpose(0, 1), int(self.labels[line]), skipped, self.paths[line]) for clip in clips]
 
     def batch(self, numbers):
         """`Batch` of the samples with these numbers."""
-        clips, labels, skipped, paths = zip(*(self.sample(n) for n in numbers), strict=True)
+        groups = itertools.groupby(numbers, lambda number: number // self.clips_per_video)
+        samples = [sample for _, group in groups for sample in self.samples(list(group))]
+        clips, labels, skipped, paths = zip(*samples, strict=True)
         skipped = list(itertools.chain(*skipped))
         return Batch(torch.stack(clips), torch.tensor(labels).unsqueeze(1), skipped, list(paths))
 
@@ -402,7 +635,7 @@ def clip_loader(source, batches, workers=0, pin_memory=False, timeout=0):
     dataset = _Fetch(source, workers)
     loader = torch.utils.data.DataLoader(
         dataset, batch_sampler=batches, collate_fn=_as_it_is, num_workers=workers, pin_memory=pin_memory,
-        timeout=timeout, worker_init_fn=_start_worker,
+        timeout=timeout, worker_init_fn=_start_worker, multiprocessing_context="fork" if workers else None,
     )  # fmt: skip
     try:
         yield from loader
