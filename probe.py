@@ -23,6 +23,7 @@ Letters: B videos, V views, S segments, N tokens, D width, P probes, C classes.
 import argparse
 import collections
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
@@ -34,6 +35,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -93,6 +95,7 @@ def parse_args():
     flag("--val-clips", type=int, default=1000, help="of the built-in tasks")
     flag("--num-frames", type=int, help="of a clip; for tasks of your own default what the encoder was trained at")
     flag("--frame-step", type=int, help="video frames from one clip frame to the next")
+    flag("--fps", type=float, help="clip frames per second of video, instead of --frame-step")
     flag("--segments", type=int, help="clips of a video, spread over its length")
     flag("--views", type=int, help="crops of a validation video, spread along its long side")
     flag("--resolution", type=int, help="default: what the encoder was trained at")
@@ -163,7 +166,7 @@ def load(args):
     except (OSError, ValueError) as error:
         fail(f"--checkpoint: {error}")
     depth = len(encoder.blocks)
-    if args.layers and not (1 <= min(args.layers) and max(args.layers) <= depth == len({*args.layers, *range(1, depth + 1)})):
+    if args.layers and not 1 <= min(args.layers) <= max(args.layers) <= depth:
         fail(f"--layers {args.layers}: the encoder has blocks 1 to {depth}")
     return encoder.requires_grad_(False).to(args.device, getattr(torch, args.dtype))
 
@@ -182,47 +185,44 @@ class Videos(data.Manifest):
 
     def __init__(self, manifests, args, train):
         super().__init__(manifests, args.num_frames, args.frame_step, args.resolution, train=train,
-                         num_classes=args.num_classes)  # fmt: skip
+                         num_classes=args.num_classes, fps=args.fps)  # fmt: skip
         self.segments, self.views, self.skip_bad = args.segments, 1 if train else args.views, args.skip_bad
-        self.resolution = args.resolution
 
-    def read(self, line, shares):
-        """uint8 (S * T, 3, H, W): the clips of a video, each at its place in its share of the length."""
-        data._now_reading(line)
-        places = [(s + share) / self.segments for s, share in enumerate(shares)]
-        clips = [data.read_clip(self.paths[line], self.num_frames, self.frame_step, place) for place in places]
-        return torch.cat(clips)
+    def samples(self, numbers):
+        """Of one video: views (V, S, 3, T, H, W) uint8, label, skipped, path."""
+        (number,), skipped = numbers, []
+        line, rng = self.line(number), np.random.default_rng((self.seed, number, 1))
+        if self.train:
+            crops = [functools.cache(functools.partial(data.random_crop, rng))]  # cache: one box for all clips
+        else:
+            crops = [functools.partial(view_crop, view, self.views) for view in range(self.views)]
+        while True:
+            shares = rng.random(self.segments) if self.train else np.full(self.segments, 0.5)
+            places = ((np.arange(self.segments) + shares) / self.segments).tolist()
+            data._now_reading(line)
+            try:
+                clips = data.read_clips(
+                    self.paths[line], self.num_frames, self.frame_step, places * len(crops), self.fps,
+                    [crop for crop in crops for _ in places], self.resolution,
+                )  # fmt: skip
+                break
+            except data.BadVideo as error:
+                skipped.append(str(error))
+                if not self.train and self.skip_bad:
+                    black = torch.zeros(self.views, self.segments, 3, self.num_frames, *2 * [self.resolution])
+                    return [(black.byte(), -1 - int(self.labels[line]), skipped, self.paths[line])]
+                if not self.train or len(skipped) == min(10, len(self)):
+                    raise
+                line = (line + 1) % len(self)
+        views = torch.stack(clips).unflatten(0, (self.views, self.segments)).transpose(2, 3)
+        flip = self.train and rng.random() < 0.5
+        return [(views.flip(5) if flip else views, int(self.labels[line]), skipped, self.paths[line])]
 
-    def crops(self, frames):
-        """Frames (S * T, 3, H, W) -> (V, S * T, 3, R, R): the short side resized to R, squares along the long side."""
-        size = self.resolution
-        frames = data.v2.functional.resize(frames, size, antialias=True)
-        rooms = [side - size for side in frames.shape[2:]]
-        shares = [0.5] if self.views == 1 else [v / (self.views - 1) for v in range(self.views)]
-        corners = [[round(room * share) for room in rooms] for share in shares]
-        return torch.stack([frames[:, :, y : y + size, x : x + size] for y, x in corners])
 
-    def sample(self, number):
-        """(views (V, S, 3, T, H, W) uint8, label, skipped, path) of one sample."""
-        line, skipped = self.line(number), []
-        with torch.random.fork_rng(devices=[]):
-            torch.random.set_rng_state(generator(self.seed, number).get_state())
-            while True:
-                shares = torch.rand(self.segments).tolist() if self.train else [0.5] * self.segments
-                try:
-                    frames = self.read(line, shares)
-                    break
-                except data.BadVideo as error:
-                    skipped.append(str(error))
-                    if not self.train and self.skip_bad:
-                        empty = torch.zeros(self.views, self.segments, 3, self.num_frames, *2 * [self.resolution])
-                        return empty.byte(), -1 - self.labels[line], skipped, self.paths[line]
-                    if not self.train or len(skipped) == min(10, len(self)):
-                        raise
-                    line = (line + 1) % len(self)
-            views = self.transform(frames)[None] if self.train else self.crops(frames)
-        views = views.unflatten(1, (self.segments, self.num_frames)).transpose(2, 3)
-        return views, self.labels[line], skipped, self.paths[line]
+def view_crop(view, views, height, width):
+    """Top, left, height and width of the square that is view number `view` of so many, spread along the long side."""
+    side, share = min(height, width), view / (views - 1) if views > 1 else 0.5
+    return round((height - side) * share), round((width - side) * share), side, side
 
 
 def sources(args, encoder):
@@ -274,8 +274,9 @@ class Tokens:
     def __init__(self, args, encoder, source, spent):
         self.args, self.encoder, self.source, self.spent, self.kept = args, encoder, source, spent, None
         grid = token_grid((args.num_frames, args.resolution, args.resolution), encoder.tubelet_size, encoder.patch_size)
-        self.shape = args.segments * math.prod(grid), encoder.width * (
-            len(args.layers) if args.layers and args.combine == "concat" else 1
+        self.shape = (
+            args.segments * math.prod(grid),
+            encoder.width * (len(args.layers) if args.layers and args.combine == "concat" else 1),
         )
         views = getattr(source, "views", 1)
         self.clips_at_once = max(1, TOKENS_AT_ONCE // math.prod(grid))
@@ -313,7 +314,9 @@ class Tokens:
             tokens, labels = self.kept
             for batch in batches:  # a process keeps every world-th sample
                 mine = batch[batch % world == rank].split(self.at_once)
-                yield ((ids, tokens[ids // world].to(self.args.device), labels[ids // world]) for ids in mine if len(ids))
+                yield (
+                    (ids, tokens[ids // world].to(self.args.device), labels[ids // world]) for ids in mine if len(ids)
+                )
             return
         parts = [batch[rank::world].split(self.at_once) for batch in batches]
         parts = [[part for part in batch if len(part)] for batch in parts]  # of a small batch some get nothing
@@ -371,14 +374,15 @@ def fingerprint(args, encoder, source):
     found = hashlib.sha256()
     for name, tensor in encoder.state_dict().items():
         found.update(name.encode() + tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    fields = "num_frames frame_step resolution segments views single_frame layers combine dtype augment".split()
-    found.update(json.dumps([encoder.config, [getattr(args, field) for field in fields], torch.__version__]).encode())
+    how = (args.num_frames, args.frame_step, args.fps, args.resolution, args.segments, args.views, args.single_frame,
+           args.layers, args.combine, args.dtype, args.augment)  # fmt: skip
+    found.update(json.dumps([encoder.config, how, torch.__version__]).encode())
     code = [Path(module.__file__) for module in (data, sys.modules[Encoder.__module__])] + [Path(__file__)]
     found.update(b"".join(path.read_bytes() for path in code))
     if not isinstance(source, Videos):
         found.update(f"{source.seed} {source.length}".encode())
-    for path, label in zip(getattr(source, "paths", []), getattr(source, "labels", []), strict=True):
-        path = Path(path)
+    for line in range(len(source) if isinstance(source, Videos) else 0):
+        path, label = Path(source.paths[line]), source.labels[line]
         files = sorted(path.iterdir()) if path.is_dir() else [path]
         stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.exists()]
         found.update(f"{path.absolute()} {label} {stats}".encode())
@@ -475,6 +479,7 @@ def make_probes(args, width, classes, seed):
     """[(AttentiveProbes, optimiser)], for all pairs of lr and weight decay in order; all start from the same weights.
 
     Probes of several blocks are separate on a CPU: their matmuls fill it, and together they leave its cache (NOTES.md).
+    On a GPU four at a time, for memory: 100,000 tokens of width 1024 take about 11 GB in each.
     """
     torch.manual_seed(seed)
     try:
@@ -482,7 +487,7 @@ def make_probes(args, width, classes, seed):
     except ValueError as error:
         fail(f"--probe-heads: {error}")
     settings = list(itertools.product(args.lr, args.weight_decay))
-    size = 1 if args.probe_depth > 1 and args.device == "cpu" else len(settings)
+    size = len(settings) if args.probe_depth == 1 else 1 if args.device == "cpu" else 4
     groups = [settings[i : i + size] for i in range(0, len(settings), size)]
     stacks = [AttentiveProbes([probe] * len(group)).to(args.device) for group in groups]
     return [(stack, make_optimizer(stack, group)) for stack, group in zip(stacks, groups, strict=True)]
@@ -515,7 +520,7 @@ def logits_of(args, probes, x, scale):
 
 
 def train_epoch(args, stacks, tokens, order, first_step, steps, column, scale):
-    """One pass over the sample numbers in `order`; yields the mean loss of the probes after every step."""
+    """One pass over the sample numbers in `order`; yields the loss, mean over the probes, after every step."""
     batches = order.split(args.batch_size)
     for step, (batch, parts) in enumerate(zip(batches, tokens.read(batches), strict=True), start=first_step):
         total = torch.zeros((), device=args.device)
@@ -534,7 +539,7 @@ def train_epoch(args, stacks, tokens, order, first_step, steps, column, scale):
                     group["lr"] = group["peak_lr"] * (1 + math.cos(math.pi * step / steps)) / 2
                 optimizer.step()
                 probes.zero_grad(set_to_none=False)
-        yield total / len(batch) / (len(args.lr) * len(args.weight_decay))
+        yield all_reduce(total) / len(batch) / (len(args.lr) * len(args.weight_decay))
 
 
 def train_probes(args, stacks, tokens, column, seed, scale, state_file, key):
@@ -550,10 +555,10 @@ def train_probes(args, stacks, tokens, column, seed, scale, state_file, key):
             say(f"continuing after epoch {start} ({state_file})")
     per_epoch = math.ceil(length / args.batch_size)
     for epoch in range(start, args.epochs):
-        if tokens.kept:
-            order = torch.randperm(length, generator=generator(seed, epoch))
-        else:  # sample numbers of a pass of its own for every seed and epoch; an unaugmented source has but one pass
+        if getattr(tokens.source, "train", False):  # a pass of its own for every seed and epoch
             order = torch.arange(length) + (seed * args.epochs + epoch) * length
+        else:
+            order = torch.randperm(length, generator=generator(seed, epoch))
         losses = train_epoch(args, stacks, tokens, order, epoch * per_epoch, args.epochs * per_epoch, column, scale)
         for step, loss in enumerate(losses, start=1):
             yield epoch, step, loss
@@ -566,11 +571,15 @@ def collect(tokens, function, shape, dtype=torch.long):
     """function(tokens, labels) -> (B, *shape) of all videos of a source in order, each from just one process."""
     found = torch.zeros(len(tokens.source), *shape, dtype=dtype, device=tokens.args.device)
     counted = torch.zeros(len(found), dtype=torch.long, device=tokens.args.device)
+    shown = time.perf_counter()
     for ids, x, labels in itertools.chain(*tokens.read([torch.arange(len(found))])):
+        if time.perf_counter() > shown + 1:
+            shown = time.perf_counter()
+            say(f"\revaluating video {ids[0]}/{len(found)}  ", end="")
         with tokens.spent("probes"), torch.inference_mode():
             result = function(x, labels).to(dtype)
         ids = ids.to(found.device)
-        found[ids] = result.clone()
+        found[ids] = result
         counted[ids] += 1
     assert (all_reduce(counted) == 1).all(), "every video counts once"
     return all_reduce(found).cpu()
@@ -599,8 +608,10 @@ def predict(args, stacks, tokens, column, scale):
 
 
 def nearest_neighbours(args, train, val, column, classes):
-    """`top_classes` of every video, (M, 1, 7), by the votes of the K nearest training videos: cosine similarity s of the
-    mean tokens, weight exp(s / 0.07) (DINO)."""
+    """`top_classes` of every video, (M, 1, 7), by the votes of the K nearest training videos.
+
+    Cosine similarity s of the mean tokens, weight exp(s / 0.07), as DINO.
+    """
     width = train.shape[1]
     table = collect(train, lambda x, _: F.normalize(x.float().mean((1, 2)), dim=-1), (width,), torch.float32)
     labels = collect(train, lambda _, labels: labels[:, column], ()).to(args.device)
@@ -626,7 +637,7 @@ def interval95(right, total):
 
 
 def summarize(args, found, classes):
-    """(what results.json says of a task, confusion counts (C, C) true by predicted) from `top_classes` (seeds, M, P, 7).
+    """What results.json says of a task, confusion counts (C, C) true by predicted; from `top_classes` (seeds, M, P, 7).
 
     Of several probes the best on the validation videos counts, for each seed; beside it the median.
     """
@@ -663,7 +674,7 @@ def draw_confusion(confusion, task, path):
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(5, 4.5), layout="constrained")
-    shares = confusion / confusion.sum(1, keepdim=True).clamp(min=1)
+    shares = (confusion / confusion.sum(1, keepdim=True).clamp(min=1)).numpy()
     figure.colorbar(axes.imshow(shares, vmin=0, vmax=1, cmap="Blues", interpolation="nearest"))
     axes.set(title=task, xlabel="predicted class", ylabel="true class")
     write_aside(path, lambda aside: figure.savefig(aside, format="png", dpi=150))
@@ -685,15 +696,90 @@ def probe_task(args, train, val, task, column, classes, scale, key):
                 left = (now - first[0]) / max(1, done - first[1]) * (args.epochs * per_epoch - done)
                 shown = now
                 say(f"\r{task} seed {seed} epoch {epoch + 1}/{args.epochs}  step {step}/{per_epoch}  "
-                    f"loss {all_reduce(loss).item():.3f}, {duration(left)} left  ", end="")  # fmt: skip
+                    f"loss {loss.item():.3f}, {duration(left)} left  ", end="")  # fmt: skip
         say("")
         found.append(predict(args, stacks, val, column, scale))
     return torch.stack(found)
 
 
+def evaluate(args):
+    """Probe the encoder on every task and write results.json. BadVideo if a video cannot be read."""
+    encoder, spent, started = load(args), Stopwatch(), time.perf_counter()
+    train, val, tasks = sources(args, encoder)
+    part = "untrained" if args.untrained else args.weights
+    name = f"{args.checkpoint}{'' if part == 'encoder' else f' ({part})'}"
+    settings = 1 if args.knn else len(args.lr) * len(args.weight_decay)
+    method = f"{args.knn} nearest neighbours" if args.knn else f"{settings} probe{'s' * (settings > 1)}"
+    say(f"probing {name} on {', '.join(tasks)} ({method}): {len(train)} training and {len(val)} validation videos, "
+        f"{args.segments} x {args.num_frames} frames x {args.views} views, {args.device} {args.dtype}")  # fmt: skip
+    if args.knn and args.knn > len(train):
+        fail(f"--knn {args.knn}: there are {len(train)} training videos")
+    train, val = Tokens(args, encoder, train, spent), Tokens(args, encoder, val, spent)
+    if not args.knn:
+        for _, classes in tasks.values():
+            make_probes(args, train.shape[1], classes, args.seed)  # fails now if it must
+    key = ""
+    try:
+        once = args.segments * args.views == 1 and not args.knn
+        if once and not getattr(train.source, "train", False):
+            val.keep("validation")
+            train.keep("training")
+        elif not args.skip_bad and not args.knn:
+            rank, world = rank_and_world()
+            with spent("loader"):  # an unreadable validation video is an error: better now than after the training
+                for _ in data.clip_loader(val.source, [[n] for n in range(rank, len(val.source), world)], args.workers):
+                    pass
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"--out {args.out} or --cache {args.cache}: {error.strerror}")
+    scale = None
+    if not args.knn:
+        how = (args.batch_size, args.lr, args.weight_decay, args.epochs, args.probe_depth, args.probe_heads,
+               args.standardize)  # fmt: skip
+        key = f"{[fingerprint(args, encoder, tokens.source) for tokens in (train, val)]} {how}"
+        if args.standardize:
+            length = len(train.source)
+            scale = moments(args, train, torch.arange(length if train.kept else min(length, args.batch_size)))
+
+    results = {}
+    for task, (column, classes) in tasks.items():
+        found = probe_task(args, train, val, task, column, classes, scale, key)
+        results[task], confusion = summarize(args, found, classes)
+        one = results[task]
+        low, high = one["interval95"]
+        spread = f" ± {one['spread']:.1f} over {args.seeds} seeds" if one["spread"] is not None else ""
+        best = f", best of {settings} on these clips: {one['best']}, median {one['median']:.1f}" if settings > 1 else ""
+        top5 = f", top-5 {one['top5']:.1f}" if one["top5"] is not None else ""
+        missed = f", {one['unreadable']} unreadable count as missed" if one["unreadable"] else ""
+        say(f"{name} {task}: top-1 {one['top1']:.1f}%{spread} (95% interval {low:.1f} to {high:.1f}, "
+            f"chance {100 / classes:.1f}, {one['num_val']} clips{missed}){top5}{best}")  # fmt: skip
+        if rank_and_world()[0] == 0:
+            draw_confusion(confusion, task, args.out / f"confusion-{task}.png")
+
+    seconds = time.perf_counter() - started
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    if args.device == "cuda":
+        memory = torch.cuda.max_memory_allocated() / 2**30
+    speed = {"clips_per_s": spent["clips"] / seconds, "peak_memory_gib": memory,
+             **{f"{part}_share": spent[part] / seconds for part in ("loader", "encoder", "probes")}}  # fmt: skip
+    record = {"checkpoint": str(args.checkpoint), "step": load_checkpoint(args.checkpoint)["step"], "weights": part,
+              "tasks": results, "seconds": seconds, "speed": speed,
+              "args": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}}  # fmt: skip
+    if rank_and_world()[0] == 0:
+        try:
+            write_aside(args.out / "results.json", lambda path: path.write_text(json.dumps(record, indent=2) + "\n"))
+        except OSError as error:
+            fail(f"--out {args.out}: {error.strerror}")
+        for file in args.out.glob("resume-*.pt"):
+            file.unlink()
+    shares = ", ".join(f"{part} {speed[f'{part}_share']:.0%}" for part in ("loader", "encoder", "probes"))
+    say(f"{speed['clips_per_s']:.1f} clips/s a process; of {duration(seconds)}: {shares}; peak memory {memory:.1f} GiB")
+    say(args.out / "results.json")
+
+
 def main():
     args = parse_args()
-    rank, world = rank_and_world()
+    _, world = rank_and_world()
     if world > 1:
         if args.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -702,9 +788,8 @@ def main():
         evaluate(args)
     except data.BadVideo as error:  # its last line; before it, a worker's traceback
         fail(f"unreadable video: {str(error).splitlines()[-1]}")
-    finally:
-        if world > 1:
-            dist.destroy_process_group()
+    if world > 1:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
