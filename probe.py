@@ -741,7 +741,7 @@ def evaluate(args):
             length = len(train.source)
             scale = moments(args, train, torch.arange(length if train.kept else min(length, args.batch_size)))
 
-    results = {}
+    results, pictures = {}, {}
     for task, (column, classes) in tasks.items():
         found = probe_task(args, train, val, task, column, classes, scale, key)
         results[task], confusion = summarize(args, found, classes)
@@ -753,8 +753,7 @@ def evaluate(args):
         missed = f", {one['unreadable']} unreadable count as missed" if one["unreadable"] else ""
         say(f"{name} {task}: top-1 {one['top1']:.1f}%{spread} (95% interval {low:.1f} to {high:.1f}, "
             f"chance {100 / classes:.1f}, {one['num_val']} clips{missed}){top5}{best}")  # fmt: skip
-        if rank_and_world()[0] == 0:
-            draw_confusion(confusion, task, args.out / f"confusion-{task}.png")
+        pictures[task] = confusion
 
     seconds = time.perf_counter() - started
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
@@ -772,6 +771,8 @@ def evaluate(args):
             fail(f"--out {args.out}: {error.strerror}")
         for file in args.out.glob("resume-*.pt"):
             file.unlink()
+        for task, confusion in pictures.items():
+            draw_confusion(confusion, task, args.out / f"confusion-{task}.png")
     shares = ", ".join(f"{part} {speed[f'{part}_share']:.0%}" for part in ("loader", "encoder", "probes"))
     say(f"{speed['clips_per_s']:.1f} clips/s a process; of {duration(seconds)}: {shares}; peak memory {memory:.1f} GiB")
     say(args.out / "results.json")
