@@ -260,6 +260,8 @@ class CrossAttention(nn.Module):
 
     def __init__(self, width, heads, mlp_ratio=4.0, eps=1e-5):
         super().__init__()
+        if heads < 1 or width % heads:
+            raise ValueError(f"width {width} does not divide into {heads} heads")
         self.heads = heads
         self.norm1 = nn.LayerNorm(width, eps=eps)
         self.q = nn.Linear(width, width)

@@ -2,65 +2,122 @@
 
     python probe.py --task synthetic-motion synthetic-shape --checkpoint out/student
     python probe.py --task synthetic-motion --checkpoint out/student --untrained      # the floor: random weights
-    python probe.py --task k400                                                       # data/k400/{train,val}.csv
+    torchrun --nproc_per_node=8 probe.py --task k400                                  # data/k400/{train,val}.csv
+    python probe.py --task k400 --fast                                                # appendix D, table 7: one probe
     python probe.py --train-data train.csv --val-data val.csv --num-classes 2 --checkpoint out/student
+    python probe.py --task k400 --knn 10                                              # a quick look, nothing is trained
 
-The paper's fast protocol (appendix D, table 7): one clip and one view per video, 20 epochs, batch 256, AdamW with
-learning rate 1e-3 (cosine to 0) and weight decay 0.01, a four-block attentive probe. Training clips are augmented
-(place, crop, flip), validation clips are the middle of the video, centre crop. The encoder is frozen and in eval mode.
-The built-in tasks are not augmented, so their features are computed once. Writes results.json into --out.
+The encoder is frozen and sees each clip once; all probes of the grid learn from its tokens in the same pass. A video
+is `segments` clips, each from the middle of its share of the video's length, times `views` crops, evenly spread along
+the long side. The tokens of a view's segments are concatenated, class probabilities (softmax) averaged over the views.
+Training draws one view: each clip's place in its share, and one random resized crop and flip for all clips of a video.
+AdamW, cosine to 0, no warm-up, 20 epochs; all probes start from the same weights. Built-in tasks are not augmented, so
+their features are computed once. V-JEPA 2's weights and Hugging Face folders go through convert.py first.
+
+Under torchrun each process takes its share of every batch, and every validation video counts exactly once. A run that
+was stopped continues with the epoch it was in. Writes results.json and confusion-TASK.png into --out.
+
+Letters: B videos, V views, S segments, N tokens, D width, P probes, C classes.
 """
 
 import argparse
+import collections
+import contextlib
 import functools
+import hashlib
+import itertools
 import json
 import math
 import os
+import resource
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 import data
 from model import AttentiveProbe, Encoder, load_checkpoint, load_encoder, token_grid
 from training import Parser, duration, fail, generator, rank_and_world, require_at_least, resolve_device, write_aside
 
-TASKS = {"k400": 400, "ssv2": 174}  # number of classes; manifests are data/TASK/train.csv and val.csv
-SYNTHETIC = {"synthetic-motion": data.MOTIONS, "synthetic-shape": data.SHAPES}
+
+class Protocol(NamedTuple):
+    num_classes: int
+    num_frames: int | None  # None: what the encoder was trained at
+    frame_step: int
+    segments: int
+    views: int
+    batch_size: int
+    lr: tuple = (1e-3,)
+    weight_decay: tuple = (0.01,)  # a probe for every pair of lr and weight decay
+
+
+GRID = (5e-3, 3e-3, 1e-3, 3e-4, 1e-4), (0.8, 0.4, 0.1, 0.01)
+PROTOCOLS = {  # of V-JEPA 2 and the paper; --fast and flags override
+    #                       classes frames step segments views batch probes
+    "k400":        Protocol(  400,   16,    4,     8,     3,   256,  *GRID),
+    "ssv2":        Protocol(  174,   16,    4,     2,     3,   256,  *GRID),
+    "coin":        Protocol(  180,   16,    4,     8,     3,   256),
+    "diving48":    Protocol(   48,   16,    2,     4,     3,   128),
+    "jester":      Protocol(   27,   16,    2,     4,     3,   128),
+    "imagenet1k":  Protocol( 1000,   16,    4,     1,     3,  1024),
+    "synthetic-motion": Protocol(8, None,   4,     1,     1,   256),
+    "synthetic-shape":  Protocol(6, None,   4,     1,     1,   256),
+}  # fmt: skip
+FAST = dict(segments=1, views=1, batch_size=256, lr=(1e-3,), weight_decay=(0.01,))  # paper appendix D, table 7
+SYNTHETIC = ("synthetic-motion", "synthetic-shape")  # in the order of data.Synthetic's labels
 SYNTHETIC_SEED = 2**31  # clips that no training run sees, whatever its --seed below this
+TOKENS_AT_ONCE = 100_000  # that go through the encoder, or a probe, at a time
 
 
 def parse_args():
     parser = Parser(__doc__)
     flag = parser.add_argument_group("what is probed").add_argument
     flag("--checkpoint", default="out/student", metavar="RUN|FILE", help="run folder or checkpoint file")
-    flag("--weights", choices=("encoder", "student"), default="encoder", help="an EMA run holds its student as well")
+    flag("--weights", choices=("encoder", "student"), help="an EMA run holds its student as well; default encoder")
     flag("--untrained", action="store_true", help="the checkpoint's architecture with random weights")
-    flag("--task", nargs="+", choices=[*TASKS, *SYNTHETIC], default=[], help="several built-in tasks share features")
+    flag("--layers", nargs="+", type=int, help="blocks whose outputs the probe sees, 1 the first; each through the "
+         "encoder's last norm, as V-JEPA 2 does; default the last one")  # fmt: skip
+    flag("--combine", choices=("mean", "concat"), default="concat", help="of --layers")
+
+    flag = parser.add_argument_group("on which task (defaults are the task's protocol, at the top of this file)")
+    flag = flag.add_argument
+    flag("--task", nargs="+", choices=PROTOCOLS, default=[], help="several built-in tasks share features")
     flag("--train-data", nargs="+", metavar="MANIFEST", help="for a task of your own; with --val-data, --num-classes")
     flag("--val-data", nargs="+", metavar="MANIFEST")
     flag("--num-classes", type=int)
+    flag("--fast", action="store_true", help="one clip, one view, one probe (table 7); always so for tasks of your own")
     flag("--train-clips", type=int, default=4000, help="of the built-in tasks")
     flag("--val-clips", type=int, default=1000, help="of the built-in tasks")
-    flag("--frame-step", type=int, default=4, help="(table 7)")
+    flag("--num-frames", type=int, help="of a clip; for tasks of your own default what the encoder was trained at")
+    flag("--frame-step", type=int, help="video frames from one clip frame to the next")
+    flag("--fps", type=float, help="clip frames per second of video, instead of --frame-step")
+    flag("--segments", type=int, help="clips of a video, spread over its length")
+    flag("--views", type=int, help="crops of a validation video, spread along its long side")
     flag("--resolution", type=int, help="default: what the encoder was trained at")
-    flag("--num-frames", type=int, help="default: what the encoder was trained at")
     flag("--single-frame", action="store_true", help="repeat each clip's middle frame: what can be told without motion")
+    flag("--augment", action=argparse.BooleanOptionalAction, default=True,
+         help="--no-augment: training clips as validation clips, their features computed once")  # fmt: skip
+    flag("--cache", type=Path, help="folder for features that are computed once (built-in tasks, --no-augment)")
+    flag("--skip-bad", action="store_true", help="an unreadable validation video counts as a miss; else it is an error")
     flag("--workers", type=int, default=min(8, os.cpu_count() or 1), help="loader processes")
 
-    flag = parser.add_argument_group("how the probe learns").add_argument
+    flag = parser.add_argument_group("how the probes learn").add_argument
     flag("--epochs", type=int, default=20, help="(table 7)")
-    flag("--batch-size", type=int, default=256, help="(table 7)")
-    flag("--lr", type=float, default=1e-3, help="(table 7)")
-    flag("--weight-decay", type=float, default=0.01, help="(table 7)")
+    flag("--batch-size", type=int, help="videos, over all processes")
+    flag("--lr", type=float, nargs="+", help="a probe is trained for every pair of lr and weight decay")
+    flag("--weight-decay", type=float, nargs="+")
     flag("--probe-depth", type=int, default=4, help="blocks, the last one cross-attention (appendix D)")
     flag("--probe-heads", type=int, default=16, help="(V-JEPA 2)")
     flag("--standardize", action=argparse.BooleanOptionalAction, default=False,
          help="give the probe tokens of zero mean and unit variance per channel; pays when epochs are few")  # fmt: skip
-    flag("--seeds", type=int, default=1, help="probes trained, with different initialisation and order")
+    flag("--seeds", type=int, default=1, help="times that all is trained, with other initialisation and order")
     flag("--seed", type=int, default=0, help="of the first probe, and of the untrained encoder")
+    flag("--knn", type=int, metavar="K", help="instead of probes: the K nearest training videos vote (mean tokens)")
 
     flag = parser.add_argument_group("on what, and what it leaves").add_argument
     flag("--device", choices=("cpu", "cuda"), help="default cuda where there is one")
@@ -69,21 +126,37 @@ def parse_args():
     args = parser.parse_args()
 
     resolve_device(args)
-    require_at_least(args, 1, "epochs", "batch_size", "train_clips", "val_clips", "seeds", "probe_depth", "frame_step")
-    require_at_least(args, 0, "seed", "workers")
-    if rank_and_world()[1] > 1:
-        fail("the probe runs in one process: start it with python, not torchrun")
     built_in = [task for task in args.task if task in SYNTHETIC]
     own = args.train_data or args.val_data or args.num_classes
     if bool(args.task) == bool(own) or (args.task and len(args.task) > 1 and len(built_in) < len(args.task)):
         fail("give --task (one, or several synthetic ones), or --train-data, --val-data and --num-classes")
     if own and not (args.train_data and args.val_data and args.num_classes):
         fail("--train-data, --val-data and --num-classes are needed together")
+    protocol = PROTOCOLS[args.task[0]] if args.task else Protocol(args.num_classes, None, 4, 1, 1, 256)
+    if args.fast:
+        protocol = protocol._replace(**FAST)
+    for name, value in protocol._asdict().items():
+        if getattr(args, name) is None:
+            setattr(args, name, list(value) if isinstance(value, tuple) else value)
+    require_at_least(args, 1, "epochs", "batch_size", "train_clips", "val_clips", "seeds", "probe_depth", "frame_step",
+                     "segments", "views")  # fmt: skip
+    require_at_least(args, 0, "seed", "workers")
+    if built_in and (args.segments, args.views) != (1, 1):
+        fail("--segments and --views are for videos; a built-in clip is one of each")
+    if args.untrained and args.weights:
+        fail(f"--untrained has no use for --weights {args.weights}: its weights are random")
+    if args.knn is not None and args.knn < 1:
+        fail(f"--knn {args.knn}: at least 1 is needed")
+    if args.cache and (args.knn or not built_in and (args.augment or args.segments * args.views > 1)):
+        fail("--cache is for features computed once, of one clip and view: built-in tasks, or --no-augment --fast")
+    args.weights = args.weights or "encoder"
     return args
 
 
 def load(args):
-    """The frozen encoder that the flags name."""
+    """The frozen encoder that the flags name, in the compute dtype."""
+    if (Path(args.checkpoint) / "config.json").is_file() and not (Path(args.checkpoint) / "checkpoint.pt").is_file():
+        fail(f"--checkpoint {args.checkpoint} is a Hugging Face folder: python convert.py from-hf makes it one of ours")
     try:
         if args.untrained:
             torch.manual_seed(args.seed)
@@ -92,102 +165,468 @@ def load(args):
             encoder = load_encoder(args.checkpoint, args.weights)
     except (OSError, ValueError) as error:
         fail(f"--checkpoint: {error}")
-    return encoder.requires_grad_(False).to(args.device)
+    depth = len(encoder.blocks)
+    if args.layers and not 1 <= min(args.layers) <= max(args.layers) <= depth:
+        fail(f"--layers {args.layers}: the encoder has blocks 1 to {depth}")
+    return encoder.requires_grad_(False).to(args.device, getattr(torch, args.dtype))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# videos -> tokens
+
+
+class Videos(data.Manifest):
+    """Whole videos for evaluation: sample n is (V, S, 3, T, H, W), from the places that the top of this file describes.
+
+    Training (`train=True`): V is 1; an unreadable video is replaced by the next one, with its label, and reported.
+    Validation: sample n is line n. An unreadable video is a BadVideo error, or with skip_bad a black one whose label
+    is given as -1 - label, to be counted as a miss.
+    """
+
+    def __init__(self, manifests, args, train):
+        super().__init__(manifests, args.num_frames, args.frame_step, args.resolution, train=train,
+                         num_classes=args.num_classes, fps=args.fps)  # fmt: skip
+        self.segments, self.views, self.skip_bad = args.segments, 1 if train else args.views, args.skip_bad
+
+    def samples(self, numbers):
+        """Of one video: views (V, S, 3, T, H, W) uint8, label, skipped, path."""
+        (number,), skipped = numbers, []
+        line, rng = self.line(number), np.random.default_rng((self.seed, number, 1))
+        if self.train:
+            crops = [functools.cache(functools.partial(data.random_crop, rng))]  # cache: one box for all clips
+        else:
+            crops = [functools.partial(view_crop, view, self.views) for view in range(self.views)]
+        while True:
+            shares = rng.random(self.segments) if self.train else np.full(self.segments, 0.5)
+            places = ((np.arange(self.segments) + shares) / self.segments).tolist()
+            data._now_reading(line)
+            try:
+                clips = data.read_clips(
+                    self.paths[line], self.num_frames, self.frame_step, places * len(crops), self.fps,
+                    [crop for crop in crops for _ in places], self.resolution,
+                )  # fmt: skip
+                break
+            except data.BadVideo as error:
+                skipped.append(str(error))
+                if not self.train and self.skip_bad:
+                    black = torch.zeros(self.views, self.segments, 3, self.num_frames, *2 * [self.resolution])
+                    return [(black.byte(), -1 - int(self.labels[line]), skipped, self.paths[line])]
+                if not self.train or len(skipped) == min(10, len(self)):
+                    raise
+                line = (line + 1) % len(self)
+        views = torch.stack(clips).unflatten(0, (self.views, self.segments)).transpose(2, 3)
+        flip = self.train and rng.random() < 0.5
+        return [(views.flip(5) if flip else views, int(self.labels[line]), skipped, self.paths[line])]
+
+
+def view_crop(view, views, height, width):
+    """Top, left, height and width of the square that is view number `view` of so many, spread along the long side."""
+    side, share = min(height, width), view / (views - 1) if views > 1 else 0.5
+    return round((height - side) * share), round((width - side) * share), side, side
 
 
 def sources(args, encoder):
     """(training source, validation source, {task: (label column, number of classes)})."""
-    num_frames = args.num_frames or encoder.config["num_frames"]
-    resolution = args.resolution or encoder.config["resolution"]
+    args.num_frames = args.num_frames or encoder.config["num_frames"]
+    args.resolution = args.resolution or encoder.config["resolution"]
     try:
-        token_grid((num_frames, resolution, resolution), encoder.tubelet_size, encoder.patch_size)
+        token_grid((args.num_frames, args.resolution, args.resolution), encoder.tubelet_size, encoder.patch_size)
     except ValueError as error:
         fail(str(error))
     if args.task and args.task[0] in SYNTHETIC:
-        columns = {task: (list(SYNTHETIC).index(task), len(SYNTHETIC[task])) for task in args.task}
-        train = data.Synthetic(num_frames, resolution, SYNTHETIC_SEED, args.train_clips)
-        return train, data.Synthetic(num_frames, resolution, SYNTHETIC_SEED + 2, args.val_clips), columns
+        columns = {task: (SYNTHETIC.index(task), PROTOCOLS[task].num_classes) for task in args.task}
+        train = data.Synthetic(args.num_frames, args.resolution, SYNTHETIC_SEED, args.train_clips)
+        return train, data.Synthetic(args.num_frames, args.resolution, SYNTHETIC_SEED + 2, args.val_clips), columns
     task = args.task[0] if args.task else "own"
     if args.task:
         args.train_data, args.val_data = [f"data/{task}/train.csv"], [f"data/{task}/val.csv"]
         for name in (*args.train_data, *args.val_data):
             if not Path(name).is_file():
-                fail(f"--task {task} needs {name}, lines of 'path label' for the {TASKS[task]} classes "
+                fail(f"--task {task} needs {name}, lines of 'path label' for the {args.num_classes} classes "
                      "(README, 'Probing', says how to make it)")  # fmt: skip
-    classes = TASKS.get(task, args.num_classes)
-    common = num_frames, args.frame_step, resolution
     try:
-        train = data.Manifest(args.train_data, *common, num_classes=classes)
-        return train, data.Manifest(args.val_data, *common, train=False, num_classes=classes), {task: (0, classes)}
+        train = Videos(args.train_data, args, train=args.augment and not args.knn)
+        train.skip_bad = False  # a black video must not be learnt
+        return train, Videos(args.val_data, args, train=False), {task: (0, args.num_classes)}
     except (OSError, ValueError) as error:
         fail(str(error))
 
 
-def tokens_of(args, encoder, source, numbers):
-    """Yields (tokens (B, N, D), labels (B, L)) of the samples with these numbers, in their order."""
-    batches = [numbers[i : i + args.batch_size] for i in range(0, len(numbers), args.batch_size)]
-    for batch in data.clip_loader(source, batches, args.workers):
+class Stopwatch(collections.Counter):
+    """Seconds spent in each part, and clips encoded."""
+
+    @contextlib.contextmanager
+    def __call__(self, part):
+        started = time.perf_counter()
+        yield
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        self[part] += time.perf_counter() - started
+
+
+class Tokens:
+    """The frozen encoder's tokens of a source, computed as they are asked for or, after `keep`, once.
+
+    read(batches)  batches of sample numbers -> for each an iterator over this process's part of it, in micro-batches:
+                   (numbers (B,), tokens (B, V, S * N, D), labels (B, L)), on the device
+    """
+
+    def __init__(self, args, encoder, source, spent):
+        self.args, self.encoder, self.source, self.spent, self.kept = args, encoder, source, spent, None
+        grid = token_grid((args.num_frames, args.resolution, args.resolution), encoder.tubelet_size, encoder.patch_size)
+        self.shape = (
+            args.segments * math.prod(grid),
+            encoder.width * (len(args.layers) if args.layers and args.combine == "concat" else 1),
+        )
+        views = getattr(source, "views", 1)
+        self.clips_at_once = max(1, TOKENS_AT_ONCE // math.prod(grid))
+        self.at_once = max(1, TOKENS_AT_ONCE // (self.shape[0] * views))
+
+    def encode(self, clips):
+        """uint8 (B, V, S, 3, T, H, W), or (B, 3, T, H, W) of one view and segment -> tokens (B, V, S * N, D)."""
+        num_videos, clips = len(clips), clips.reshape(-1, *clips.shape[-4:])
+        parts = []
+        for part in clips.split(self.clips_at_once):
+            part = data.normalise(part, self.args.device).to(getattr(torch, self.args.dtype))
+            if self.args.single_frame:
+                middle = part.shape[2] // 2
+                part = part[:, :, middle : middle + 1].expand_as(part)
+            with torch.inference_mode():
+                parts.append(self.features(part))
+        self.spent["clips"] += len(clips)
+        # Out of inference mode, so that the probes' backward pass may save them.
+        return torch.cat(parts).clone().view(num_videos, -1, *self.shape)
+
+    def features(self, clips):
+        """The last block's tokens (M, N, D), or those of --layers, each normed, side by side or averaged."""
+        if not self.args.layers:
+            return self.encoder(clips)
+        found, blocks = [], [self.encoder.blocks[n - 1] for n in sorted(self.args.layers)]
+        hooks = [block.register_forward_hook(lambda _, __, x: found.append(self.encoder.norm(x))) for block in blocks]
+        self.encoder(clips)
+        for hook in hooks:
+            hook.remove()
+        return torch.cat(found, dim=-1) if self.args.combine == "concat" else torch.stack(found).mean(0)
+
+    def read(self, batches):
+        rank, world = rank_and_world()
+        if self.kept:
+            tokens, labels = self.kept
+            for batch in batches:  # a process keeps every world-th sample
+                mine = batch[batch % world == rank].split(self.at_once)
+                yield (
+                    (ids, tokens[ids // world].to(self.args.device), labels[ids // world]) for ids in mine if len(ids)
+                )
+            return
+        parts = [batch[rank::world].split(self.at_once) for batch in batches]
+        parts = [[part for part in batch if len(part)] for batch in parts]  # of a small batch some get nothing
+        loader = data.clip_loader(self.source, [p.tolist() for p in itertools.chain(*parts)], self.args.workers)
+        for batch in parts:
+            yield (self._next(loader, part) for part in batch)
+
+    def _next(self, loader, ids):
+        with self.spent("loader"):
+            batch = next(loader)
         for reason in batch.skipped:
-            print(f"unreadable, another training video stands in: {reason}", file=sys.stderr)
-        clips = data.normalise(batch.clips, args.device)
-        if args.single_frame:
-            middle = clips.shape[2] // 2
-            clips = clips[:, :, middle : middle + 1].expand_as(clips)
-        with torch.inference_mode(), torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-            tokens = encoder(clips)
-        # Out of inference mode, so that the probe's backward pass may save them.
-        yield tokens.clone(), batch.labels.to(args.device)
+            stands_in = "another training video stands in" if getattr(self.source, "train", False) else "a miss"
+            print(f"unreadable, {stands_in}: {reason}", file=sys.stderr)
+        with self.spent("encoder"):
+            return ids, self.encode(batch.clips), batch.labels.to(self.args.device)
+
+    def keep(self, what):
+        """Compute this process's samples' features now, into memory, or into --cache, or find them there."""
+        rank, world = rank_and_world()
+        ids = torch.arange(len(self.source))
+        shape, dtype = (len(ids[rank::world]), 1, *self.shape), getattr(torch, self.args.dtype)
+        file = None
+        if self.args.cache:
+            key = hashlib.sha256(f"{fingerprint(self.args, self.encoder, self.source)} {rank} {world}".encode())
+            file = self.args.cache / f"{key.hexdigest()[:32]}.features"
+            with contextlib.suppress(FileNotFoundError):
+                labels = torch.load(file.with_suffix(".labels"), weights_only=True)  # written last
+                tokens = torch.from_file(str(file), size=math.prod(shape), dtype=dtype)
+                self.kept = tokens.view(shape), labels.to(self.args.device)
+                return print(f"{what} features: {file}")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            tokens = torch.from_file(str(file), shared=True, size=math.prod(shape), dtype=dtype).view(shape)
+        else:
+            tokens = torch.empty(shape, dtype=dtype, device=self.args.device)
+        labels, started, done = [], time.perf_counter(), 0
+        for _, found, label in itertools.chain(*self.read(ids.split(self.at_once * world))):
+            tokens[done : done + len(found)] = found
+            labels.append(label)
+            done += len(found)
+            left = (time.perf_counter() - started) * (len(tokens) - done) / done
+            say(f"\r{what} features {done}/{len(tokens)}, {duration(left)} left  ", end="")
+        say("")
+        self.kept = tokens, torch.cat(labels) if labels else torch.empty(0, 1, dtype=torch.long)
+        if file:
+            write_aside(file.with_suffix(".labels"), lambda path: torch.save(self.kept[1].cpu(), path))
 
 
-def all_tokens(args, encoder, source, what):
-    """The tokens and labels of a whole source, kept in memory: (M, N, D), (M, L)."""
-    parts, started = [], time.perf_counter()
-    for part in tokens_of(args, encoder, source, range(len(source))):
-        parts.append(part)
-        done = min(len(source), len(parts) * args.batch_size)
-        left = (time.perf_counter() - started) * (len(source) - done) / done
-        print(f"\r{what} features {done}/{len(source)}, {duration(left)} left  ", end="", flush=True)
-    print()
-    return torch.cat([tokens for tokens, _ in parts]), torch.cat([labels for _, labels in parts])
+def say(*words, **how):
+    if rank_and_world()[0] == 0:
+        print(*words, **how, flush=True)
 
 
-class Standardize(torch.nn.Module):
-    """Zero mean and unit variance per channel, measured once on tokens (..., D)."""
+def fingerprint(args, encoder, source):
+    """sha256 of all that the features of a source depend on: weights, clips (files by size and time), flags, code."""
+    found = hashlib.sha256()
+    for name, tensor in encoder.state_dict().items():
+        found.update(name.encode() + tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    how = (args.num_frames, args.frame_step, args.fps, args.resolution, args.segments, args.views, args.single_frame,
+           args.layers, args.combine, args.dtype, args.augment)  # fmt: skip
+    found.update(json.dumps([encoder.config, how, torch.__version__]).encode())
+    code = [Path(module.__file__) for module in (data, sys.modules[Encoder.__module__])] + [Path(__file__)]
+    found.update(b"".join(path.read_bytes() for path in code))
+    if not isinstance(source, Videos):
+        found.update(f"{source.seed} {source.length}".encode())
+    for line in range(len(source) if isinstance(source, Videos) else 0):
+        path, label = Path(source.paths[line]), source.labels[line]
+        files = sorted(path.iterdir()) if path.is_dir() else [path]
+        stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.exists()]
+        found.update(f"{path.absolute()} {label} {stats}".encode())
+    return found.hexdigest()
 
-    def __init__(self, tokens):
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the probes
+
+
+class AttentiveProbes(torch.nn.Module):
+    """P probes as one computation: what `AttentiveProbe` computes, with parameters (P, ...) stacked.
+
+    tokens (B, N, D) -> logits (P, B, C)
+
+    The last block has one query, the same for all clips, so its keys and values need not be made: the score of a token
+    x is (W_k' q) . x and the result W_v (sum of a_n x_n). All heads of all probes then share two matmuls with D x (P h)
+    instead of D x (2 D P) weights, and one normalisation of the tokens.
+    """
+
+    def __init__(self, probes):
         super().__init__()
-        tokens = tokens.float().flatten(0, -2)
-        self.register_buffer("mean", tokens.mean(0))
-        self.register_buffer("std", tokens.std(0) + 1e-6)
+        self.depth, self.heads, self.eps = len(probes[0].blocks), probes[0].cross.heads, probes[0].cross.norm1.eps
+        for name, _ in probes[0].named_parameters():
+            stacked = torch.stack([probe.get_parameter(name).detach() for probe in probes])
+            self.register_parameter(name.replace(".", "/"), torch.nn.Parameter(stacked))
+
+    def part(self, name):
+        return self.get_parameter(name.replace(".", "/"))
+
+    def linear(self, name, x):  # (P, M, D) -> (P, M, ...)
+        return torch.baddbmm(self.part(f"{name}.bias")[:, None], x, self.part(f"{name}.weight").mT)
+
+    def norm(self, name, x):
+        weight, bias = self.part(f"{name}.weight")[:, None], self.part(f"{name}.bias")[:, None]
+        return F.layer_norm(x, x.shape[-1:], eps=self.eps) * weight + bias
+
+    def mlp(self, name, x):
+        return self.linear(f"{name}.fc2", F.gelu(self.linear(f"{name}.fc1", x)))
+
+    def block(self, name, x, batch):  # (P, B * N, D)
+        qkv = self.linear(f"{name}.attn.qkv", self.norm(f"{name}.norm1", x))
+        q, k, v = qkv.view(len(x) * batch, -1, 3, self.heads, x.shape[2] // self.heads).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)
+        x = x + self.linear(f"{name}.attn.proj", attended)
+        return x + self.mlp(f"{name}.mlp", self.norm(f"{name}.norm2", x))
 
     def forward(self, tokens):
-        return (tokens - self.mean) / self.std
+        (B, N, D), h, query = tokens.shape, self.heads, self.part("query")[:, 0]
+        P, d = len(query), D // h
+        x = tokens[None]
+        if self.depth:
+            x = x.reshape(1, B * N, D).expand(P, -1, -1)
+            for i in range(self.depth):
+                x = self.block(f"blocks.{i}", x, B)
+            x = x.view(P, B, N, D)
+        x = F.layer_norm(x, (D,), eps=self.eps).to(torch.promote_types(tokens.dtype, torch.bfloat16))
+
+        weight, bias = self.part("cross.norm1.weight")[:, None], self.part("cross.norm1.bias")[:, None]
+        W_k, W_v = self.part("cross.kv.weight").view(P, 2, h, d, D).unbind(1)
+        q = self.linear("cross.q", query).view(P, h, 1, d)
+        # What is the same for all tokens of a clip (the biases) does not change the softmax.
+        keys = (q @ W_k).squeeze(2) * weight / math.sqrt(d)  # (P, h, D)
+        if self.depth:
+            attention = (x @ keys[:, None].mT).softmax(2)  # (P, B, N, h)
+            pooled = (attention.mT.to(x.dtype) @ x).transpose(1, 2)
+        else:  # all probes see the same tokens
+            attention = (x[0] @ keys.flatten(0, 1).mT).softmax(1)  # (B, N, P h)
+            pooled = (attention.mT.to(x.dtype) @ x[0]).view(B, P, h, D).permute(1, 2, 0, 3)
+        pooled = pooled * weight[:, None] + bias[:, None]  # (P, h, B, D)
+        values = pooled @ W_v.mT + self.part("cross.kv.bias").view(P, 2, h, 1, d)[:, 1]
+        x = query + values.transpose(1, 2).reshape(P, B, D)
+        x = x + self.mlp("cross.mlp", self.norm("cross.norm2", x))
+        return self.linear("linear", x)
 
 
-def train_probe(args, probe, epochs, steps, column):
-    """Train a probe, `steps` batches in all; epochs(epoch) iterates over (tokens, labels). Yields (epoch, loss)."""
-    optimizer = torch.optim.AdamW(probe.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (1 + math.cos(math.pi * step / steps)) / 2)
-    for epoch in range(args.epochs):
-        for tokens, labels in epochs(epoch):
-            with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-                loss = F.cross_entropy(probe(tokens).float(), labels[:, column])
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-        yield epoch, loss.item()
+def make_optimizer(probes, settings):
+    """torch's AdamW with a parameter group for each of the stacked probes; settings: its (lr, weight decay).
+
+    It steps views of the stacked parameters and gradients, which therefore stay where they are.
+    """
+    groups = []
+    for p in probes.parameters():
+        p.grad = torch.zeros_like(p)
+    for i, (lr, weight_decay) in enumerate(settings):
+        views = [p.detach()[i] for p in probes.parameters()]
+        for view, p in zip(views, probes.parameters(), strict=True):
+            view.grad = p.grad[i]
+        groups.append({"params": views, "lr": lr, "peak_lr": lr, "weight_decay": weight_decay})
+    return torch.optim.AdamW(groups, fused=True)
 
 
-@torch.inference_mode()
-def count_correct(args, probe, batches, column):
-    """(videos classified right, videos) over batches of (tokens, labels)."""
-    right = total = 0
-    for tokens, labels in batches:
-        with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-            right += (probe(tokens).argmax(1) == labels[:, column]).sum().item()
-        total += len(labels)
-    return right, total
+def make_probes(args, width, classes, seed):
+    """[(AttentiveProbes, optimiser)], for all pairs of lr and weight decay in order; all start from the same weights.
+
+    Probes of several blocks are separate on a CPU: their matmuls fill it, and together they leave its cache (NOTES.md).
+    On a GPU four at a time, for memory: 100,000 tokens of width 1024 take about 11 GB in each.
+    """
+    torch.manual_seed(seed)
+    try:
+        probe = AttentiveProbe(width, classes, args.probe_depth, args.probe_heads)
+    except ValueError as error:
+        fail(f"--probe-heads: {error}")
+    settings = list(itertools.product(args.lr, args.weight_decay))
+    size = len(settings) if args.probe_depth == 1 else 1 if args.device == "cpu" else 4
+    groups = [settings[i : i + size] for i in range(0, len(settings), size)]
+    stacks = [AttentiveProbes([probe] * len(group)).to(args.device) for group in groups]
+    return [(stack, make_optimizer(stack, group)) for stack, group in zip(stacks, groups, strict=True)]
+
+
+def moments(args, tokens, batch):
+    """Mean and standard deviation per channel, (2, D), of the tokens of a batch of sample numbers."""
+    sums = torch.zeros(3, tokens.shape[1], dtype=torch.float64, device=args.device)
+    for _, x, _ in itertools.chain(*tokens.read([batch])):
+        x = x.flatten(0, -2).double()
+        sums += torch.stack((x.sum(0), x.square().sum(0), torch.full_like(x[0], len(x))))
+    total, squares, count = all_reduce(sums)
+    mean = total / count
+    return torch.stack((mean, ((squares - count * mean**2) / (count - 1)).clamp(min=0).sqrt() + 1e-6)).float()
+
+
+def all_reduce(tensor):
+    """The sum over all processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def logits_of(args, probes, x, scale):
+    """(P, B, C) float32 of one stack of probes; x (B, N, D)."""
+    if scale is not None:
+        x = ((x - scale[0]) / scale[1]).to(x.dtype)
+    with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+        return probes(x).float()
+
+
+def train_epoch(args, stacks, tokens, order, first_step, steps, column, scale):
+    """One pass over the sample numbers in `order`; yields the loss, mean over the probes, after every step."""
+    batches = order.split(args.batch_size)
+    for step, (batch, parts) in enumerate(zip(batches, tokens.read(batches), strict=True), start=first_step):
+        total = torch.zeros((), device=args.device)
+        for _, x, labels in parts:
+            with tokens.spent("probes"):
+                for probes, _ in stacks:
+                    logits = logits_of(args, probes, x[:, 0], scale)
+                    loss = F.cross_entropy(logits.flatten(0, 1), labels[:, column].repeat(len(logits)), reduction="sum")
+                    (loss / len(batch)).backward()
+                    total += loss.detach()
+        with tokens.spent("probes"):
+            for probes, optimizer in stacks:
+                for p in probes.parameters():
+                    all_reduce(p.grad)
+                for group in optimizer.param_groups:
+                    group["lr"] = group["peak_lr"] * (1 + math.cos(math.pi * step / steps)) / 2
+                optimizer.step()
+                probes.zero_grad(set_to_none=False)
+        yield all_reduce(total) / len(batch) / (len(args.lr) * len(args.weight_decay))
+
+
+def train_probes(args, stacks, tokens, column, seed, scale, state_file, key):
+    """Train all epochs, from where state_file leaves off if it is of this run. Yields (epoch, step of it, loss)."""
+    length, start = len(tokens.source), 0
+    if state_file.is_file():
+        state = torch.load(state_file, map_location="cpu", weights_only=True)
+        if state["key"] == key:
+            start = state["epochs"]
+            for (probes, optimizer), (weights, moving) in zip(stacks, state["stacks"], strict=True):
+                probes.load_state_dict(weights)
+                optimizer.load_state_dict(moving)
+            say(f"continuing after epoch {start} ({state_file})")
+    per_epoch = math.ceil(length / args.batch_size)
+    for epoch in range(start, args.epochs):
+        if getattr(tokens.source, "train", False):  # a pass of its own for every seed and epoch
+            order = torch.arange(length) + (seed * args.epochs + epoch) * length
+        else:
+            order = torch.randperm(length, generator=generator(seed, epoch))
+        losses = train_epoch(args, stacks, tokens, order, epoch * per_epoch, args.epochs * per_epoch, column, scale)
+        for step, loss in enumerate(losses, start=1):
+            yield epoch, step, loss
+        if rank_and_world()[0] == 0:
+            state = {"key": key, "epochs": epoch + 1, "stacks": [(p.state_dict(), o.state_dict()) for p, o in stacks]}
+            write_aside(state_file, lambda path, state=state: torch.save(state, path))
+
+
+def collect(tokens, function, shape, dtype=torch.long):
+    """function(tokens, labels) -> (B, *shape) of all videos of a source in order, each from just one process."""
+    found = torch.zeros(len(tokens.source), *shape, dtype=dtype, device=tokens.args.device)
+    counted = torch.zeros(len(found), dtype=torch.long, device=tokens.args.device)
+    shown = time.perf_counter()
+    for ids, x, labels in itertools.chain(*tokens.read([torch.arange(len(found))])):
+        if time.perf_counter() > shown + 1:
+            shown = time.perf_counter()
+            say(f"\revaluating video {ids[0]}/{len(found)}  ", end="")
+        with tokens.spent("probes"), torch.inference_mode():
+            result = function(x, labels).to(dtype)
+        ids = ids.to(found.device)
+        found[ids] = result
+        counted[ids] += 1
+    assert (all_reduce(counted) == 1).all(), "every video counts once"
+    return all_reduce(found).cpu()
+
+
+def top_classes(probabilities, labels):
+    """(B, P, 7) from (P, B, C) and (B,): the five likeliest classes (-1: none), the label, whether it was read at all.
+
+    A negative label -1 - c is that of an unreadable video of class c: it has no likely class.
+    """
+    readable = labels >= 0
+    top = probabilities.topk(min(5, probabilities.shape[-1]), dim=-1).indices.transpose(0, 1)
+    top = F.pad(top, (0, 5 - top.shape[-1]), value=-1).where(readable[:, None, None], -1)
+    rest = torch.stack((labels.where(readable, -1 - labels), readable.long()), dim=1)
+    return torch.cat((top, rest[:, None].expand(-1, top.shape[1], -1)), dim=2)
+
+
+def predict(args, stacks, tokens, column, scale):
+    """`top_classes` of every video by every probe, (M, P, 7): softmax, averaged over the views."""
+
+    def average(x, labels):
+        logits = torch.cat([logits_of(args, probes, x.flatten(0, 1), scale) for probes, _ in stacks])
+        return top_classes(logits.softmax(-1).unflatten(1, x.shape[:2]).mean(2), labels[:, column])
+
+    return collect(tokens, average, (len(args.lr) * len(args.weight_decay), 7))
+
+
+def nearest_neighbours(args, train, val, column, classes):
+    """`top_classes` of every video, (M, 1, 7), by the votes of the K nearest training videos.
+
+    Cosine similarity s of the mean tokens, weight exp(s / 0.07), as DINO.
+    """
+    width = train.shape[1]
+    table = collect(train, lambda x, _: F.normalize(x.float().mean((1, 2)), dim=-1), (width,), torch.float32)
+    labels = collect(train, lambda _, labels: labels[:, column], ()).to(args.device)
+    table = table.to(args.device)
+
+    def vote(x, found):
+        near, ids = (F.normalize(x.float().mean((1, 2)), dim=-1) @ table.T).topk(args.knn)
+        votes = torch.zeros(len(x), classes, device=x.device).scatter_add(1, labels[ids], (near / 0.07).exp())
+        return top_classes(votes[None], found[:, column])
+
+    return collect(val, vote, (1, 7))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# results
 
 
 def interval95(right, total):
@@ -197,87 +636,161 @@ def interval95(right, total):
     return [100 * (centre - half) / (1 + z * z / total), 100 * (centre + half) / (1 + z * z / total)]
 
 
-def probe_tasks(args):
+def summarize(args, found, classes):
+    """What results.json says of a task, confusion counts (C, C) true by predicted; from `top_classes` (seeds, M, P, 7).
+
+    Of several probes the best on the validation videos counts, for each seed; beside it the median.
+    """
+    label, right = found[0, :, 0, 5], found[..., :5] == found[..., 5:6]  # (M,), (seeds, M, P, 5)
+    top1, top5 = right[..., 0].float().mean(1) * 100, right.any(-1).float().mean(1) * 100  # (seeds, P)
+    best = top1.argmax(1)
+    scores = top1.gather(1, best[:, None])[:, 0]
+    confusion = torch.zeros(classes, classes)
+    for seed, probe in enumerate(best):
+        guess = found[seed, :, probe, 0]
+        confusion.index_put_((label[guess >= 0], guess[guess >= 0]), torch.ones(()), accumulate=True)
+    numbers = label.bincount(minlength=classes)
+    per_class = confusion.diagonal() / len(found) / numbers * 100
+    settings = [{"k": args.knn}] if args.knn else [
+        {"lr": lr, "weight_decay": decay} for lr, decay in itertools.product(args.lr, args.weight_decay)]  # fmt: skip
+    probes = [{**setting, "top1": top1[:, i].mean().item(), "top5": top5[:, i].mean().item()}
+              for i, setting in enumerate(settings)]  # fmt: skip
+    total = len(label)
+    return {
+        "top1": scores.mean().item(), "spread": scores.std().item() if len(scores) > 1 else None,
+        "top1_per_seed": scores.tolist(), "interval95": interval95(scores.mean().item() * total / 100, total),
+        "chance": 100 / classes, "num_val": total, "unreadable": int((found[0, :, 0, 6] == 0).sum()),
+        "top5": top5.gather(1, best[:, None]).mean().item() if classes > 5 else None,
+        "median": top1.quantile(0.5, dim=1).mean().item(), "best": [settings[i] for i in best], "probes": probes,
+        "per_class": [None if number == 0 else x for x, number in zip(per_class.tolist(), numbers, strict=True)],
+    }, confusion  # fmt: skip
+
+
+def draw_confusion(confusion, task, path):
+    """Rows are true classes, columns predicted ones, in shares of the row."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(5, 4.5), layout="constrained")
+    shares = (confusion / confusion.sum(1, keepdim=True).clamp(min=1)).numpy()
+    figure.colorbar(axes.imshow(shares, vmin=0, vmax=1, cmap="Blues", interpolation="nearest"))
+    axes.set(title=task, xlabel="predicted class", ylabel="true class")
+    write_aside(path, lambda aside: figure.savefig(aside, format="png", dpi=150))
+    plt.close(figure)
+
+
+def probe_task(args, train, val, task, column, classes, scale, key):
+    """`top_classes` for every seed, (seeds, M, P, 7)."""
+    if args.knn:
+        return nearest_neighbours(args, train, val, column, classes)[None]
+    found, per_epoch, shown = [], math.ceil(len(train.source) / args.batch_size), time.perf_counter()
+    for seed in range(args.seed, args.seed + args.seeds):
+        stacks, first = make_probes(args, train.shape[1], classes, seed), None
+        file = args.out / f"resume-{task}-{seed}.pt"
+        for epoch, step, loss in train_probes(args, stacks, train, column, seed, scale, file, key):
+            now, done = time.perf_counter(), epoch * per_epoch + step
+            first = first or (now, done)
+            if step == per_epoch or now > shown + 1:
+                left = (now - first[0]) / max(1, done - first[1]) * (args.epochs * per_epoch - done)
+                shown = now
+                say(f"\r{task} seed {seed} epoch {epoch + 1}/{args.epochs}  step {step}/{per_epoch}  "
+                    f"loss {loss.item():.3f}, {duration(left)} left  ", end="")  # fmt: skip
+        say("")
+        found.append(predict(args, stacks, val, column, scale))
+    return torch.stack(found)
+
+
+def evaluate(args):
     """Probe the encoder on every task and write results.json. BadVideo if a video cannot be read."""
-    encoder = load(args)
+    encoder, spent, started = load(args), Stopwatch(), time.perf_counter()
     train, val, tasks = sources(args, encoder)
     part = "untrained" if args.untrained else args.weights
     name = f"{args.checkpoint}{'' if part == 'encoder' else f' ({part})'}"
-    print(f"probing {name} on {', '.join(tasks)}: {len(train)} training and {len(val)} validation clips, {args.device}")
-
-    started, size = time.perf_counter(), args.batch_size
-    augmented = isinstance(train, data.Manifest)  # then every epoch has clips of its own
-    if augmented:
-        for _ in data.clip_loader(val, [[n] for n in range(len(val))], args.workers):
-            pass  # an unreadable validation video is an error: better now than when the probe is trained
-        sample = next(iter(tokens_of(args, encoder, train, range(min(size, len(train))))))[0]
-    else:
-        val_tokens, val_labels = all_tokens(args, encoder, val, "validation")
-        train_tokens, train_labels = all_tokens(args, encoder, train, "training")
-        sample = train_tokens
-
-    def train_batches(seed, epoch):
-        if augmented:
-            first = (seed * args.epochs + epoch) * len(train)  # a pass of its own for every seed and epoch
-            return tokens_of(args, encoder, train, range(first, first + len(train)))
-        order = torch.randperm(len(train), generator=generator(seed, epoch)).to(args.device)
-        return ((train_tokens[ids], train_labels[ids]) for ids in order.split(size))
-
-    def val_batches():
-        if augmented:
-            return tokens_of(args, encoder, val, range(len(val)))
-        return zip(val_tokens.split(size), val_labels.split(size), strict=True)
-
-    steps = args.epochs * math.ceil(len(train) / size)
-    results, fits, probing = {}, 0, time.perf_counter()
-    for task, (column, classes) in tasks.items():
-        rights = []
-        for seed in range(args.seed, args.seed + args.seeds):
-            torch.manual_seed(seed)
-            try:
-                probe = AttentiveProbe(encoder.width, classes, args.probe_depth, args.probe_heads)
-            except ValueError as error:
-                fail(f"--probe-heads: {error}")
-            if args.standardize:
-                probe = torch.nn.Sequential(Standardize(sample), probe)
-            probe.to(args.device)
-            batches = functools.partial(train_batches, seed)
-            for epoch, loss in train_probe(args, probe, batches, steps, column):
-                done = fits + (epoch + 1) / args.epochs
-                left = (time.perf_counter() - probing) * (len(tasks) * args.seeds - done) / done
-                print(f"\r{task} seed {seed} epoch {epoch + 1}/{args.epochs}  loss {loss:.3f}, "
-                      f"{duration(left)} left  ", end="", flush=True)  # fmt: skip
-            fits += 1
-            rights.append(count_correct(args, probe, val_batches(), column)[0])
-            print()
-        top1 = torch.tensor(rights) * 100 / len(val)
-        low, high = interval95(sum(rights) / len(rights), len(val))
-        results[task] = {
-            "top1": top1.mean().item(), "spread": top1.std().item() if args.seeds > 1 else None,
-            "top1_per_seed": top1.tolist(), "interval95": [low, high], "chance": 100 / classes, "num_val": len(val),
-        }  # fmt: skip
-        spread = f" ± {top1.std():.1f} over {args.seeds} seeds" if args.seeds > 1 else ""
-        print(f"{name} {task}: top-1 {top1.mean():.1f}%{spread} (95% interval {low:.1f} to {high:.1f}, "
-              f"chance {100 / classes:.1f}, {len(val)} clips)")  # fmt: skip
-
-    step = load_checkpoint(args.checkpoint)["step"]
-    record = {"checkpoint": str(args.checkpoint), "step": step, "weights": part, "tasks": results,
-              "seconds": time.perf_counter() - started,
-              "args": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}}  # fmt: skip
+    settings = 1 if args.knn else len(args.lr) * len(args.weight_decay)
+    method = f"{args.knn} nearest neighbours" if args.knn else f"{settings} probe{'s' * (settings > 1)}"
+    say(f"probing {name} on {', '.join(tasks)} ({method}): {len(train)} training and {len(val)} validation videos, "
+        f"{args.segments} x {args.num_frames} frames x {args.views} views, {args.device} {args.dtype}")  # fmt: skip
+    if args.knn and args.knn > len(train):
+        fail(f"--knn {args.knn}: there are {len(train)} training videos")
+    train, val = Tokens(args, encoder, train, spent), Tokens(args, encoder, val, spent)
+    if not args.knn:
+        for _, classes in tasks.values():
+            make_probes(args, train.shape[1], classes, args.seed)  # fails now if it must
+    key = ""
     try:
+        once = args.segments * args.views == 1 and not args.knn
+        if once and not getattr(train.source, "train", False):
+            val.keep("validation")
+            train.keep("training")
+        elif not args.skip_bad and not args.knn:
+            rank, world = rank_and_world()
+            with spent("loader"):  # an unreadable validation video is an error: better now than after the training
+                for _ in data.clip_loader(val.source, [[n] for n in range(rank, len(val.source), world)], args.workers):
+                    pass
         args.out.mkdir(parents=True, exist_ok=True)
-        write_aside(args.out / "results.json", lambda path: path.write_text(json.dumps(record, indent=2) + "\n"))
     except OSError as error:
-        fail(f"--out {args.out}: {error.strerror}")
-    print(f"{args.out / 'results.json'}")
+        fail(f"--out {args.out} or --cache {args.cache}: {error.strerror}")
+    scale = None
+    if not args.knn:
+        how = (args.batch_size, args.lr, args.weight_decay, args.epochs, args.probe_depth, args.probe_heads,
+               args.standardize)  # fmt: skip
+        key = f"{[fingerprint(args, encoder, tokens.source) for tokens in (train, val)]} {how}"
+        if args.standardize:
+            length = len(train.source)
+            scale = moments(args, train, torch.arange(length if train.kept else min(length, args.batch_size)))
+
+    results, pictures = {}, {}
+    for task, (column, classes) in tasks.items():
+        found = probe_task(args, train, val, task, column, classes, scale, key)
+        results[task], confusion = summarize(args, found, classes)
+        one = results[task]
+        low, high = one["interval95"]
+        spread = f" ± {one['spread']:.1f} over {args.seeds} seeds" if one["spread"] is not None else ""
+        best = f", best of {settings} on these clips: {one['best']}, median {one['median']:.1f}" if settings > 1 else ""
+        top5 = f", top-5 {one['top5']:.1f}" if one["top5"] is not None else ""
+        missed = f", {one['unreadable']} unreadable count as missed" if one["unreadable"] else ""
+        say(f"{name} {task}: top-1 {one['top1']:.1f}%{spread} (95% interval {low:.1f} to {high:.1f}, "
+            f"chance {100 / classes:.1f}, {one['num_val']} clips{missed}){top5}{best}")  # fmt: skip
+        pictures[task] = confusion
+
+    seconds = time.perf_counter() - started
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    if args.device == "cuda":
+        memory = torch.cuda.max_memory_allocated() / 2**30
+    speed = {"clips_per_s": spent["clips"] / seconds, "peak_memory_gib": memory,
+             **{f"{part}_share": spent[part] / seconds for part in ("loader", "encoder", "probes")}}  # fmt: skip
+    record = {"checkpoint": str(args.checkpoint), "step": load_checkpoint(args.checkpoint)["step"], "weights": part,
+              "tasks": results, "seconds": seconds, "speed": speed,
+              "args": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}}  # fmt: skip
+    if rank_and_world()[0] == 0:
+        try:
+            write_aside(args.out / "results.json", lambda path: path.write_text(json.dumps(record, indent=2) + "\n"))
+        except OSError as error:
+            fail(f"--out {args.out}: {error.strerror}")
+        for file in args.out.glob("resume-*.pt"):
+            file.unlink()
+        for task, confusion in pictures.items():
+            draw_confusion(confusion, task, args.out / f"confusion-{task}.png")
+    shares = ", ".join(f"{part} {speed[f'{part}_share']:.0%}" for part in ("loader", "encoder", "probes"))
+    say(f"{speed['clips_per_s']:.1f} clips/s a process; of {duration(seconds)}: {shares}; peak memory {memory:.1f} GiB")
+    say(args.out / "results.json")
 
 
 def main():
     args = parse_args()
+    _, world = rank_and_world()
+    if world > 1:
+        if args.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo")
     try:
-        probe_tasks(args)
+        evaluate(args)
     except data.BadVideo as error:  # its last line; before it, a worker's traceback
         fail(f"unreadable video: {str(error).splitlines()[-1]}")
+    if world > 1:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
