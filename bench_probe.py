@@ -1,7 +1,7 @@
-"""How fast probe.py's 20 probes are trained together, against 20 separate ones as V-JEPA 2's evaluation has them.
+"""The probes: how fast probe.py trains 20 at once, against 20 separate ones as V-JEPA 2's evaluation has them.
 
-    python bench_probe.py                                              # the demo's size, one cross-attention block
-    python bench_probe.py --width 1024 --tokens 1568 --probe-heads 16 --batch-size 2 --probe-depth 4
+    python bench.py probe                                              # the demo's size, one cross-attention block
+    python bench.py probe --width 1024 --tokens 1568 --probe-heads 16 --batch-size 2 --probe-depth 4
 
 Forward, backward and AdamW on made-up tokens. Every repetition times both in turn; the ratio is that of the medians.
 The end of the line says how far the logits are apart after it.
@@ -16,13 +16,12 @@ import torch.nn.functional as F
 
 import probe
 from model import AttentiveProbe
-from training import Parser, resolve_device
+from training import resolve_device
 
 NUM_CLASSES = 400
 
 
-def bench_flags():
-    parser = Parser(__doc__)
+def flags(parser):
     flag = parser.add_argument
     flag("--width", type=int, default=96)
     flag("--tokens", type=int, default=64, help="of a clip")
@@ -33,14 +32,12 @@ def bench_flags():
     flag("--device", choices=("cpu", "cuda"))
     flag("--dtype", choices=("float32", "bfloat16"))
     flag("--together", action=argparse.BooleanOptionalAction, help="stack probes; default as probe.py does")
-    args = parser.parse_args()
+
+
+def run(args):
+    """Print seconds per step of both ways, their ratio, and the largest difference of the logits afterwards."""
     resolve_device(args)
     args.lr, args.weight_decay = probe.GRID
-    return args
-
-
-def bench_probes(args):
-    """Seconds per step of both ways, their ratio, and the largest difference of the logits afterwards."""
     torch.manual_seed(0)
     tokens = torch.randn(args.batch_size, args.tokens, args.width, device=args.device)
     tokens = tokens.to(getattr(torch, args.dtype))
@@ -91,7 +88,3 @@ def bench_probes(args):
     print(f"20 probes of {args.probe_depth} blocks, width {args.width}, {args.batch_size} x {args.tokens} tokens, "
           f"{args.device} {args.dtype}: {ours:.3f} s a step, {theirs:.3f} s separately, ratio {theirs / ours:.2f}; "
           f"logits {apart:.1e} apart after {args.repeats + 1} steps")  # fmt: skip
-
-
-if __name__ == "__main__":
-    bench_probes(bench_flags())
