@@ -314,7 +314,6 @@ def in_truth(own, args, stage, flags):
 def check(own, args, stage, grid, flags):
     """Compare, and say so; whether they agree."""
     rank, world = training.rank_and_world()
-    own.processes, own.processes_per_node = world, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     args.batch_size = min(args.batch_size, 2 * world * args.micro_batch_size)
     drawn = []
     for step in range(CHECKED_STEPS):
@@ -362,6 +361,8 @@ def main():
         training.fail(f"--kind {own.kind} takes no --teacher: it has none that is frozen")
     if own.check and own.processes > 1:
         training.fail("--check runs on the processes that torchrun starts: --processes is for paper alone")
+    if own.check:
+        own.processes, own.processes_per_node = world, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if args.parallel == "hybrid" and own.processes % own.processes_per_node:
         training.fail(f"--hybrid: {own.processes} processes are not whole nodes of {own.processes_per_node}")
     try:
