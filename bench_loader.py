@@ -182,6 +182,8 @@ def watch_memory(args, paths):
             print(f"after {n} clips: {memory('/proc/self/statm'):.1f} MB", flush=True)
         with contextlib.suppress(data.BadVideo):  # broken files must not leak either
             our_clip(args, str(paths[n % len(paths)]), np.random.default_rng(n))
+        if n % 24 == 0:  # as loader processes do after a batch
+            data.give_back_memory()
 
 
 def memory(statm):

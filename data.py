@@ -11,6 +11,7 @@ paths relative to the manifest; the label may be left out for pretraining.
 import array
 import atexit
 import bisect
+import ctypes
 import functools
 import itertools
 import math
@@ -29,6 +30,7 @@ import torch
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png"}
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as V-JEPA
 CROP_AREA, CROP_ASPECT = (0.3, 1.0), (0.75, 1.35)  # paper table 5
+LIBC = ctypes.CDLL(None)
 INTEGER = re.compile(b"-?[0-9]+")
 MAX_REORDER = 16  # frames that are shown later but may be decoded earlier than another one, in any codec
 TURNS = {90: [("transpose", "cclock")], 180: [("hflip", None), ("vflip", None)], 270: [("transpose", "clock")]}
@@ -607,7 +609,15 @@ class _Fetch(torch.utils.data.Dataset):
         self.reading = torch.full((max(1, workers),), -1).share_memory_()  # the manifest line that each worker reads
 
     def __getitems__(self, numbers):
-        return self.source.batch(numbers)
+        batch = self.source.batch(numbers)
+        give_back_memory()
+        return batch
+
+
+def give_back_memory():
+    """Return to the system what was freed: glibc keeps it in pieces, and a worker would grow by megabytes a minute."""
+    if hasattr(LIBC, "malloc_trim"):
+        LIBC.malloc_trim(0)
 
 
 def _now_reading(line):

@@ -33,7 +33,7 @@ from torchvision.transforms.v2 import functional as TF
 
 import data
 from model import Encoder, Predictor, build, load_checkpoint, load_encoder, token_grid, tubelets
-from training import Parser, duration, fail, require_at_least, resolve_device, write_aside
+from training import Parser, duration, fail, interval95, require_at_least, resolve_device, write_aside
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the choice of backend)
@@ -465,13 +465,6 @@ def synthetic_pair(seed, number, num_frames, resolution):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # what comes of it
-
-
-def interval95(right, total):
-    """Wilson's 95% interval of a proportion, in percent."""
-    z, p = 1.96, right / total
-    centre, half = p + z * z / (2 * total), z * math.sqrt(p * (1 - p) / total + z * z / (4 * total**2))
-    return [100 * (centre - half) / (1 + z * z / total), 100 * (centre + half) / (1 + z * z / total)]
 
 
 def accuracy(possible, impossible):

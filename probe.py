@@ -42,7 +42,17 @@ import torch.nn.functional as F
 
 import data
 from model import AttentiveProbe, Encoder, load_checkpoint, load_encoder, token_grid
-from training import Parser, duration, fail, generator, rank_and_world, require_at_least, resolve_device, write_aside
+from training import (
+    Parser,
+    duration,
+    fail,
+    generator,
+    interval95,
+    rank_and_world,
+    require_at_least,
+    resolve_device,
+    write_aside,
+)
 
 
 class Protocol(NamedTuple):
@@ -54,16 +64,17 @@ class Protocol(NamedTuple):
     batch_size: int
     lr: tuple = (1e-3,)
     weight_decay: tuple = (0.01,)  # a probe for every pair of lr and weight decay
+    flip: bool = True  # of training videos, half of them; not where labels tell left from right
 
 
 GRID = (5e-3, 3e-3, 1e-3, 3e-4, 1e-4), (0.8, 0.4, 0.1, 0.01)
 PROTOCOLS = {  # of V-JEPA 2 and the paper; --fast and flags override
     #                       classes frames step segments views batch probes
     "k400":        Protocol(  400,   16,    4,     8,     3,   256,  *GRID),
-    "ssv2":        Protocol(  174,   16,    4,     2,     3,   256,  *GRID),
+    "ssv2":        Protocol(  174,   16,    4,     2,     3,   256,  *GRID, flip=False),
     "coin":        Protocol(  180,   16,    4,     8,     3,   256),
     "diving48":    Protocol(   48,   16,    2,     4,     3,   128),
-    "jester":      Protocol(   27,   16,    2,     4,     3,   128),
+    "jester":      Protocol(   27,   16,    2,     4,     3,   128, flip=False),
     "imagenet1k":  Protocol( 1000,   16,    4,     1,     3,  1024),
     "synthetic-motion": Protocol(8, None,   4,     1,     1,   256),
     "synthetic-shape":  Protocol(6, None,   4,     1,     1,   256),
@@ -102,6 +113,8 @@ def parse_args():
     flag("--single-frame", action="store_true", help="repeat each clip's middle frame: what can be told without motion")
     flag("--augment", action=argparse.BooleanOptionalAction, default=True,
          help="--no-augment: training clips as validation clips, their features computed once")  # fmt: skip
+    flag("--flip", action=argparse.BooleanOptionalAction, help="mirror half of the training videos; not where "
+         "labels tell left from right")  # fmt: skip
     flag("--cache", type=Path, help="folder for features that are computed once (built-in tasks, --no-augment)")
     flag("--skip-bad", action="store_true", help="an unreadable validation video counts as a miss; else it is an error")
     flag("--workers", type=int, default=min(8, os.cpu_count() or 1), help="loader processes")
@@ -187,6 +200,7 @@ class Videos(data.Manifest):
         super().__init__(manifests, args.num_frames, args.frame_step, args.resolution, train=train,
                          num_classes=args.num_classes, fps=args.fps)  # fmt: skip
         self.segments, self.views, self.skip_bad = args.segments, 1 if train else args.views, args.skip_bad
+        self.flip = args.flip
 
     def samples(self, numbers):
         """Of one video: views (V, S, 3, T, H, W) uint8, label, skipped, path."""
@@ -215,7 +229,7 @@ class Videos(data.Manifest):
                     raise
                 line = (line + 1) % len(self)
         views = torch.stack(clips).unflatten(0, (self.views, self.segments)).transpose(2, 3)
-        flip = self.train and rng.random() < 0.5
+        flip = self.train and self.flip and rng.random() < 0.5
         return [(views.flip(5) if flip else views, int(self.labels[line]), skipped, self.paths[line])]
 
 
@@ -627,13 +641,6 @@ def nearest_neighbours(args, train, val, column, classes):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # results
-
-
-def interval95(right, total):
-    """Wilson's 95% interval of a proportion, in percent."""
-    z, p = 1.96, right / total
-    centre, half = p + z * z / (2 * total), z * math.sqrt(p * (1 - p) / total + z * z / (4 * total**2))
-    return [100 * (centre - half) / (1 + z * z / total), 100 * (centre + half) / (1 + z * z / total)]
 
 
 def summarize(args, found, classes):

@@ -416,6 +416,13 @@ def effective_rank(x):
     return (-(p * p.log()).sum()).exp().item()
 
 
+def interval95(right, total):
+    """Wilson's 95% interval of a proportion, in percent."""
+    z, p = 1.96, right / total
+    centre, half = p + z * z / (2 * total), z * math.sqrt(p * (1 - p) / total + z * z / (4 * total**2))
+    return [100 * (centre - half) / (1 + z * z / total), 100 * (centre + half) / (1 + z * z / total)]
+
+
 def peak_memory(device):
     """Bytes that this process has needed at most: of the GPU's memory, of the machine's on the CPU."""
     if device.type == "cuda":

@@ -23,7 +23,7 @@ import probe
 import train_ema_baseline
 import train_student
 from model import AttentiveProbe, Encoder, load_checkpoint, load_encoder
-from training import generator
+from training import generator, interval95
 
 QUICK = shlex.split("--epochs 1 --batch-size 16 --probe-heads 2 --probe-depth 2 --workers 0 --device cpu")
 SYNTHETIC = shlex.split("--train-clips 24 --val-clips 20")
@@ -35,7 +35,7 @@ SYNTHETIC = shlex.split("--train-clips 24 --val-clips 20")
 )
 def test_interval95(right, total, low, high):
     """Wilson's interval; 81 of 263 is the example of Newcombe (1998), table I: 0.2553 to 0.3662."""
-    assert probe.interval95(right, total) == pytest.approx([low, high], abs=0.01)
+    assert interval95(right, total) == pytest.approx([low, high], abs=0.01)
 
 
 class Fixed:
@@ -165,7 +165,7 @@ def test_summary():
     assert [setting["lr"] for setting in one["best"]] == [1e-2, 1e-3] and one["top5"] is None
     assert [p["top1"] for p in one["probes"]] == [50, 37.5] and one["probes"][1]["lr"] == 1e-3
     assert confusion.tolist() == [[2, 0, 2], [0, 3, 1], [0, 0, 0]] and one["per_class"] == [50, 75, None]
-    assert one["interval95"] == probe.interval95(2.5, 4) and one["chance"] == pytest.approx(100 / 3)
+    assert one["interval95"] == interval95(2.5, 4) and one["chance"] == pytest.approx(100 / 3)
 
 
 def test_learning_rate_goes_to_zero(monkeypatch, tmp_path):
@@ -662,3 +662,18 @@ def test_probe_of_a_students_student(student, tmp_path):
     run_script(probe, *QUICK, *SYNTHETIC, "--task", "synthetic-motion", "--checkpoint", tmp_path / "next",
                "--out", tmp_path / "probe")  # fmt: skip
     assert results(tmp_path / "probe")["tasks"]["synthetic-motion"]["num_val"] == 20
+
+
+@pytest.mark.parametrize("flip", [True, False])
+def test_training_videos_are_mirrored_unless_labels_tell_left_from_right(flip, tmp_path):
+    """A video whose left half is dark: how often it is on the right, in 40 samples."""
+    image = torch.zeros(3, 32, 32, dtype=torch.uint8)
+    image[:, :, 16:] = 255
+    write_image(image, tmp_path / "a.png")
+    (tmp_path / "m.csv").write_text("a.png 0\n")
+    args = argparse.Namespace(num_frames=2, frame_step=1, resolution=32, num_classes=2, fps=None, segments=1, views=1,
+                              skip_bad=False, flip=flip)  # fmt: skip
+    clips = probe.Videos([tmp_path / "m.csv"], args, train=True).batch(range(40)).clips[:, 0, 0, 0, 0].float()
+    mirrored = (clips[..., :16].mean((1, 2)) > clips[..., 16:].mean((1, 2))).sum()
+    assert 8 < mirrored < 32 if flip else mirrored == 0
+    assert not probe.PROTOCOLS["ssv2"].flip and not probe.PROTOCOLS["jester"].flip and probe.PROTOCOLS["k400"].flip
