@@ -13,8 +13,7 @@ OMP_NUM_THREADS=1 on a CPU the seconds are the process's own, whatever else the 
 
 The peer is given the same weights, clips, masks, loss, autocast and optimiser, and turns are taken. Its own
 VJEPA2Model.forward runs the encoder over all tokens and drops the masked ones afterwards, which no V-JEPA training
-does; here its layers are driven with the context tokens alone, it embeds a clip once for both masks, and it is spared
-the sorting of tokens.
+does; here its layers are driven with the context tokens alone, and it is spared the sorting of tokens.
 """
 
 import contextlib
@@ -91,12 +90,14 @@ class Ours:
             training.prepare(network, args)
         self.optimizer = training.make_optimizer([self.encoder, self.predictor], args)
 
-    def loss(self, clips, masks):
+    def targets(self, clips):
         if self.kind == "teacher":
-            return train_teacher.pixel_loss(self.encoder, self.predictor, clips, masks)[0]
-        script = train_ema_baseline if self.kind == "ema" else train_student
-        targets = script.latent_targets(self.teacher, clips)
-        return script.latent_loss(self.encoder, self.predictor, targets, clips, masks)[0]
+            return train_teacher.pixel_targets(clips, self.args.tubelet_size, self.args.patch_size)
+        return train_student.latent_targets(self.teacher, clips)
+
+    def loss(self, targets, clips, mask, i):
+        loss = train_teacher.pixel_loss if self.kind == "teacher" else train_student.latent_loss
+        return loss(self.encoder, self.predictor, targets, clips, mask, i)[0]
 
 
 class HuggingFace:
@@ -116,24 +117,21 @@ class HuggingFace:
         self.encoder = self.student.encoder
         self.optimizer = training.make_optimizer([self.student], self.args)
 
-    def loss(self, clips, masks):
-        video = clips.transpose(1, 2)  # (B, T, 3, H, W)
-        with torch.no_grad():
-            targets = self.teacher(video).last_hidden_state.float()
-            targets = F.layer_norm(targets, targets.shape[-1:])
+    @torch.no_grad()
+    def targets(self, clips):
+        targets = self.teacher(clips.transpose(1, 2)).last_hidden_state.float()  # it takes (B, T, 3, H, W)
+        return F.layer_norm(targets, targets.shape[-1:])
+
+    def loss(self, targets, clips, mask, i):
         encoder, predictor = self.student.encoder, self.student.predictor
-        tokens = encoder.embeddings(video)
-        loss = 0.0
-        for i, mask in enumerate(masks):
-            x = gather(tokens, mask.context_ids)
-            for layer in encoder.layer:
-                x = layer(x, mask.context_ids)[0]
-            x, ids = predictor.embeddings(encoder.layernorm(x), [mask.context_ids], [mask.target_ids], i)
-            for layer in predictor.layer:
-                x = layer(x, ids)[0]
-            predicted = predictor.proj(predictor.layernorm(x)[:, mask.context_ids.shape[1] :])
-            loss += (predicted.float() - gather(targets, mask.target_ids)).abs().mean() / len(masks)
-        return loss
+        x = gather(encoder.embeddings(clips.transpose(1, 2)), mask.context_ids)
+        for layer in encoder.layer:
+            x = layer(x, mask.context_ids)[0]
+        x, ids = predictor.embeddings(encoder.layernorm(x), [mask.context_ids], [mask.target_ids], i)
+        for layer in predictor.layer:
+            x = layer(x, ids)[0]
+        predicted = predictor.proj(predictor.layernorm(x)[:, mask.context_ids.shape[1] :])
+        return (predicted.float() - gather(targets, mask.target_ids)).abs().mean()
 
 
 def hf_model(encoder, weights, predictor=None, predictor_weights=None):
@@ -177,11 +175,15 @@ def one_step(runner, number, clips, mark=ignore):
     for g in range(micro_batches):
         masks = [mask.to(args.device) for mask in drawn(args, number, g)[0]]
         normalised = data.normalise(clips, torch.device(args.device))
-        with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-            micro_loss = runner.loss(normalised, masks) / micro_batches
-        micro_loss.backward()
-        mark("rest")
-        loss += micro_loss.detach()
+        autocast = torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16")
+        with autocast:
+            targets = runner.targets(normalised)
+        for i, mask in enumerate(masks):
+            with autocast:
+                mask_loss = runner.loss(targets, normalised, mask, i) / (len(masks) * micro_batches)
+            mask_loss.backward()
+            mark("rest")
+            loss += mask_loss.detach()
     mark("optimiser")
     loss, norm = training.update(runner.optimizer, loss, args)
     if runner.kind == "ema":
@@ -487,7 +489,8 @@ def count_compilations(kind, own, args):
                 normalised = data.normalise(clips, torch.device(args.device))
                 autocast = torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16")
                 with torch.no_grad(), autocast, torch.compiler.set_stance("force_eager"):
-                    runner.loss(normalised, masks)
+                    for i, mask in enumerate(masks):
+                        runner.loss(runner.targets(normalised), normalised, mask, i)
     functions = {}
     for metrics in torch._dynamo.utils.get_compilation_metrics():
         if metrics.co_name and metrics.compile_id:

@@ -7,10 +7,10 @@
 
 On paper: one step of the real networks, sharded by the real FSDP2, on tensors that have sizes and no memory (torch's
 FakeTensorMode), in a process that believes itself to be the first of --processes. Every storage is counted from its
-birth to its end. So gradients and activations add up as far as they are there at the same time: with one micro-batch
-per step the gradients come while the activations go; with more, all gradients are there throughout. Masks are the
-largest of --draws. Figures are for a GPU and bfloat16 unless --device and --dtype say otherwise, and for eager mode:
-torch.compile keeps less. Left out: the CUDA context, NCCL's buffers, workspaces inside kernels, fragmentation.
+birth to its end. So gradients and activations add up as far as they are there at the same time: the gradients come
+while the activations of a step's first mask go, and are there from then on. Masks are the largest of --draws.
+Figures are for a GPU and bfloat16 unless --device and --dtype say otherwise, and for eager mode: torch.compile keeps
+less. Left out: the CUDA context, NCCL's buffers, workspaces inside kernels, fragmentation.
 
 In truth (--check): the training script itself runs three steps here, with masks that paper takes over; its peak is
 that of torch's allocator for the device. Exit status 1 if paper and truth are more than 15% apart. The flags of the
@@ -158,21 +158,21 @@ def fill(network, dtype=torch.float32):
     network.load_state_dict({name: filled(p) for name, p in network.state_dict().items()}, assign=True)
 
 
-def step_loss(teacher, student, predictor, clips, ids):
-    """The training scripts' loss, and the teacher's targets, which the scripts keep during the backward pass."""
+def forward_and_backward(teacher, student, predictor, clips, ids, autocast):
+    """What the training scripts do with a micro-batch."""
     if teacher:
-        with torch.no_grad():
+        with torch.no_grad(), autocast:
             targets = F.layer_norm(teacher(clips).float(), (teacher.width,))
     else:
         y = tubelets(clips, student.tubelet_size, student.patch_size).unflatten(-1, (3, -1))
         targets = ((y - y.mean(-1, keepdim=True)) / (y.std(-1, keepdim=True) + 1e-6)).flatten(-2)
-    loss = 0.0
     for i, (context_ids, target_ids) in enumerate(ids):
-        context = student(clips, context_ids)
-        predicted = predictor(context, context_ids, target_ids, student.grid(clips), i)
-        difference = predicted.float() - gather(targets, target_ids)
-        loss += (difference.abs() if teacher else difference.square()).mean() / len(ids)
-    return loss, targets if teacher else None
+        with autocast:
+            context = student(clips, context_ids)
+            predicted = predictor(context, context_ids, target_ids, student.grid(clips), i)
+            difference = predicted.float() - gather(targets, target_ids)
+            loss = (difference.abs() if teacher else difference.square()).mean() / len(ids)
+        loss.backward()
 
 
 def on_paper(own, args, stage, masks, checkpointing):
@@ -216,13 +216,12 @@ def on_paper(own, args, stage, masks, checkpointing):
             clips = data.normalise(batch, "cpu")
             del batch  # on a GPU the host has it, on the CPU a loader process's shared memory
             ids = [[torch.empty(clips_at_once, count, dtype=torch.long) for count in mask] for mask in masks]
-            with torch.autocast("cpu", torch.bfloat16, enabled=args.dtype == "bfloat16"):
-                loss, targets = step_loss(teacher, student, predictor, clips, ids)
-            loss.backward()
+            autocast = torch.autocast("cpu", torch.bfloat16, enabled=args.dtype == "bfloat16")
+            forward_and_backward(teacher, student, predictor, clips, ids, autocast)
             stay = sum(parts.values()) - (0 if several else parts["gradients"])
             parts |= {"activations": live.peak - stay, "gathered": live.gathered_at_peak, "step": live.peak}
             parts["update"] = live.bytes
-            del averages, targets  # were alive until here
+            del averages  # were alive until here
     rope_table.cache_clear()  # fake ones are of no use to others
     return parts
 

@@ -9,6 +9,7 @@ V-JEPA evaluates ("encoder_is" says so), `student` the student, which `probe.py 
 """
 
 import copy
+import functools
 import math
 
 import torch
@@ -24,18 +25,15 @@ def latent_targets(teacher, clips):
     return F.layer_norm(teacher(clips).float(), (teacher.width,))
 
 
-def latent_loss(student, predictor, targets, clips, masks):
-    """Mean absolute error at the target tokens, averaged over the masks; and the last mask's predictions and targets.
+def latent_loss(student, predictor, targets, clips, mask, mask_index):
+    """Mean absolute error at a mask's target tokens; and the predictions and targets there, (B, Kt, D) both.
 
     targets: the latents of all tokens (B, N, D).
     """
-    loss = 0.0
-    for i, mask in enumerate(masks):
-        context = student(clips, mask.context_ids)
-        predicted = predictor(context, mask.context_ids, mask.target_ids, student.grid(clips), i)
-        wanted = gather(targets, mask.target_ids)
-        loss += (predicted.float() - wanted).abs().mean() / len(masks)
-    return loss, predicted, wanted
+    context = student(clips, mask.context_ids)
+    predicted = predictor(context, mask.context_ids, mask.target_ids, student.grid(clips), mask_index)
+    wanted = gather(targets, mask.target_ids)
+    return (predicted.float() - wanted).abs().mean(), predicted, wanted
 
 
 def momentum(step, args):
@@ -78,21 +76,27 @@ def main():
     networks = {"encoder": teacher, "student": student, "predictor": predictor}
     run = training.Run("ema", args, networks, optimizer, source, teacher)
 
-    def loss_of(clips, masks):
-        with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-            return latent_loss(student, predictor, latent_targets(teacher, clips), clips, masks)
+    def losses_of(clips, masks):  # one by one: a mask's activations are gone before the next one's come
+        autocast = functools.partial(torch.autocast, args.device, torch.bfloat16, args.dtype == "bfloat16")
+        with autocast():
+            targets = latent_targets(teacher, clips)
+        for i, mask in enumerate(masks):
+            with autocast():
+                result = latent_loss(student, predictor, targets, clips, mask, i)
+            yield result
 
     loader = training.training_loader(source, args, run.start_step)
     for step in range(run.start_step, args.steps):
         training.set_schedules(optimizer, step, args)
         loss = 0.0
         for clips, masks in run.micro_batches(loader, step):
-            micro_loss = loss_of(clips, masks)[0] / run.num_micro_batches
-            micro_loss.backward()
-            loss += micro_loss.detach()
+            for mask_loss, *_ in losses_of(clips, masks):
+                mask_loss = mask_loss / (len(masks) * run.num_micro_batches)
+                mask_loss.backward()
+                loss += mask_loss.detach()
         loss, grad_norm = training.update(optimizer, loss, args)
         follow(teacher, student, momentum(step, args))
-        run.end_step(step, loss, grad_norm, loss_of)
+        run.end_step(step, loss, grad_norm, losses_of)
     run.finish()
 
 

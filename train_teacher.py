@@ -20,16 +20,15 @@ def pixel_targets(clips, tubelet_size, patch_size):
     return y.flatten(-2)
 
 
-def pixel_loss(encoder, predictor, clips, masks):
-    """Mean squared error at the target tokens, averaged over the masks; and the last mask's predictions and targets."""
-    targets = pixel_targets(clips, encoder.tubelet_size, encoder.patch_size)
-    loss = 0.0
-    for i, mask in enumerate(masks):
-        context = encoder(clips, mask.context_ids)
-        predicted = predictor(context, mask.context_ids, mask.target_ids, encoder.grid(clips), i)
-        wanted = gather(targets, mask.target_ids)
-        loss += (predicted.float() - wanted).square().mean() / len(masks)
-    return loss, predicted, wanted
+def pixel_loss(encoder, predictor, targets, clips, mask, mask_index):
+    """Mean squared error at a mask's target tokens; and the predictions and targets there, (B, Kt, P) both.
+
+    targets: the normalised pixels of all tokens (B, N, P).
+    """
+    context = encoder(clips, mask.context_ids)
+    predicted = predictor(context, mask.context_ids, mask.target_ids, encoder.grid(clips), mask_index)
+    wanted = gather(targets, mask.target_ids)
+    return (predicted.float() - wanted).square().mean(), predicted, wanted
 
 
 def main():
@@ -46,20 +45,24 @@ def main():
     optimizer = training.make_optimizer([encoder, predictor], args)
     run = training.Run("teacher", args, {"encoder": encoder, "predictor": predictor}, optimizer, source)
 
-    def loss_of(clips, masks):
-        with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-            return pixel_loss(encoder, predictor, clips, masks)
+    def losses_of(clips, masks):  # one by one: a mask's activations are gone before the next one's come
+        targets = pixel_targets(clips, args.tubelet_size, args.patch_size)
+        for i, mask in enumerate(masks):
+            with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+                result = pixel_loss(encoder, predictor, targets, clips, mask, i)
+            yield result
 
     loader = training.training_loader(source, args, run.start_step)
     for step in range(run.start_step, args.steps):
         training.set_schedules(optimizer, step, args)
         loss = 0.0
         for clips, masks in run.micro_batches(loader, step):
-            micro_loss = loss_of(clips, masks)[0] / run.num_micro_batches
-            micro_loss.backward()
-            loss += micro_loss.detach()
+            for mask_loss, *_ in losses_of(clips, masks):
+                mask_loss = mask_loss / (len(masks) * run.num_micro_batches)
+                mask_loss.backward()
+                loss += mask_loss.detach()
         loss, grad_norm = training.update(optimizer, loss, args)
-        run.end_step(step, loss, grad_norm, loss_of)
+        run.end_step(step, loss, grad_norm, losses_of)
     run.finish()
 
 

@@ -554,10 +554,10 @@ class Run:
         self.tokens = dict.fromkeys(("context_kept", "context_lost", "target_kept", "target_lost"), 0)
         self.steps = []  # (step, loss, gradient norm, names of the clips): read when logged, so that no step waits
 
-    def end_step(self, step, loss, grad_norm, loss_of):
+    def end_step(self, step, loss, grad_norm, losses_of):
         """Log and save where it is time; end the run where it cannot or shall not go on.
 
-        Takes `update`'s loss and norm. loss_of(clips, masks) -> (loss, predictions, targets), those of the last mask
+        Takes `update`'s loss and norm. losses_of(clips, masks), which yields every mask's loss, predictions and targets
         (B, Kt, D), is called with the fixed batch.
         """
         args, done = self.args, step + 1
@@ -568,7 +568,7 @@ class Run:
         snapshot = args.snapshot_every and done % args.snapshot_every == 0
         saving = stop or snapshot or done % args.save_every == 0 or done == args.steps
         if saving or done % args.log_every == 0:
-            self._log(done, loss_of)
+            self._log(done, losses_of)
         if saving:
             self.save(done, snapshot)
         if stop:
@@ -595,23 +595,23 @@ class Run:
         return zip(*figures, strict=True)
 
     @torch.no_grad()
-    def _watch(self, loss_of):
+    def _watch(self, losses_of):
         """What a collapse shows in first, on the fixed batch: spread and rank of targets and predictions."""
         clips, masks, held_out = self.fixed
         clips, masks = data.normalise(clips, self.device), [mask.to(self.device) for mask in masks]
         with torch.compiler.set_stance("force_eager"):  # so that nothing is compiled for this
-            loss, *vectors = loss_of(clips, masks)
-        line = {"held_out_loss": loss.item()} if held_out else {}
+            losses, *vectors = zip(*losses_of(clips, masks), strict=True)
+        line = {"held_out_loss": torch.stack(losses).mean().item()} if held_out else {}
         for name, x in zip(("prediction", "target"), vectors, strict=True):
-            x = x.float().flatten(0, 1)
+            x = x[-1].float().flatten(0, 1)  # the last mask's
             x = x[:: math.ceil(len(x) / 4096)]
             line |= {f"{name}_std": x.std(0).mean().item(), f"{name}_rank": effective_rank(x)}
         return line
 
-    def _log(self, done, loss_of):
+    def _log(self, done, losses_of):
         args = self.args
         losses, norms = self._read_steps()
-        watched = self._watch(loss_of)
+        watched = self._watch(losses_of)
         sums = [self.samples, self.num_bad, self.window_clips, self.window_flops, *self.tokens.values()]
         sums = torch.tensor(sums, dtype=torch.float64)  # of this process
         if dist.is_initialized():

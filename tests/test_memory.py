@@ -14,14 +14,15 @@ from model import SIZES, Encoder, Predictor
 SMALL = [*TINY, "--depth", 3, "--width", 48, "--batch-size", 32, "--micro-batch-size", 16]
 
 
-def paper(*flags, kind="student", processes=1, shard_teacher=False, device="cpu", dtype="float32", checkpointing=False):
+def paper(*flags, kind="student", processes=1, shard_teacher=False, device="cpu", dtype="float32", checkpointing=False,
+          masks=((100, 200), (40, 300))):  # fmt: skip
     """`memory.on_paper` of flags, with masks that fit the grid of 2x14x14 tokens."""
     flags = ["--num-frames", 4, "--micro-batch-size", 2, *flags]
     args = training.training_flags("", out="out", steps=10).parse_args([str(flag) for flag in flags])
     args.device, args.dtype, args.compile = device, dtype, False
     own = memory.argparse.Namespace(kind=kind, teacher=None, teacher_steps=0, processes=processes, processes_per_node=2,
                                     shard_teacher=shard_teacher)  # fmt: skip
-    return memory.on_paper(own, args, flops.stages(own, args)[kind], [(100, 200), (40, 300)], checkpointing)
+    return memory.on_paper(own, args, flops.stages(own, args)[kind], masks, checkpointing)
 
 
 @pytest.mark.parametrize("kind, flags", [
@@ -90,10 +91,18 @@ def test_activations_grow_with_clips_and_shrink_with_checkpointing_and_bfloat16(
 
 
 def test_gradients_wait_for_the_next_micro_batch():
-    """With one micro-batch per step they come as the activations go."""
-    flags = ["--model", "vit_ti", "--depth", 2, "--predictor-depth", 2]
-    one, two = paper(*flags, "--batch-size", 2), paper(*flags, "--batch-size", 4)
+    """They come as the activations of the first mask go, and are there from then on."""
+    flags, one_mask = ["--model", "vit_ti", "--depth", 2, "--predictor-depth", 2], ((100, 200),)
+    one, two = (paper(*flags, "--batch-size", size, masks=one_mask) for size in (2, 4))
     assert 0.5 * one["gradients"] < two["step"] - one["step"] <= one["gradients"]
+    assert paper(*flags, "--batch-size", 2, masks=one_mask * 2)["step"] == pytest.approx(two["step"], rel=0.01)
+
+
+def test_masks_do_not_add_up():
+    """The activations of one are gone when those of the next come."""
+    flags = ["--model", "vit_ti", "--batch-size", 4]
+    large, both = paper(*flags, masks=((100, 200),)), paper(*flags, masks=((100, 200), (40, 200)))
+    assert both["step"] == pytest.approx(large["step"], rel=0.02)
 
 
 def test_the_table(capfd):

@@ -40,10 +40,20 @@ def some_batch(count=4):
 
 
 def losses_of(script, encoder, predictor, clips, masks):
+    return mean_loss(script, encoder, predictor, targets_of(script, some_teacher(), clips), clips, masks)[0]
+
+
+def targets_of(script, teacher, clips):
     if script is train_teacher:
-        return train_teacher.pixel_loss(encoder, predictor, clips, masks)[0]
-    targets = script.latent_targets(some_teacher(), clips)
-    return script.latent_loss(encoder, predictor, targets, clips, masks)[0]
+        return train_teacher.pixel_targets(clips, 2, 8)
+    return script.latent_targets(teacher, clips)
+
+
+def mean_loss(script, encoder, predictor, targets, clips, masks):
+    """The mean over the masks, and the last mask's predictions and targets."""
+    function = train_teacher.pixel_loss if script is train_teacher else script.latent_loss
+    found = [function(encoder, predictor, targets, clips, mask, i) for i, mask in enumerate(masks)]
+    return torch.stack([loss for loss, *_ in found]).mean(), *found[-1][1:]
 
 
 def some_teacher(width=48):
@@ -172,12 +182,9 @@ def test_gradients_reach_student_and_predictor_only(script):
     encoder, predictor = networks(OUT_WIDTH[script])
     clips, masks = some_batch()
     teacher = some_teacher()
-    if script is train_teacher:
-        loss, *_ = train_teacher.pixel_loss(encoder, predictor, clips, masks)
-    else:
-        targets = script.latent_targets(teacher.requires_grad_(True), clips)
-        assert not targets.requires_grad and targets.dtype == torch.float32
-        loss, *_ = script.latent_loss(encoder, predictor, targets, clips, masks)
+    targets = targets_of(script, teacher.requires_grad_(True), clips)
+    assert not targets.requires_grad and targets.dtype == torch.float32
+    loss, *_ = mean_loss(script, encoder, predictor, targets, clips, masks)
     loss.backward()
     for name, p in (*encoder.named_parameters(), *predictor.named_parameters()):
         assert p.grad is not None and p.grad.abs().max() > 0, name
@@ -386,9 +393,10 @@ def test_every_micro_batch_is_new_and_they_are_averaged(script, teacher, tmp_pat
 
     def watched(*args):
         result = original(*args)
+        *_, batch, mask, i = args
         if torch.is_grad_enabled():  # not the fixed batch
-            clips.extend(args[-2])
-            masks.append(tuple(mask.context_ids.numpy().tobytes() for mask in args[-1]))
+            clips.extend(batch if i == 0 else [])
+            masks.append(mask.context_ids.numpy().tobytes())
             losses.append(result[0].item())
         return result
 
@@ -396,12 +404,10 @@ def test_every_micro_batch_is_new_and_they_are_averaged(script, teacher, tmp_pat
     run_script(script, *TINY, *own_flags(script, teacher), "--micro-batch-size", 2, "--seed", 3, "--out", tmp_path)
     expected = data.Synthetic(4, 32, 3).batch(range(6 * 4)).clips
     torch.testing.assert_close(torch.stack(clips), data.normalise(expected, "cpu"))  # no clip twice, none left out
-    assert len(set(masks)) == len(masks) == 12
-    assert [loss for (loss,) in metrics(tmp_path, "loss")] == pytest.approx([sum(p) / 2 for p in pairs(losses)])
-
-
-def pairs(values):
-    return zip(values[::2], values[1::2], strict=True)
+    assert len(set(zip(masks[::2], masks[1::2], strict=True))) == 12
+    assert [loss for (loss,) in metrics(tmp_path, "loss")] == pytest.approx(
+        torch.tensor(losses).view(6, 4).mean(1).tolist()
+    )
 
 
 def test_a_student_as_teacher(student, tmp_path):
@@ -817,16 +823,15 @@ def test_the_fixed_batch_is_watched(script, teacher, tmp_path):
         predictor = Predictor(**checkpoint["model"]["predictor"])
         predictor.load_state_dict(checkpoint["predictor"])
         with torch.no_grad():
-            if script is train_teacher:
-                loss, *vectors = train_teacher.pixel_loss(encoder, predictor, clips, masks)
-            else:
+            target_encoder = None
+            if script is not train_teacher:
                 target_encoder = load_encoder(
                     teacher if script is train_student else tmp_path / "run" / "checkpoint.pt"
                 )
                 if script is train_ema_baseline:
                     target_encoder.load_state_dict(checkpoint["encoder"])
-                targets = script.latent_targets(target_encoder, clips)
-                loss, *vectors = script.latent_loss(encoder, predictor, targets, clips, masks)
+            targets = targets_of(script, target_encoder, clips)
+            loss, *vectors = mean_loss(script, encoder, predictor, targets, clips, masks)
         assert line["held_out_loss"] == pytest.approx(loss.item(), rel=1e-5)
         for name, x in zip(("prediction", "target"), vectors, strict=True):
             x = x.flatten(0, 1).double()
