@@ -19,7 +19,7 @@ study: venv
 	./study.sh
 
 test: venv
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n 2 --dist loadfile
 
 lint: venv
 	.venv/bin/ruff check .

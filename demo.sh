@@ -14,10 +14,10 @@ probing=(--task synthetic-motion synthetic-shape --seeds 3 --batch-size 100 --lr
          --probe-depth 1 --probe-heads 4 --standardize --workers 0)
 
 echo "[1/4] the teacher learns to fill in masked pixels (about 2 minutes)"
-torchrun --nproc_per_node=2 train_teacher.py "${model[@]}" "${learning[@]}" \
+torchrun --nproc_per_node=2 train_teacher.py --replicate "${model[@]}" "${learning[@]}" \
     --steps 1200 --warmup-steps 120 --out "$OUT/teacher"
 echo "[2/4] the student learns to predict the frozen teacher's latents (about 4 minutes)"
-torchrun --nproc_per_node=2 train_student.py "${model[@]}" "${learning[@]}" --teacher "$OUT/teacher" \
+torchrun --nproc_per_node=2 train_student.py --replicate "${model[@]}" "${learning[@]}" --teacher "$OUT/teacher" \
     --steps 2400 --warmup-steps 240 --out "$OUT/student"
 echo "[3/4] probes of the untrained encoder, the teacher and the student (about 2 minutes)"
 python probe.py --checkpoint "$OUT/student" --untrained "${probing[@]}" --out "$OUT/probe-untrained"

@@ -220,7 +220,8 @@ def on_paper(own, args, stage, masks, checkpointing):
             forward_and_backward(teacher, student, predictor, clips, ids, autocast)
             stay = sum(parts.values()) - (0 if several else parts["gradients"])
             parts |= {"activations": live.peak - stay, "gathered": live.gathered_at_peak, "step": live.peak}
-            parts["update"] = live.bytes
+            together = parts["gradients"] if own.processes > 1 and args.parallel == "replicate" else 0
+            parts["update"] = live.bytes + together  # where training.average_gradients sums them
             del averages  # were alive until here
     rope_table.cache_clear()  # fake ones are of no use to others
     return parts

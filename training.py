@@ -254,17 +254,17 @@ def _in_one_line(kind, error, traceback):
 def prepare(network, args, sharded=True):
     """Ready a network for training, in place: compile and checkpoint its blocks, share it among the processes (FSDP2).
 
-    Its blocks' parameters, gradients and optimiser state are sharded over all processes; over those of a node with
-    --hybrid; over none with --replicate. Parameters and sums of gradients are float32; with --dtype bfloat16 the
-    forward and backward pass gather and compute in bfloat16. One process keeps everything and needs no process group.
+    Its blocks' parameters, gradients and optimiser state are sharded over all processes, or with --hybrid over those of
+    a node. Parameters and sums of gradients are float32; with --dtype bfloat16 the forward and backward pass gather and
+    compute in bfloat16. With --replicate every process keeps everything, and `update` averages the gradients.
     """
     network.activation_checkpointing = args.activation_checkpointing
     if args.compile:
         for block in network.blocks:
             block.compile()
-    if dist.is_initialized() and sharded:
+    if dist.is_initialized() and sharded and args.parallel != "replicate":
         world, local = dist.get_world_size(), int(os.environ["LOCAL_WORLD_SIZE"])
-        shape = {"shard": (1, world), "replicate": (world, 1), "hybrid": (world // local, local)}[args.parallel]
+        shape = {"shard": (1, world), "hybrid": (world // local, local)}[args.parallel]
         mesh = init_device_mesh(args.device, shape, mesh_dim_names=("replicate", "shard"))
         policy = MixedPrecisionPolicy(cast_forward_inputs=False)  # RoPE's tables stay float32
         if args.dtype == "bfloat16":
@@ -358,6 +358,15 @@ def set_schedules(optimizer, step, args):
             group["weight_decay"] = weight_decay(step, args)
 
 
+def average_gradients(params):
+    """The mean over all processes, in place; one sum of them all, which for small networks is what counts."""
+    mean = torch.cat([p.grad.flatten() for p in params])
+    dist.all_reduce(mean)
+    mean /= dist.get_world_size()
+    for p, part in zip(params, mean.split([p.numel() for p in params]), strict=True):
+        p.grad.copy_(part.view_as(p))
+
+
 def update(optimizer, loss, args):
     """Clip the gradients and step, unless loss or gradients are not finite. Returns loss and norm before clipping.
 
@@ -365,6 +374,8 @@ def update(optimizer, loss, args):
     Nothing here waits for the device.
     """
     params = [p for group in optimizer.param_groups for p in group["params"]]
+    if dist.is_initialized() and args.parallel == "replicate":
+        average_gradients(params)
     norm = torch.nn.utils.get_total_norm([p.grad for p in params])
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     if dist.is_initialized():
