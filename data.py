@@ -610,7 +610,8 @@ class _Fetch(torch.utils.data.Dataset):
 
     def __getitems__(self, numbers):
         batch = self.source.batch(numbers)
-        give_back_memory()
+        if torch.utils.data.get_worker_info():  # the training process would only have to ask for it again
+            give_back_memory()
         return batch
 
 
