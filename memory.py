@@ -108,6 +108,7 @@ class Live(TorchDispatchMode):
         return super().__exit__(*error)
 
 
+@contextlib.contextmanager
 def as_on_gpu():
     """A context with what is different on a GPU: flash attention's kernel, and autocast's layer norms in float32.
 
@@ -123,7 +124,8 @@ def as_on_gpu():
     def flash(q, k, v):
         return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
 
-    return mock.patch.multiple(F, layer_norm=in_float32, scaled_dot_product_attention=flash)
+    with mock.patch.object(F, "layer_norm", in_float32), mock.patch("model.attend", flash):
+        yield
 
 
 @contextlib.contextmanager

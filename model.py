@@ -113,6 +113,14 @@ def rotate(x, rope):
 # blocks
 
 
+def attend(q, k, v):
+    """Attention of (B, h, K, d), in torch's fused kernels; on the CPU in float32, where that of bfloat16 is slower."""
+    if not q.is_cpu:
+        return F.scaled_dot_product_attention(q, k, v)
+    with torch.autocast("cpu", enabled=False):
+        return F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(v.dtype)
+
+
 class Attention(nn.Module):
     def __init__(self, width, heads):
         super().__init__()
@@ -126,8 +134,7 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # 3 x (B, h, K, d)
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
-        x = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(x.transpose(1, 2).flatten(2))
+        return self.proj(attend(q, k, v).transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):

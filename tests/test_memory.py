@@ -87,8 +87,6 @@ def test_activations_grow_with_clips_and_shrink_with_checkpointing_and_bfloat16(
         assert 0.45 < half["activations"] / whole["activations"] < 0.8
         again = paper(*flags, device=device, dtype="bfloat16", checkpointing=True)
         assert again["activations"] < 0.6 * half["activations"]
-    on_cpu, on_gpu = (paper(*flags, device=device, dtype="bfloat16") for device in ("cpu", "cuda"))
-    assert on_gpu["activations"] > on_cpu["activations"]  # autocast's layer norms are float32 there
 
 
 def test_gradients_wait_for_the_next_micro_batch():
