@@ -19,7 +19,7 @@ torchrun --nproc_per_node=2 train_teacher.py --replicate "${model[@]}" "${learni
 echo "[2/4] the student learns to predict the frozen teacher's latents (about 4 minutes)"
 torchrun --nproc_per_node=2 train_student.py --replicate "${model[@]}" "${learning[@]}" --teacher "$OUT/teacher" \
     --steps 2400 --warmup-steps 240 --out "$OUT/student"
-echo "[3/4] probes of the untrained encoder, the teacher and the student (about 2 minutes)"
+echo "[3/4] probes of the untrained encoder, the teacher and the student (about a minute)"
 python probe.py --checkpoint "$OUT/student" --untrained "${probing[@]}" --out "$OUT/probe-untrained"
 python probe.py --checkpoint "$OUT/teacher" "${probing[@]}" --out "$OUT/probe-teacher"
 python probe.py --checkpoint "$OUT/student" "${probing[@]}" --out "$OUT/probe-student"

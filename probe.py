@@ -356,8 +356,9 @@ class Tokens:
         if self.args.cache:
             key = hashlib.sha256(f"{fingerprint(self.args, self.encoder, self.source)} {rank} {world}".encode())
             file = self.args.cache / f"{key.hexdigest()[:32]}.features"
-            with contextlib.suppress(FileNotFoundError):
-                labels = torch.load(file.with_suffix(".labels"), weights_only=True)  # written last
+            whole = file.is_file() and file.stat().st_size == math.prod(shape) * dtype.itemsize
+            if whole and file.with_suffix(".labels").is_file():  # written last
+                labels = torch.load(file.with_suffix(".labels"), weights_only=True)
                 tokens = torch.from_file(str(file), size=math.prod(shape), dtype=dtype)
                 self.kept = tokens.view(shape), labels.to(self.args.device)
                 return print(f"{what} features: {file}")

@@ -5,6 +5,7 @@ import collections
 import itertools
 import json
 import math
+import os
 import re
 import shlex
 import shutil
@@ -563,6 +564,9 @@ def test_cache(dark_or_bright, teacher, tmp_path, monkeypatch):
     assert run()[0] == 8
     write_video(folder / "1.mp4", [flat(0, 40)] * 10)
     assert run()[0] == 16 and run()[0] == 0
+    for file in (tmp_path / "cache").glob("*.features"):
+        os.truncate(file, 10)  # a full disk, a stopped copy
+    assert run()[0] == 24 and run()[0] == 0
 
 
 def test_knn(dark_or_bright, teacher, tmp_path):
