@@ -19,6 +19,7 @@ import mmap
 import os
 import re
 import signal
+import weakref
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
@@ -601,12 +602,23 @@ class LoaderFailed(RuntimeError):
     """A worker process died or hangs; the message says which and what it was reading."""
 
 
+_FETCHING = weakref.WeakSet()  # the loaders of this process
+
+
+def loader_failed(error):
+    """One line about a DataLoader's error, which torch may raise anywhere, and what the workers were reading."""
+    read = [f.source.paths[line] for f in _FETCHING for line in f.reading.tolist() if line >= 0]
+    where = f"; its workers are reading {', '.join(read)}" if read else ""
+    return f"the loader failed: {str(error).strip().splitlines()[-1]}{where}"
+
+
 class _Fetch(torch.utils.data.Dataset):
     """Lets DataLoader fetch a whole batch with one call."""
 
     def __init__(self, source, workers):
         self.source = source
         self.reading = torch.full((max(1, workers),), -1).share_memory_()  # the manifest line that each worker reads
+        _FETCHING.add(self)
 
     def __getitems__(self, numbers):
         batch = self.source.batch(numbers)
@@ -659,6 +671,4 @@ def clip_loader(source, batches, workers=0, pin_memory=False, timeout=0):
     except RuntimeError as error:
         if not any(word in str(error) for word in ("timed out", "exited unexpectedly", "killed by signal")):
             raise
-        reading = [source.paths[line] for line in dataset.reading.tolist() if line >= 0]
-        where = f"; its workers are reading {', '.join(reading)}" if reading else ""
-        raise LoaderFailed(f"the loader failed: {str(error).splitlines()[-1]}{where}") from error
+        raise LoaderFailed(loader_failed(error)) from error

@@ -241,7 +241,7 @@ def _in_one_line(kind, error, traceback):
     """What ends a process for reasons outside it is said in one line, not in a traceback of where it was just then."""
     text = str(error).lower()
     if isinstance(error, RuntimeError) and "dataloader worker" in text:  # torch raises this anywhere in the step
-        print(f"{Path(sys.argv[0]).name}: a loader process died: {error}", file=sys.stderr, flush=True)
+        print(f"{Path(sys.argv[0]).name}: {data.loader_failed(error)}", file=sys.stderr, flush=True)
     elif lost_a_process(error):
         rank = rank_and_world()[0]
         print(f"process {rank} ends: it lost another process, whose message says why", file=sys.stderr, flush=True)
