@@ -418,7 +418,8 @@ def sweep(own, args):
     base = Cell(kind, args.model, args.num_frames, args.resolution, args.batch_size, teacher * (kind == "student"))
     growth = [base, *(base._replace(model=size) for size in own.sizes)]
     growth += [base._replace(frames=frames) for frames in (16, 32, 64)]
-    growth += [base._replace(resolution=side * base.resolution // 2) for side in (3, 4)]
+    sides = (side * base.resolution // 2 // args.patch_size * args.patch_size for side in (3, 4))
+    growth += [base._replace(resolution=side) for side in sides]
     growth += [base._replace(batch=batch) for batch in (max(1, base.batch // 2), 2 * base.batch)]
     paper = {
         (kind, size, resolution): Cell(kind, size, 16, resolution, base.batch, "vit_l" * (kind == "student"))
