@@ -9,7 +9,6 @@ V-JEPA evaluates ("encoder_is" says so), `student` the student, which `probe.py 
 """
 
 import copy
-import functools
 import math
 
 import torch
@@ -77,11 +76,11 @@ def main():
     run = training.Run("ema", args, networks, optimizer, source, teacher)
 
     def losses_of(clips, masks):  # one by one: a mask's activations are gone before the next one's come
-        autocast = functools.partial(torch.autocast, args.device, torch.bfloat16, args.dtype == "bfloat16")
-        with autocast():
+        autocast = torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16")
+        with autocast:
             targets = latent_targets(teacher, clips)
         for i, mask in enumerate(masks):
-            with autocast():
+            with autocast:
                 result = latent_loss(student, predictor, targets, clips, mask, i)
             yield result
 

@@ -8,8 +8,6 @@ sees the context tokens only; the predictor predicts the teacher's latents at th
 changes, so there is nothing to collapse to: no EMA, no stop-gradient. Leaves out/student/checkpoint.pt.
 """
 
-import functools
-
 import torch
 import torch.nn.functional as F
 
@@ -67,11 +65,11 @@ def main():
     run = training.Run("student", args, {"encoder": student, "predictor": predictor}, optimizer, source, teacher)
 
     def losses_of(clips, masks):  # one by one: a mask's activations are gone before the next one's come
-        autocast = functools.partial(torch.autocast, args.device, torch.bfloat16, args.dtype == "bfloat16")
-        with autocast():
+        autocast = torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16")
+        with autocast:
             targets = latent_targets(teacher, clips)
         for i, mask in enumerate(masks):
-            with autocast():
+            with autocast:
                 result = latent_loss(student, predictor, targets, clips, mask, i)
             yield result
 
