@@ -78,7 +78,7 @@ def gather(tokens, ids):
 
 @functools.cache
 def rope_table(grid, head_dim, device):
-    """cos and signed sin of every token on a grid, (2, N, d) float32; computed once per grid.
+    """cos and signed sin of every token on a grid, (2, 1, 1, N, d) float32; computed once per grid.
 
     The first 3 * s channels of a head are rotated, s of them for each of time, row and column; the rest are left alone
     (cos 1, sin 0). A quirk that every released V-JEPA 2 weight has and Hugging Face keeps: channel c of an axis uses
@@ -93,13 +93,16 @@ def rope_table(grid, head_dim, device):
         angles = (positions[:, :, None] * omega.repeat(2)).flatten(1)  # (N, 3s)
         angles = F.pad(angles, (0, head_dim - 3 * s))
         sign = torch.tensor([-1.0, 1.0], device=device).repeat(head_dim // 2)
-        return torch.stack((angles.cos(), angles.sin() * sign))
+        return torch.stack((angles.cos(), angles.sin() * sign))[:, None, None].clone()
 
 
 def rope_at(ids, grid, head_dim, device):
-    """The table's rows for token ids (B, K), or for the whole grid when ids is None: (2, B or 1, 1, K or N, d)."""
+    """The table's rows for token ids (B, K), or for the whole grid when ids is None: (2, B or 1, 1, K or N, d).
+
+    Not a view of anything: torch.compile would guard the shape of what it is a view of, too.
+    """
     table = rope_table(tuple(grid), head_dim, device)
-    return table[:, None, None] if ids is None else table[:, ids].unsqueeze(2)
+    return table if ids is None else table[:, 0, 0, ids.unsqueeze(1)]
 
 
 def rotate(x, rope):

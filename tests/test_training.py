@@ -1,6 +1,8 @@
 """Losses, schedules and what a run leaves behind; a run does not depend on interruptions or the number of processes."""
 
 import argparse
+import contextlib
+import copy
 import json
 import math
 import os
@@ -14,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from conftest import TINY, flat, randomise, refusal, run_script, write_image, write_video
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
@@ -796,6 +799,38 @@ def test_no_update_without_a_finite_loss_and_finite_gradients(loss, gradient):
     assert not math.isfinite(sum(found).item())
     assert equal(module.state_dict(), before)
     assert not any(x.any() for state in optimizer.state.values() for x in state.values())
+
+
+class NothingSent(TorchFunctionMode):
+    """Refuses to make tensors of a device from Python's numbers: on a GPU the host would wait for all work before."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function in (torch.tensor, torch.as_tensor):
+            assert torch.device(kwargs.get("device") or "cpu").type == "cpu", f"{function.__name__} on a device"
+        return function(*args, **kwargs)
+
+
+@every_script
+def test_a_step_does_not_wait_for_the_device(script):
+    """On the meta device nothing can be read: item(), bool(), nonzero() and their like raise an error."""
+    clips, masks = torch.zeros(4, 3, 4, 32, 32, dtype=torch.uint8), some_batch()[1]
+    teacher, (encoder, predictor) = some_teacher().to("meta"), networks(OUT_WIDTH[script])
+    params = [*encoder.to("meta").parameters(), *predictor.to("meta").parameters()]
+    optimizer = torch.optim.AdamW([{"params": params, "decayed": True}])
+    optimizer.step = lambda: None  # the fused one knows no meta device
+    args = paper_args(80_000)
+    for step in range(2):  # the first one makes the table of RoPE
+        with NothingSent() if step else contextlib.nullcontext():
+            training.set_schedules(optimizer, step, args)
+            on_device = data.normalise(clips, torch.device("meta"))
+            targets = targets_of(script, teacher, on_device)
+            loss, *_ = mean_loss(script, encoder, predictor, targets, on_device, [mask.to("meta") for mask in masks])
+            loss.backward()
+            loss, norm = training.update(optimizer, loss.detach(), args)
+            if script is train_ema_baseline:
+                script.follow(copy.deepcopy(encoder), encoder, 0.9)
+    assert loss.is_meta and norm.is_meta
 
 
 # ---------------------------------------------------------------------------------------------------------------------
