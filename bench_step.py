@@ -2,6 +2,7 @@
 
     python bench.py step --kind teacher student ema --model vit_l --batch-size 24     # paper's shapes, for a GPU
     python bench.py step --peer hf --peer-compile --model vit_l --batch-size 24
+    python bench.py step --sharded --model vit_l --batch-size 24     # what FSDP2 costs where there is nothing to share
     python bench.py step --sweep --time-budget 480           # over sizes, frames, resolutions, batches; paper runs
     python bench.py step --compiles 300 --model vit_ti       # compilations and graph breaks over 300 steps
 
@@ -13,7 +14,8 @@ OMP_NUM_THREADS=1 on a CPU the seconds are the process's own, whatever else the 
 
 The peer is given the same weights, clips, masks, loss, autocast and optimiser, and turns are taken. Its own
 VJEPA2Model.forward runs the encoder over all tokens and drops the masked ones afterwards, which no V-JEPA training
-does; here its layers are driven with the context tokens alone, and it is spared the sorting of tokens.
+does; here its layers are driven with the context tokens alone, and it is spared the sorting of tokens. Its predictor
+gets our last layer, which may predict pixels or the latents of a teacher of another width.
 """
 
 import contextlib
@@ -29,7 +31,9 @@ import time
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import convert
 import data
@@ -44,6 +48,11 @@ from model import CHECKPOINT_FORMAT, SIZES, Encoder, Predictor, gather, token_gr
 WARMUP = {False: 2, True: 4}  # steps before any timing: allocation; of compiled ones: compilation
 FIRST = max(WARMUP.values())  # step that is timed
 MAX_COMPILATIONS = 4  # of one function; beyond 8 torch gives up and runs it uncompiled
+ATTENTION = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
 
 
 def flags(parser):
@@ -55,6 +64,8 @@ def flags(parser):
     flag("--round-steps", type=int, default=4, help="steps of a turn")
     flag("--peer", choices=("hf",), help="time transformers.VJEPA2Model in turn")
     flag("--peer-compile", action="store_true", help="the peer's compiled layers as well")
+    flag("--sharded", action="store_true", help="time ours under FSDP2 with this one process in turn")
+    flag("--attention", choices=ATTENTION, help="the kernel to prefer to torch's choice, on a GPU")
     flag("--sweep", action="store_true", help="tables of cost growth and of the paper's runs")
     flag("--compiles", type=int, metavar="STEPS", help="count compilations over so many steps, and time nothing")
     flag("--compile-backend", default="aot_eager", help="for --compiles; inductor is what training uses")
@@ -72,13 +83,12 @@ def allocated(args):
 
 
 class Ours:
-    """Networks, loss and optimiser of the training script of this kind, freshly initialised."""
+    """Networks, loss and optimiser of the training script of this kind, freshly initialised or with `weights`."""
 
-    name = "ours"
-
-    def __init__(self, kind, stage, args):
+    def __init__(self, kind, stage, args, weights=None, sharded=False):
         encoder, predictor, teacher, _ = self.stage = stage
         self.kind, self.args, self.compiled, self.teacher = kind, args, args.compile, None
+        self.name = "ours, sharded" if sharded else "ours"
         self.allocated_before = allocated(args)
         with torch.device(args.device):
             self.encoder, self.predictor = Encoder(**encoder), Predictor(**predictor)
@@ -86,13 +96,15 @@ class Ours:
                 self.teacher = Encoder(**teacher).requires_grad_(False).to(getattr(torch, args.dtype))
         if kind == "ema":
             self.teacher = copy.deepcopy(self.encoder).requires_grad_(False)
-        for network in filter(None, (self.teacher, self.encoder, self.predictor)):
-            training.prepare(network, args)
+        for name in ("encoder", "predictor", "teacher"):
+            network = getattr(self, name)
+            if network and weights:
+                network.load_state_dict(weights[name])
+            if network:
+                training.prepare(network, args, sharded and not (name == "teacher" and kind == "student"))
         self.optimizer = training.make_optimizer([self.encoder, self.predictor], args)
 
-    def targets(self, clips):
-        if self.kind == "teacher":
-            return train_teacher.pixel_targets(clips, self.args.tubelet_size, self.args.patch_size)
+    def latents(self, clips):
         return train_student.latent_targets(self.teacher, clips)
 
     def loss(self, targets, clips, mask, i):
@@ -101,29 +113,32 @@ class Ours:
 
 
 class HuggingFace:
-    """The same from transformers, with the weights of `ours`. Of a pixel decoder or unequal widths it has none."""
+    """The same from transformers, with the weights of `ours`."""
 
     def __init__(self, ours, weights, compiled):
         self.kind, self.args, self.stage = ours.kind, ours.args, ours.stage
         self.name, self.compiled = f"hf {'compiled' if compiled else 'eager'}", compiled
         self.allocated_before = allocated(self.args)
         self.student = hf_model(ours.encoder.config, weights["encoder"], ours.predictor.config, weights["predictor"])
+        self.encoder, self.teacher = self.student.encoder, None
+        layers = [*self.encoder.layer, *self.student.predictor.layer]
         self.student.to(self.args.device)
-        self.teacher = hf_model(ours.teacher.config, weights["teacher"]).encoder.requires_grad_(False)
-        self.teacher.to(self.args.device)
+        if ours.teacher:
+            self.teacher = hf_model(ours.teacher.config, weights["teacher"]).encoder.requires_grad_(False)
+            self.teacher.to(self.args.device)
+            layers += self.teacher.layer
         if compiled:
-            for layer in (*self.student.encoder.layer, *self.student.predictor.layer, *self.teacher.layer):
+            for layer in layers:
                 layer.compile()
-        self.encoder = self.student.encoder
         self.optimizer = training.make_optimizer([self.student], self.args)
 
     @torch.no_grad()
-    def targets(self, clips):
-        targets = self.teacher(clips.transpose(1, 2)).last_hidden_state.float()  # it takes (B, T, 3, H, W)
-        return F.layer_norm(targets, targets.shape[-1:])
+    def latents(self, clips):
+        latents = self.teacher(clips.transpose(1, 2)).last_hidden_state.float()  # it takes (B, T, 3, H, W)
+        return F.layer_norm(latents, latents.shape[-1:])
 
     def loss(self, targets, clips, mask, i):
-        encoder, predictor = self.student.encoder, self.student.predictor
+        encoder, predictor = self.encoder, self.student.predictor
         x = gather(encoder.embeddings(clips.transpose(1, 2)), mask.context_ids)
         for layer in encoder.layer:
             x = layer(x, mask.context_ids)[0]
@@ -131,18 +146,25 @@ class HuggingFace:
         for layer in predictor.layer:
             x = layer(x, ids)[0]
         predicted = predictor.proj(predictor.layernorm(x)[:, mask.context_ids.shape[1] :])
-        return (predicted.float() - gather(targets, mask.target_ids)).abs().mean()
+        off = predicted.float() - gather(targets, mask.target_ids)
+        return (off.square() if self.kind == "teacher" else off.abs()).mean()
 
 
 def hf_model(encoder, weights, predictor=None, predictor_weights=None):
     """A VJEPA2Model with our weights, of which convert.py makes it; its predictor stays empty without ours."""
     checkpoint = {"format": CHECKPOINT_FORMAT, "model": {"encoder": encoder}, "encoder": weights}
-    if predictor:
-        checkpoint["model"]["predictor"], checkpoint["predictor"] = predictor, predictor_weights
+    if predictor:  # one that convert.py takes: of the encoder's width
+        width = encoder["width"]
+        blank = {"proj.weight": torch.zeros(width, predictor["width"]), "proj.bias": torch.zeros(width)}
+        checkpoint["model"]["predictor"] = predictor | {"out_width": width}
+        checkpoint["predictor"] = predictor_weights | blank
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
         torch.save(checkpoint, f"{folder}/checkpoint.pt")
         model, theirs = convert.to_hf(folder)
     model.load_state_dict(theirs, strict=predictor is not None, assign=True)
+    if predictor:
+        model.predictor.proj = torch.nn.Linear(predictor["width"], predictor["out_width"])
+        model.predictor.proj.load_state_dict({name: predictor_weights[f"proj.{name}"] for name in ("weight", "bias")})
     return model.train()
 
 
@@ -164,6 +186,13 @@ def executed(stage, args, numbers):
     return total
 
 
+def targets(runner, clips):
+    """What the predictor is to predict, for all tokens: pixels in stage 1, the teacher's latents in the others."""
+    if runner.kind == "teacher":
+        return train_teacher.pixel_targets(clips, runner.args.tubelet_size, runner.args.patch_size)
+    return runner.latents(clips)
+
+
 def ignore(part):
     pass
 
@@ -177,10 +206,10 @@ def one_step(runner, number, clips, mark=ignore):
         normalised = data.normalise(clips, torch.device(args.device))
         autocast = torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16")
         with autocast:
-            targets = runner.targets(normalised)
+            wanted = targets(runner, normalised)
         for i, mask in enumerate(masks):
             with autocast:
-                mask_loss = runner.loss(targets, normalised, mask, i) / (len(masks) * micro_batches)
+                mask_loss = runner.loss(wanted, normalised, mask, i) / (len(masks) * micro_batches)
             mask_loss.backward()
             mark("rest")
             loss += mask_loss.detach()
@@ -295,14 +324,15 @@ def time_kind(kind, own, args):
     """Time one kind's steps, in turn with the peer's where one is asked for, and print all about them."""
     torch._dynamo.reset()  # the limit of compilations is for all networks of a process together
     stage, clips = flops.stages(own, args)[kind], random_clips(args)
-    if own.peer and (kind == "teacher" or stage[1]["out_width"] != stage[0]["width"]):
-        raise ValueError("--peer hf: its predictor predicts latents of its own encoder's width; no --kind teacher")
     ours = Ours(kind, stage, args)
     initial = {name: cpu_copy(getattr(ours, name)) for name in ("encoder", "predictor", "teacher")}
     print(f"\n{kind}, {args.num_frames} frames of {args.resolution}x{args.resolution}, encoder of width "
           f"{stage[0]['width']} and depth {stage[0]['depth']}, {args.batch_size} clips in micro-batches of "
           f"{args.micro_batch_size}, {args.dtype}, {'compiled' if args.compile else 'eager'}")  # fmt: skip
     runners, firsts = [ours], [warm_up(ours, clips)]
+    if own.sharded:
+        runners.append(Ours(kind, stage, args, initial, sharded=True))
+        firsts.append(warm_up(runners[-1], clips))
     for compiled in [False, True][: 1 + own.peer_compile] if own.peer else []:
         runners.append(HuggingFace(ours, initial, compiled))
         firsts.append(warm_up(runners[-1], clips))
@@ -319,12 +349,12 @@ def time_kind(kind, own, args):
         seconds = times[runner.name]
         rate = statistics.median(w / s for w, s in zip(work, seconds, strict=True))
         on_cpu = args.device == "cpu" and runner is not ours  # the process's peak says nothing about the second one
-        print(f"{runner.name:12} {spread([1e3 * s for s in seconds], '.1f')} ms, "
+        print(f"{runner.name:13} {spread([1e3 * s for s in seconds], '.1f')} ms, "
               f"{args.batch_size / statistics.median(seconds):.3g} clips/s, {rate / 1e12:.4g} TFLOP/s = "
               f"{rate / ceiling:.0%} of it" + ("" if on_cpu else f", {memory / 2**30:.2f} GiB"))  # fmt: skip
         if runner is not ours:
             check_agreement(runner.name, loss, norm, *firsts[0][0], args)
-            print(f"{'':12} takes {spread([b / a for a, b in zip(times['ours'], seconds, strict=True)], '.2f')} times "
+            print(f"{'':13} takes {spread([b / a for a, b in zip(times['ours'], seconds, strict=True)], '.2f')} times "
                   "as long as ours")  # fmt: skip
     parts = shares(ours, numbers, clips)
     whole = sum(parts.values())
@@ -341,7 +371,7 @@ def check_agreement(name, loss, norm, our_loss, our_norm, args):
     off, norm_off = abs(loss / our_loss - 1), abs(norm / our_norm - 1)
     if not off <= (1e-2 if args.dtype == "bfloat16" else 1e-4):
         training.fail(f"{name} computes something else: first loss {loss:.6g}, ours {our_loss:.6g}", agreed=True)
-    print(f"{'':12} first loss {loss:.6g}, {off:.1e} off ours; gradient norm {norm_off:.1e} off")
+    print(f"{'':13} first loss {loss:.6g}, {off:.1e} off ours; gradient norm {norm_off:.1e} off")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -491,7 +521,7 @@ def count_compilations(kind, own, args):
                 autocast = torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16")
                 with torch.no_grad(), autocast, torch.compiler.set_stance("force_eager"):
                     for i, mask in enumerate(masks):
-                        runner.loss(runner.targets(normalised), normalised, mask, i)
+                        runner.loss(targets(runner, normalised), normalised, mask, i)
     functions = {}
     for metrics in torch._dynamo.utils.get_compilation_metrics():
         if metrics.co_name and metrics.compile_id:
@@ -516,15 +546,31 @@ def run(own, flags):
     if "--batch-size" not in flags:
         args.batch_size = args.micro_batch_size or 24
     training.setup(args)
+    if own.sharded:
+        os.environ.setdefault("LOCAL_WORLD_SIZE", "1")
+        backends = "cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo"
+        dist.init_process_group(backends, store=dist.HashStore(), rank=0, world_size=1)
     kinds = list(dict.fromkeys(own.kind))
     try:
-        if own.sweep:
-            sweep(own, args)
-        elif own.compiles:
-            few = [count_compilations(kind, own, args) for kind in kinds]
-            sys.exit(not all(few))
-        else:
-            for kind in kinds:
-                time_kind(kind, own, args)
+        with preferred(own.attention):
+            if own.sweep:
+                sweep(own, args)
+            elif own.compiles:
+                few = [count_compilations(kind, own, args) for kind in kinds]
+                sys.exit(not all(few))
+            else:
+                for kind in kinds:
+                    time_kind(kind, own, args)
     except (ImportError, ValueError) as error:
         training.fail(str(error))
+    finally:
+        if own.sharded:
+            dist.destroy_process_group()
+
+
+def preferred(attention):
+    """A context in which torch takes this attention kernel where it can, on a GPU; its own choice without."""
+    if not attention:
+        return contextlib.nullcontext()
+    others = [kernel for name, kernel in ATTENTION.items() if name != attention]
+    return sdpa_kernel([ATTENTION[attention], *others, SDPBackend.MATH], set_priority=True)

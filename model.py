@@ -221,7 +221,7 @@ class Encoder(nn.Module):
         x = tubelets(clips, self.tubelet_size, self.patch_size)
         if context_ids is not None:
             x = gather(x, context_ids)
-        x = self.patch_embed(x)
+        x = self.patch_embed(x).clone()  # no view, or torch.compile (up to 2.14) would compile the first block twice
         rope = rope_at(context_ids, self.grid(clips), self.head_dim, x.device)
         for block in self.blocks:
             x = run(block, x, rope, self.activation_checkpointing)

@@ -269,6 +269,7 @@ def prepare(network, args, sharded=True):
         policy = MixedPrecisionPolicy(cast_forward_inputs=False)  # RoPE's tables stay float32
         if args.dtype == "bfloat16":
             policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # into which nobody writes
         for part in (*network.blocks, network):
             fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     return network

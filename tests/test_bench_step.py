@@ -7,7 +7,9 @@ import shlex
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import randomise, refusal, run_script
+from torch.distributed.tensor import DTensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench
@@ -27,9 +29,9 @@ def tiny_args(*more):
     return args
 
 
-def tiny_step(kind, args):
+def tiny_step(kind, args, teacher=None):
     """Ours, with weights that all matter (mask tokens start at zero)."""
-    ours = bench_step.Ours(kind, flops.stages(argparse.Namespace(teacher=None, teacher_steps=1), args)[kind], args)
+    ours = bench_step.Ours(kind, flops.stages(argparse.Namespace(teacher=teacher, teacher_steps=1), args)[kind], args)
     randomise(ours.encoder), randomise(ours.predictor)
     return ours
 
@@ -38,15 +40,28 @@ def weights(ours):
     return {name: bench_step.cpu_copy(getattr(ours, name)) for name in ("encoder", "predictor", "teacher")}
 
 
-@pytest.mark.parametrize("kind", ["student", "ema"])
-def test_the_peer_computes_the_same_steps_from_the_same_weights(kind):
+@pytest.fixture
+def alone(monkeypatch):
+    """A process group of this process alone."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("kind, teacher", [("teacher", None), ("student", None), ("student", "vit_ti"), ("ema", None)])
+def test_all_compute_the_same_steps_from_the_same_weights(kind, teacher, alone):
     pytest.importorskip("transformers")
     args = tiny_args("--batch-size", 4, "--micro-batch-size", 2)
-    ours = tiny_step(kind, args)
+    ours = tiny_step(kind, args, teacher)
     peer, clips = bench_step.HuggingFace(ours, weights(ours), compiled=False), bench_step.random_clips(args)
+    sharded = bench_step.Ours(kind, ours.stage, args, weights(ours), sharded=True)
+    assert all(isinstance(p, DTensor) for p in (*sharded.encoder.parameters(), *sharded.predictor.parameters()))
+    assert not any(isinstance(p, DTensor) for p in ours.encoder.parameters())
     for number in range(4):  # of which all but the first depend on the gradients, and for ema on the moving average
-        mine, theirs = (bench_step.one_step(runner, number, clips) for runner in (ours, peer))
-        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=0)
+        mine, *others = (bench_step.one_step(runner, number, clips) for runner in (ours, peer, sharded))
+        for theirs in others:
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=0)
     if kind == "ema":
         moved = bench_step.cpu_copy(ours.teacher)["norm.weight"], peer.teacher.layernorm.weight
         torch.testing.assert_close(*moved, rtol=1e-5, atol=1e-7)
@@ -100,8 +115,10 @@ def test_the_command_prints_times_ratios_and_shares(capsys, monkeypatch):
     pytest.importorskip("transformers")
     monkeypatch.setattr(bench_step, "matmul_ceiling", lambda args: 5e10)
     flags = ["--batch-size", 2, "--rounds", 2, "--round-steps", 1]
-    run_script(bench, "step", *TINY, *flags, "--kind", "teacher")
-    assert "ours " in capsys.readouterr().out
+    run_script(bench, "step", *TINY, *flags, "--kind", "teacher", "--sharded")
+    out = capsys.readouterr().out
+    assert "ours  " in out and "ours, sharded " in out and out.count("times as long as ours") == 1
+    assert not dist.is_initialized()
     run_script(bench, "step", *TINY, *flags, "--kind", "student", "--peer", "hf", "--dtype", "bfloat16")
     out = capsys.readouterr().out
     assert all(word in out for word in ("hf eager", "times as long as ours", "shares: ", "off ours", "TFLOP/s"))
@@ -120,9 +137,6 @@ def test_the_sweep_measures_what_fits_and_marks_what_does_not(capsys, monkeypatc
 
 
 def test_mistakes_are_refused_in_one_line(capfd):
-    peer = [*TINY, "--batch-size", 2, "--peer", "hf"]
-    assert "width" in refusal(capfd, bench, "step", *peer, "--kind", "teacher")
-    assert "width" in refusal(capfd, bench, "step", *peer, "--teacher", "vit_ti")
     assert "--width" in refusal(capfd, bench, "step", *TINY, "--sweep")
 
 
