@@ -426,8 +426,11 @@ def measure(cell, own, args, seconds_left):
         return Cost(work, why="no time")
     torch._dynamo.reset()
     try:
+        before = training.peak_memory(torch.device(args.device))
         runner, clips = Ours(cell.kind, stage, args), random_clips(args)
         _, memory = warm_up(runner, clips)
+        if args.device == "cpu" and memory == before:  # the process has needed more for another cell
+            memory = None
         return Cost(work, turn(runner, numbers, clips) / own.round_steps, memory)
     except torch.OutOfMemoryError:
         return Cost(work, why="no memory")
@@ -485,7 +488,7 @@ def print_growth(base, growth, costs, args):
     for cell in growth:
         cost = costs[cell]
         seconds = extrapolated(cost, costs.values())
-        memory = f"{cost.memory / 2**30:7.2f}" if cost.memory else f"  {cost.why}"
+        memory = f"{cost.memory / 2**30:7.2f}" if cost.memory else f"  {cost.why or '-'}"
         print(f"{cell.model:8}{cell.frames:7}{cell.resolution:7}{cell.batch:6}{cost.flops / cell.batch / 1e9:15.4g}"
               f"{'' if cost.seconds else '~':>2}{1e3 * seconds:8.1f}{cell.batch / seconds:9.3g}"
               f"{cost.flops / seconds / 1e12:9.3g}{memory}")  # fmt: skip
@@ -546,13 +549,9 @@ def run(own, flags):
     if "--batch-size" not in flags:
         args.batch_size = args.micro_batch_size or 24
     training.setup(args)
-    if own.sharded:
-        os.environ.setdefault("LOCAL_WORLD_SIZE", "1")
-        backends = "cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo"
-        dist.init_process_group(backends, store=dist.HashStore(), rank=0, world_size=1)
     kinds = list(dict.fromkeys(own.kind))
     try:
-        with preferred(own.attention):
+        with preferred(own.attention), alone(args) if own.sharded else contextlib.nullcontext():
             if own.sweep:
                 sweep(own, args)
             elif own.compiles:
@@ -563,9 +562,18 @@ def run(own, flags):
                     time_kind(kind, own, args)
     except (ImportError, ValueError) as error:
         training.fail(str(error))
+
+
+@contextlib.contextmanager
+def alone(args):
+    """A process group of this process alone, as torchrun would make it."""
+    os.environ.setdefault("LOCAL_WORLD_SIZE", "1")
+    backends = "cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo"
+    dist.init_process_group(backends, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
     finally:
-        if own.sharded:
-            dist.destroy_process_group()
+        dist.destroy_process_group()
 
 
 def preferred(attention):

@@ -15,6 +15,10 @@ import torch
 os.environ["OMP_NUM_THREADS"] = "1"  # for loader workers and subprocesses
 torch.set_num_threads(1)
 
+# For tests that a machine with a GPU runs on it as well: `pytest -k cuda`.
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU")
+DEVICES = ["cpu", pytest.param("cuda", marks=NO_GPU)]
+
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 
 # 4 frames of 32x32 in tubelets of 2x8x8: a grid of (2, 4, 4), 32 tokens.

@@ -8,7 +8,7 @@ import shlex
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import randomise, refusal, run_script
+from conftest import DEVICES, NO_GPU, randomise, refusal, run_script
 from torch.distributed.tensor import DTensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -19,13 +19,15 @@ import training
 
 TINY = shlex.split(
     "--width 24 --depth 2 --heads 2 --patch-size 8 --num-frames 4 --resolution 32 --predictor-width 16 "
-    "--predictor-depth 1 --predictor-heads 2 --device cpu --lr 1e-3"
+    "--predictor-depth 1 --predictor-heads 2 --lr 1e-3"
 )
 
 
-def tiny_args(*more):
-    args = training.training_flags("", out="out", steps=160_000).parse_args([*TINY, *map(str, more)])
+def tiny_args(*more, device="cpu"):
+    flags = [*TINY, "--device", device, *map(str, more)]
+    args = training.training_flags("", out="out", steps=160_000).parse_args(flags)
     training.setup(args)
+    torch.set_float32_matmul_precision("highest")
     return args
 
 
@@ -40,31 +42,52 @@ def weights(ours):
     return {name: bench_step.cpu_copy(getattr(ours, name)) for name in ("encoder", "predictor", "teacher")}
 
 
-@pytest.fixture
-def alone(monkeypatch):
-    """A process group of this process alone."""
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("kind, teacher", [("teacher", None), ("student", None), ("student", "vit_ti"), ("ema", None)])
-def test_all_compute_the_same_steps_from_the_same_weights(kind, teacher, alone):
+def test_all_compute_the_same_steps_from_the_same_weights(kind, teacher, device):
     pytest.importorskip("transformers")
-    args = tiny_args("--batch-size", 4, "--micro-batch-size", 2)
+    args = tiny_args("--batch-size", 4, "--micro-batch-size", 2, "--dtype", "float32", "--no-compile", device=device)
     ours = tiny_step(kind, args, teacher)
     peer, clips = bench_step.HuggingFace(ours, weights(ours), compiled=False), bench_step.random_clips(args)
-    sharded = bench_step.Ours(kind, ours.stage, args, weights(ours), sharded=True)
-    assert all(isinstance(p, DTensor) for p in (*sharded.encoder.parameters(), *sharded.predictor.parameters()))
-    assert not any(isinstance(p, DTensor) for p in ours.encoder.parameters())
-    for number in range(4):  # of which all but the first depend on the gradients, and for ema on the moving average
-        mine, *others = (bench_step.one_step(runner, number, clips) for runner in (ours, peer, sharded))
-        for theirs in others:
-            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=0)
+    with bench_step.alone(args):
+        sharded = bench_step.Ours(kind, ours.stage, args, weights(ours), sharded=True)
+        assert all(isinstance(p, DTensor) for p in (*sharded.encoder.parameters(), *sharded.predictor.parameters()))
+        assert not any(isinstance(p, DTensor) for p in ours.encoder.parameters())
+        for number in range(4):  # of which all but the first depend on the gradients, and for ema on the moving average
+            mine, *others = (bench_step.one_step(runner, number, clips) for runner in (ours, peer, sharded))
+            for theirs in others:
+                torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=0)
     if kind == "ema":
         moved = bench_step.cpu_copy(ours.teacher)["norm.weight"], peer.teacher.layernorm.weight
         torch.testing.assert_close(*moved, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype, rtol", [("float32", 1e-4), pytest.param("bfloat16", 2e-2, marks=NO_GPU)])
+def test_compiled_steps_are_the_eager_ones(dtype, rtol, device):
+    """By inductor, as --compile does; masks of several sizes. A minute on a CPU, hence not there in bfloat16."""
+    flags = ["--batch-size", 2, "--dtype", dtype]
+    args, compiled = (tiny_args(*flags, f"--{no}compile", device=device) for no in ("no-", ""))
+    ours, clips = tiny_step("student", args), bench_step.random_clips(args)
+    theirs = bench_step.Ours("student", ours.stage, compiled, weights(ours))
+    for number in range(4):
+        mine, others = (bench_step.one_step(runner, number, clips) for runner in (ours, theirs))
+        torch.testing.assert_close(mine, others, rtol=rtol, atol=0)
+
+
+@NO_GPU
+@pytest.mark.parametrize("kind", ["teacher", "student", "ema"])
+def test_steps_on_cuda_are_the_cpus_and_never_wait(kind):
+    args, gpu = (tiny_args("--batch-size", 4, "--dtype", "float32", "--no-compile", device=d) for d in ("cpu", "cuda"))
+    ours, clips = tiny_step(kind, args), bench_step.random_clips(args)
+    theirs = bench_step.Ours(kind, ours.stage, gpu, weights(ours))
+    for number in range(4):
+        mine = bench_step.one_step(ours, number, clips)
+        torch.cuda.set_sync_debug_mode("error" if number else "default")  # the first one allocates and makes tables
+        others = bench_step.one_step(theirs, number, clips.pin_memory())
+        torch.cuda.set_sync_debug_mode("default")
+        torch.testing.assert_close(mine, [x.cpu() for x in others], rtol=1e-3, atol=0)
 
 
 def test_a_peer_that_computes_something_else_ends_the_script(capfd):
@@ -114,7 +137,7 @@ def test_what_was_not_measured_costs_as_much_per_flop_as_the_nearest_that_was():
 def test_the_command_prints_times_ratios_and_shares(capsys, monkeypatch):
     pytest.importorskip("transformers")
     monkeypatch.setattr(bench_step, "matmul_ceiling", lambda args: 5e10)
-    flags = ["--batch-size", 2, "--rounds", 2, "--round-steps", 1]
+    flags = ["--batch-size", 2, "--rounds", 2, "--round-steps", 1, "--device", "cpu"]
     run_script(bench, "step", *TINY, *flags, "--kind", "teacher", "--sharded")
     out = capsys.readouterr().out
     assert "ours  " in out and "ours, sharded " in out and out.count("times as long as ours") == 1
@@ -136,13 +159,21 @@ def test_the_sweep_measures_what_fits_and_marks_what_does_not(capsys, monkeypatc
     assert len(paper.strip().splitlines()) == 2 + len(bench_step.PAPER_RUNS) and "~" in paper
 
 
+@pytest.mark.parametrize("peaks, memory", [((100, 300), 300), ((300, 300), None)])
+def test_a_cell_on_the_cpu_has_a_memory_if_the_process_never_needed_as_much(peaks, memory, monkeypatch):
+    monkeypatch.setattr(training, "peak_memory", lambda device, peaks=iter(peaks): next(peaks))
+    own = argparse.Namespace(teacher=None, teacher_steps=1, round_steps=1)
+    cell = bench_step.Cell("teacher", "vit_ti", 4, 32, 1, "")
+    assert bench_step.measure(cell, own, tiny_args("--batch-size", 1), lambda work: True).memory == memory
+
+
 def test_mistakes_are_refused_in_one_line(capfd):
-    assert "--width" in refusal(capfd, bench, "step", *TINY, "--sweep")
+    assert "--width" in refusal(capfd, bench, "step", *TINY, "--device", "cpu", "--sweep")
 
 
 @pytest.mark.slow
 def test_compilations_and_graph_breaks_are_counted(capsys, monkeypatch):
-    flags = [*TINY, "--batch-size", 2, "--compiles", 3, "--compile-backend", "eager"]
+    flags = [*TINY, "--device", "cpu", "--batch-size", 2, "--compiles", 3, "--compile-backend", "eager"]
     with pytest.raises(SystemExit) as stop:
         run_script(bench, "step", *flags)
     out = capsys.readouterr().out
