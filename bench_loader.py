@@ -136,7 +136,7 @@ def their_clip(args, path, rng):
     import decord
 
     video = decord.VideoReader(str(path), num_threads=1)
-    wanted = data._wanted(rng.random(), args.num_frames, args.frame_step, len(video))
+    wanted = data.wanted_frames(rng.random(), args.num_frames, args.frame_step, len(video))
     frames = torch.tensor(video.get_batch(wanted).asnumpy(), dtype=torch.float32).permute(3, 0, 1, 2)
     top, left, height, width = data.random_crop(rng, *frames.shape[2:])
     clip = frames[:, :, top : top + height, left : left + width]

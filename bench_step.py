@@ -43,7 +43,7 @@ import train_ema_baseline
 import train_student
 import train_teacher
 import training
-from model import CHECKPOINT_FORMAT, SIZES, Encoder, Predictor, gather, token_grid
+from model import CHECKPOINT_FORMAT, SIZES, Encoder, Predictor, gather
 
 WARMUP = {False: 2, True: 4}  # steps before any timing: allocation; of compiled ones: compilation
 FIRST = max(WARMUP.values())  # step that is timed
@@ -83,26 +83,33 @@ def allocated(args):
 
 
 class Ours:
-    """Networks, loss and optimiser of the training script of this kind, freshly initialised or with `weights`."""
+    """The training scripts' losses on these networks."""
 
-    def __init__(self, kind, stage, args, weights=None, sharded=False):
-        encoder, predictor, teacher, _ = self.stage = stage
-        self.kind, self.args, self.compiled, self.teacher = kind, args, args.compile, None
-        self.name = "ours, sharded" if sharded else "ours"
-        self.allocated_before = allocated(args)
+    def __init__(self, kind, args, encoder, predictor, teacher):
+        self.kind, self.args = kind, args
+        self.encoder, self.predictor, self.teacher = encoder, predictor, teacher
+
+    @classmethod
+    def build(cls, kind, stage, args, weights=None, sharded=False):
+        """Networks and optimiser as this kind's training script makes them; freshly initialised without weights."""
+        allocated_before = allocated(args)
+        encoder, predictor, teacher, _ = stage
         with torch.device(args.device):
-            self.encoder, self.predictor = Encoder(**encoder), Predictor(**predictor)
+            networks = {"encoder": Encoder(**encoder), "predictor": Predictor(**predictor), "teacher": None}
             if kind == "student":
-                self.teacher = Encoder(**teacher).requires_grad_(False).to(getattr(torch, args.dtype))
+                networks["teacher"] = Encoder(**teacher).requires_grad_(False).to(getattr(torch, args.dtype))
         if kind == "ema":
-            self.teacher = copy.deepcopy(self.encoder).requires_grad_(False)
-        for name in ("encoder", "predictor", "teacher"):
-            network = getattr(self, name)
+            networks["teacher"] = copy.deepcopy(networks["encoder"]).requires_grad_(False)
+        for name, network in networks.items():
             if network and weights:
                 network.load_state_dict(weights[name])
             if network:
                 training.prepare(network, args, sharded and not (name == "teacher" and kind == "student"))
+        self = cls(kind, args, **networks)
+        self.name, self.compiled = "ours, sharded" if sharded else "ours", args.compile
+        self.stage, self.allocated_before = stage, allocated_before
         self.optimizer = training.make_optimizer([self.encoder, self.predictor], args)
+        return self
 
     def latents(self, clips):
         return train_student.latent_targets(self.teacher, clips)
@@ -113,24 +120,30 @@ class Ours:
 
 
 class HuggingFace:
-    """The same from transformers, with the weights of `ours`."""
+    """The same losses on transformers' networks: the student's VJEPA2Model and the teacher's encoder."""
 
-    def __init__(self, ours, weights, compiled):
-        self.kind, self.args, self.stage = ours.kind, ours.args, ours.stage
-        self.name, self.compiled = f"hf {'compiled' if compiled else 'eager'}", compiled
-        self.allocated_before = allocated(self.args)
-        self.student = hf_model(ours.encoder.config, weights["encoder"], ours.predictor.config, weights["predictor"])
-        self.encoder, self.teacher = self.student.encoder, None
-        layers = [*self.encoder.layer, *self.student.predictor.layer]
-        self.student.to(self.args.device)
-        if ours.teacher:
-            self.teacher = hf_model(ours.teacher.config, weights["teacher"]).encoder.requires_grad_(False)
-            self.teacher.to(self.args.device)
-            layers += self.teacher.layer
-        if compiled:
-            for layer in layers:
+    def __init__(self, kind, args, student, teacher):
+        self.kind, self.args, self.student = kind, args, student
+        self.encoder, self.predictor = student.encoder, student.predictor
+        self.teacher = teacher and teacher.requires_grad_(False)
+
+    @classmethod
+    def build(cls, ours, weights, compiled):
+        """With the weights of `ours`."""
+        allocated_before = allocated(ours.args)
+        student = hf_model(ours.encoder.config, weights["encoder"], ours.predictor.config, weights["predictor"])
+        teacher = hf_model(ours.teacher.config, weights["teacher"]).encoder if ours.teacher else None
+        self = cls(ours.kind, ours.args, student, teacher)
+        if ours.kind == "student":  # frozen, hence as ours
+            teacher.to(getattr(torch, ours.args.dtype))
+        for network in filter(None, (self.encoder, self.predictor, self.teacher)):
+            network.to(ours.args.device)
+            for layer in network.layer if compiled else ():
                 layer.compile()
-        self.optimizer = training.make_optimizer([self.student], self.args)
+        self.name, self.compiled = f"hf {'compiled' if compiled else 'eager'}", compiled
+        self.stage, self.allocated_before = ours.stage, allocated_before
+        self.optimizer = training.make_optimizer([student], ours.args)
+        return self
 
     @torch.no_grad()
     def latents(self, clips):
@@ -138,14 +151,14 @@ class HuggingFace:
         return F.layer_norm(latents, latents.shape[-1:])
 
     def loss(self, targets, clips, mask, i):
-        encoder, predictor = self.encoder, self.student.predictor
-        x = gather(encoder.embeddings(clips.transpose(1, 2)), mask.context_ids)
-        for layer in encoder.layer:
+        x = gather(self.encoder.embeddings(clips.transpose(1, 2)), mask.context_ids)
+        for layer in self.encoder.layer:
             x = layer(x, mask.context_ids)[0]
-        x, ids = predictor.embeddings(encoder.layernorm(x), [mask.context_ids], [mask.target_ids], i)
-        for layer in predictor.layer:
+        context = self.encoder.layernorm(x)
+        x, ids = self.predictor.embeddings(context, [mask.context_ids], [mask.target_ids], i)
+        for layer in self.predictor.layer:
             x = layer(x, ids)[0]
-        predicted = predictor.proj(predictor.layernorm(x)[:, mask.context_ids.shape[1] :])
+        predicted = self.predictor.proj(self.predictor.layernorm(x)[:, mask.context_ids.shape[1] :])
         off = predicted.float() - gather(targets, mask.target_ids)
         return (off.square() if self.kind == "teacher" else off.abs()).mean()
 
@@ -163,14 +176,15 @@ def hf_model(encoder, weights, predictor=None, predictor_weights=None):
         model, theirs = convert.to_hf(folder)
     model.load_state_dict(theirs, strict=predictor is not None, assign=True)
     if predictor:
-        model.predictor.proj = torch.nn.Linear(predictor["width"], predictor["out_width"])
-        model.predictor.proj.load_state_dict({name: predictor_weights[f"proj.{name}"] for name in ("weight", "bias")})
+        model.predictor.proj = torch.nn.Linear(predictor["width"], predictor["out_width"], device="meta")
+        proj = {name: predictor_weights[f"proj.{name}"] for name in ("weight", "bias")}
+        model.predictor.proj.load_state_dict(proj, assign=True)
     return model.train()
 
 
 def drawn(args, number, g=0):
     """The masks of micro-batch g of a step, as the training scripts draw them."""
-    grid = token_grid((args.num_frames, args.resolution, args.resolution), args.tubelet_size, args.patch_size)
+    grid = training.clip_grid(args)
     rng, sizes = training.generator(args.seed, number, g), training.generator(args.seed, number)
     return masking.sample_masks(args.mask, grid, args.micro_batch_size, rng, args.mask_truncation, sizes), grid
 
@@ -324,17 +338,17 @@ def time_kind(kind, own, args):
     """Time one kind's steps, in turn with the peer's where one is asked for, and print all about them."""
     torch._dynamo.reset()  # the limit of compilations is for all networks of a process together
     stage, clips = flops.stages(own, args)[kind], random_clips(args)
-    ours = Ours(kind, stage, args)
+    ours = Ours.build(kind, stage, args)
     initial = {name: cpu_copy(getattr(ours, name)) for name in ("encoder", "predictor", "teacher")}
     print(f"\n{kind}, {args.num_frames} frames of {args.resolution}x{args.resolution}, encoder of width "
           f"{stage[0]['width']} and depth {stage[0]['depth']}, {args.batch_size} clips in micro-batches of "
           f"{args.micro_batch_size}, {args.dtype}, {'compiled' if args.compile else 'eager'}")  # fmt: skip
     runners, firsts = [ours], [warm_up(ours, clips)]
     if own.sharded:
-        runners.append(Ours(kind, stage, args, initial, sharded=True))
+        runners.append(Ours.build(kind, stage, args, initial, sharded=True))
         firsts.append(warm_up(runners[-1], clips))
     for compiled in [False, True][: 1 + own.peer_compile] if own.peer else []:
-        runners.append(HuggingFace(ours, initial, compiled))
+        runners.append(HuggingFace.build(ours, initial, compiled))
         firsts.append(warm_up(runners[-1], clips))
     ceiling, work, times = matmul_ceiling(args), [], {runner.name: [] for runner in runners}
     for first in range(0, own.rounds * own.round_steps, own.round_steps):
@@ -427,7 +441,7 @@ def measure(cell, own, args, seconds_left):
     torch._dynamo.reset()
     try:
         before = training.peak_memory(torch.device(args.device))
-        runner, clips = Ours(cell.kind, stage, args), random_clips(args)
+        runner, clips = Ours.build(cell.kind, stage, args), random_clips(args)
         _, memory = warm_up(runner, clips)
         if args.device == "cpu" and memory == before:  # the process has needed more for another cell
             memory = None
@@ -514,7 +528,7 @@ def count_compilations(kind, own, args):
     torch._dynamo.utils.counters.clear()
     torch._dynamo.utils.clear_compilation_metrics()
     args.compile = True
-    clips, runner = random_clips(args), Ours(kind, flops.stages(own, args)[kind], args)
+    clips, runner = random_clips(args), Ours.build(kind, flops.stages(own, args)[kind], args)
     with torch.compiler.set_stance("default", force_backend=own.compile_backend):
         for number in range(own.compiles):
             one_step(runner, number, clips)

@@ -169,7 +169,7 @@ def read_clip(path, num_frames, frame_step, place, fps=None):
     return read_clips(path, num_frames, frame_step, [place], fps)[0]
 
 
-def _wanted(place, num_frames, step, length):
+def wanted_frames(place, num_frames, step, length):
     """Which frames a clip takes of a video of `length` frames; fractions of frames where step is no whole number."""
     room = max(0, math.floor(length - 1 - (num_frames - 1) * step))
     wanted = min(int(place * (room + 1)), room) + step * np.arange(num_frames)
@@ -189,7 +189,7 @@ def _read_folder(folder, num_frames, frame_step, places, fps):
         raise BadVideo(f"{folder}: a folder without numbered images")
     if fps:
         raise BadVideo(f"{folder}: a folder of images has no time for --fps; --frame-step is needed")
-    clips = [_wanted(place, num_frames, frame_step, len(images)) for place in places]
+    clips = [wanted_frames(place, num_frames, frame_step, len(images)) for place in places]
     frames = {n: _read_image(images[n][1]) for n in set(np.concatenate(clips).tolist())}
     return [[frames[n] for n in clip.tolist()] for clip in clips]
 
@@ -226,7 +226,7 @@ def _read_video(path, num_frames, frame_step, places, fps, careful):
         if fps and not unit:
             raise BadVideo(f"{path}: no time stamps for --fps; --frame-step is needed")
         step = 1 / (fps * duration * float(unit)) if fps else frame_step
-        clips = [start + duration * _wanted(place, num_frames, step, length) for place in places]
+        clips = [start + duration * wanted_frames(place, num_frames, step, length) for place in places]
         times = np.unique(np.concatenate(clips))
         if careful:
             frames = _decode_all(path, np.array(shown), times + duration / 2)
@@ -429,7 +429,7 @@ class Manifest:
         crops = [functools.partial(random_crop, rng) if self.train else centre_crop for rng in rngs]
         while True:
             places = [rng.random() if self.train else 0.5 for rng in rngs]
-            _now_reading(line)
+            now_reading(line)
             try:
                 clips = read_clips(
                     self.paths[line], self.num_frames, self.frame_step, places, self.fps, crops, self.resolution
@@ -479,7 +479,7 @@ def uniforms(seed, numbers, count):
     return (z >> 40 & (1 << 24) - 1).float() * 2**-24
 
 
-def _shape_outlines(steps=360):
+def shape_outlines(steps=360):
     """Radius of every shape as a function of the angle, (6, steps), and of its hole, (6,); all shapes have area pi."""
     angle = torch.arange(steps) * TAU / steps
 
@@ -562,7 +562,7 @@ def synthetic_clips(seed, numbers, num_frames, resolution):
     x, y = travel(motion * (TAU / len(MOTIONS)), draw(0.4, 0.9))
     shapes = texture(x, y, darkest=0.55)
     dx, dy = offsets(x, y, across=2)
-    outline, hole = (table.to(device) for table in _shape_outlines())
+    outline, hole = (table.to(device) for table in shape_outlines())
     steps = outline.shape[1]
     radius, turned = draw(0.16, 0.21)[:, None, None, None], draw(-0.4, 0.4)[:, None, None, None]
     angle = ((torch.atan2(dy, dx) - turned) * (steps / TAU)).long() % steps
@@ -637,7 +637,8 @@ def give_back_memory():
         LIBC.malloc_trim(0)
 
 
-def _now_reading(line):
+def now_reading(line):
+    """In a loader process: note the manifest line that it turns to, for `loader_failed`."""
     worker = torch.utils.data.get_worker_info()
     if worker:
         worker.dataset.reading[worker.id] = line
@@ -668,7 +669,8 @@ def clip_loader(source, batches, workers=0, pin_memory=False, timeout=0):
     dataset = _Fetch(source, workers)
     loader = torch.utils.data.DataLoader(
         dataset, batch_sampler=batches, collate_fn=_as_it_is, num_workers=workers, pin_memory=pin_memory,
-        timeout=timeout, worker_init_fn=_start_worker, multiprocessing_context="fork" if workers else None,
+        timeout=timeout if workers else 0, worker_init_fn=_start_worker,
+        multiprocessing_context="fork" if workers else None,
     )  # fmt: skip
     try:
         yield from loader

@@ -261,9 +261,10 @@ def print_hours(own, args, flags):
     device = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"
     print(f"{TIMED_STEPS} steps of {args.micro_batch_size} clips each, on one {device}")
     with tempfile.TemporaryDirectory() as folder:
-        untrained = Encoder(**config).state_dict()
-        torch.save({"format": CHECKPOINT_FORMAT, "kind": "teacher", "step": 0, "model": {"encoder": config},
-                    "encoder": untrained, "args": {}}, f"{folder}/untrained.pt")  # fmt: skip
+        if "student" in (own.hours or plan):
+            untrained = Encoder(**config).state_dict()
+            torch.save({"format": CHECKPOINT_FORMAT, "kind": "teacher", "step": 0, "model": {"encoder": config},
+                        "encoder": untrained, "args": {}}, f"{folder}/untrained.pt")  # fmt: skip
         size = next(name for name, size in SIZES.items() if size["mlp_ratio"] == config["mlp_ratio"])
         special = {
             "teacher": ["--model", size] + [f"--{name}={config[name]}" for name in ("width", "depth", "heads")],
@@ -318,7 +319,7 @@ def main():
         args.micro_batch_size = training.default_micro_batch_size(args.batch_size)
     training.require_at_least(args, 1, "micro_batch_size")
     try:
-        grid = token_grid((args.num_frames, args.resolution, args.resolution), args.tubelet_size, args.patch_size)
+        grid = training.clip_grid(args)
         if own.executed:
             print_executed(own, args, grid)
         elif own.match:

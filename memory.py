@@ -2,6 +2,7 @@
 
     python memory.py --kind student --model vit_g --teacher vit_l --processes 128   # on paper: nothing is allocated
     python memory.py --kind ema --model vit_l --processes 8 --micro-batch-size 12
+    python memory.py --kind student --model vit_l --batch-size 24 --peer hf         # beside Hugging Face's V-JEPA 2
     python memory.py --check --kind teacher --model vit_s --resolution 112 --batch-size 8 --micro-batch-size 4
     torchrun --nproc_per_node=2 memory.py --check --kind teacher --model vit_s --resolution 112 --batch-size 8
 
@@ -20,6 +21,7 @@ training scripts apply.
 import argparse
 import contextlib
 import json
+import math
 import os
 import runpy
 import shutil
@@ -38,11 +40,12 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import bench_step
 import data
 import flops
 import masking
 import training
-from model import CHECKPOINT_FORMAT, Encoder, Predictor, gather, rope_table, token_grid, tubelets
+from model import CHECKPOINT_FORMAT, Encoder, Predictor, rope_table
 
 GIB = 2**30
 TOLERANCE, CHECKED_STEPS = 0.15, 3  # of --check
@@ -108,6 +111,18 @@ class Live(TorchDispatchMode):
         return super().__exit__(*error)
 
 
+class ReadAs(TorchDispatchMode):
+    """Answers with `number` to whoever reads a tensor's value: the peer does so for its largest target id."""
+
+    def __init__(self, number):
+        super().__init__()
+        self.number = number
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        reads = function is torch.ops.aten._local_scalar_dense.default
+        return self.number if reads else function(*args, **(kwargs or {}))
+
+
 @contextlib.contextmanager
 def as_on_gpu():
     """A context with what is different on a GPU: flash attention's kernel, and autocast's layer norms in float32.
@@ -160,29 +175,33 @@ def fill(network, dtype=torch.float32):
     network.load_state_dict({name: filled(p) for name, p in network.state_dict().items()}, assign=True)
 
 
-def forward_and_backward(teacher, student, predictor, clips, ids, autocast):
-    """What the training scripts do with a micro-batch."""
-    if teacher:
-        with torch.no_grad(), autocast:
-            targets = F.layer_norm(teacher(clips).float(), (teacher.width,))
-    else:
-        y = tubelets(clips, student.tubelet_size, student.patch_size).unflatten(-1, (3, -1))
-        targets = ((y - y.mean(-1, keepdim=True)) / (y.std(-1, keepdim=True) + 1e-6)).flatten(-2)
-    for i, (context_ids, target_ids) in enumerate(ids):
+def forward_and_backward(runner, clips, masks, autocast):
+    """What the training scripts do with a micro-batch. runner: bench_step's Ours or HuggingFace."""
+    with autocast:
+        targets = bench_step.targets(runner, clips)
+    for i, mask in enumerate(masks):
         with autocast:
-            context = student(clips, context_ids)
-            predicted = predictor(context, context_ids, target_ids, student.grid(clips), i)
-            difference = predicted.float() - gather(targets, target_ids)
-            loss = (difference.abs() if teacher else difference.square()).mean() / len(ids)
+            loss = runner.loss(targets, clips, mask, i) / len(masks)
         loss.backward()
 
 
-def on_paper(own, args, stage, masks, checkpointing):
+def peer_on_meta(encoder, predictor, teacher):
+    """Hugging Face's (student, teacher or None) of these configs, on the meta device."""
+
+    def weights(cls, config):
+        with torch.device("meta"):
+            return cls(**config).state_dict()
+
+    student = bench_step.hf_model(encoder, weights(Encoder, encoder), predictor, weights(Predictor, predictor))
+    return student, teacher and bench_step.hf_model(teacher, weights(Encoder, teacher)).encoder
+
+
+def on_paper(own, args, stage, masks, checkpointing, peer=False):
     """{part: bytes of a process} for the networks of one of `flops.stages`; masks: [(context, targets), ...] counts.
 
     weights, teacher, gradients, optimizer: each in full. step: the most that is alive in a forward and backward pass,
     update: in the update, both with all that is there besides. activations: what `step` has more than those parts that
-    stay throughout; gathered: the whole weights among them that FSDP2 has gathered.
+    stay throughout; gathered: the whole weights among them that FSDP2 has gathered. peer: of Hugging Face's networks.
     """
     encoder_config, predictor_config, teacher_config, _ = stage
     dtype, clips_at_once = getattr(torch, args.dtype), args.micro_batch_size
@@ -191,17 +210,22 @@ def on_paper(own, args, stage, masks, checkpointing):
     rope_table.cache_clear()
     parts, live = {}, Live()
     with first_of(own.processes, own.processes_per_node):
-        student, predictor = built(Encoder, encoder_config, args), built(Predictor, predictor_config, args)
         frozen = own.kind == "student"
-        teacher = teacher_config and built(Encoder, teacher_config, args, own.shard_teacher or not frozen)
+        if peer:
+            student, teacher = peer_on_meta(encoder_config, predictor_config, teacher_config)
+            runner, trained = bench_step.HuggingFace(own.kind, args, student, teacher), [student]
+        else:
+            student, predictor = built(Encoder, encoder_config, args), built(Predictor, predictor_config, args)
+            teacher = teacher_config and built(Encoder, teacher_config, args, own.shard_teacher or not frozen)
+            runner, trained = bench_step.Ours(own.kind, args, student, predictor, teacher), [student, predictor]
         with FakeTensorMode(allow_non_fake_inputs=True), live, as_there:
             if teacher:
                 fill(teacher.requires_grad_(False), dtype if frozen else torch.float32)
             parts["teacher"] = live.bytes
-            fill(student)
-            fill(predictor)
+            for network in trained:
+                fill(network)
             parts["weights"] = live.bytes - sum(parts.values())
-            params = [*student.parameters(), *predictor.parameters()]
+            params = [p for network in trained for p in network.parameters()]
             averages = [torch.zeros_like(p) for p in params for _ in range(2)]  # AdamW's; updates are in place
             parts["optimizer"] = live.bytes - sum(parts.values())
             gradients = [torch.zeros_like(p) for p in params]
@@ -218,8 +242,10 @@ def on_paper(own, args, stage, masks, checkpointing):
             clips = data.normalise(batch, "cpu")
             del batch  # on a GPU the host has it, on the CPU a loader process's shared memory
             ids = [[torch.empty(clips_at_once, count, dtype=torch.long) for count in mask] for mask in masks]
+            ids = [masking.Mask(*mask, None, None) for mask in ids]
             autocast = torch.autocast("cpu", torch.bfloat16, enabled=args.dtype == "bfloat16")
-            forward_and_backward(teacher, student, predictor, clips, ids, autocast)
+            with ReadAs(math.prod(training.clip_grid(args))) if peer else contextlib.nullcontext():
+                forward_and_backward(runner, clips, ids, autocast)
             stay = sum(parts.values()) - (0 if several else parts["gradients"])
             parts |= {"activations": live.peak - stay, "gathered": live.gathered_at_peak, "step": live.peak}
             together = parts["gradients"] if own.processes > 1 and args.parallel == "replicate" else 0
@@ -240,9 +266,11 @@ def largest(drawn, stage):
 
 
 def print_paper(own, args, stage, masks):
-    """A table of what one process needs, without and with --activation-checkpointing."""
+    """A table of what one process needs, without and with --activation-checkpointing; and of what the peer needs."""
     several = args.batch_size > own.processes * args.micro_batch_size
-    kept, again = (on_paper(own, args, stage, masks, checkpointing) for checkpointing in (False, True))
+    columns = {"": on_paper(own, args, stage, masks, False), "checkpointed": on_paper(own, args, stage, masks, True)}
+    if own.peer:
+        columns["hf"] = on_paper(own, args, stage, masks, False, peer=True)
     teacher = "moving average" if own.kind == "ema" else f"frozen teacher ({args.dtype})"
     rows = {
         "weights": "weights (float32)",
@@ -257,11 +285,11 @@ def print_paper(own, args, stage, masks):
     print(f"{own.processes} process(es) x {args.batch_size // own.processes // args.micro_batch_size} micro-batch(es) "
           f"x {args.micro_batch_size} clips, {args.dtype} on {'a GPU' if args.device == 'cuda' else 'the CPU'}, eager; "
           f"masks: {', '.join(f'{c} + {t}' for c, t in masks)} tokens\n")  # fmt: skip
-    print(f"{f'GiB per process, {own.kind}':44}{'':>10}{'checkpointed':>16}")
+    print(f"{f'GiB per process, {own.kind}':40}" + "".join(f"{name:>14}" for name in columns))
     for part, label in rows.items():
-        if kept[part]:
-            print(f"{label:44}{kept[part] / GIB:10.3f}{again[part] / GIB:16.3f}")
-    print(f"{'needed':44}{peak(kept) / GIB:10.3f}{peak(again) / GIB:16.3f}")
+        if columns[""][part]:
+            print(f"{label:40}" + "".join(f"{column[part] / GIB:14.3f}" for column in columns.values()))
+    print(f"{'needed':40}" + "".join(f"{peak(column) / GIB:14.3f}" for column in columns.values()))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -340,6 +368,7 @@ def main():
     flag("--processes", type=int, default=1, help="GPUs of the run")
     flag("--processes-per-node", type=int, default=8, help="for --hybrid")
     flag("--draws", type=int, default=100, help="of masks; the largest count")
+    flag("--peer", choices=("hf",), help="the same step with transformers' VJEPA2Model, on paper")
     flag("--check", action="store_true", help="run the script here (under torchrun for several processes) and compare")
     own, flags = parser.parse_known_args()
     own.teacher_steps = 0  # flops.stages counts steps, too
@@ -361,6 +390,8 @@ def main():
         training.fail(f"--micro-batch-size {args.micro_batch_size} does not divide {share} clips per process")
     if own.kind != "student" and (own.teacher or own.shard_teacher):
         training.fail(f"--kind {own.kind} takes no --teacher: it has none that is frozen")
+    if own.peer and (own.check or own.processes > 1):
+        training.fail("--peer is for paper and one process: nothing shards it")
     if own.check and own.processes > 1:
         training.fail("--check runs on the processes that torchrun starts: --processes is for paper alone")
     if own.check:
@@ -368,12 +399,12 @@ def main():
     if args.parallel == "hybrid" and own.processes % own.processes_per_node:
         training.fail(f"--hybrid: {own.processes} processes are not whole nodes of {own.processes_per_node}")
     try:
-        grid = token_grid((args.num_frames, args.resolution, args.resolution), args.tubelet_size, args.patch_size)
+        grid = training.clip_grid(args)
         stage = flops.stages(own, args)[own.kind]
         if own.check:
             sys.exit(0 if check(own, args, stage, grid, flags) else 1)
         print_paper(own, args, stage, largest(flops.drawn_masks(args, grid, own.draws), stage))
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         training.fail(str(error))
 
 

@@ -430,7 +430,7 @@ def synthetic_pair(seed, number, num_frames, resolution):
         possible["x"] = impossible["x"] = torch.full((T,), draw(0.3, 0.7))
         possible["y"], impossible["y"] = (0.5 + fall).clamp(max=1 - size), (0.5 - fall).clamp(min=size)
 
-    outlines, holes = data._shape_outlines()
+    outlines, holes = data.shape_outlines()
 
     def shape_opacity(x, y, kind, there):  # (T, 1, S, S)
         outline, hole = (table[kind] / outlines[kind].max() * size for table in (outlines, holes))

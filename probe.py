@@ -213,7 +213,7 @@ class Videos(data.Manifest):
         while True:
             shares = rng.random(self.segments) if self.train else np.full(self.segments, 0.5)
             places = ((np.arange(self.segments) + shares) / self.segments).tolist()
-            data._now_reading(line)
+            data.now_reading(line)
             try:
                 clips = data.read_clips(
                     self.paths[line], self.num_frames, self.frame_step, places * len(crops), self.fps,

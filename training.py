@@ -141,13 +141,18 @@ def training_flags(description, out, steps):
     return parser
 
 
+def clip_grid(args):
+    """The token grid (time, rows, columns) of the clips that flags describe; ValueError if it does not divide."""
+    return token_grid((args.num_frames, args.resolution, args.resolution), args.tubelet_size, args.patch_size)
+
+
 def encoder_config(args):
     """What `Encoder` takes, from a size and its overrides. Ends the script if the numbers do not fit together."""
     config = dict(SIZES[args.model])
     config.update({k: getattr(args, k) for k in ("width", "depth", "heads") if getattr(args, k) is not None})
     config.update({k: getattr(args, k) for k in ("num_frames", "resolution", "patch_size", "tubelet_size")})
     try:
-        token_grid((args.num_frames, args.resolution, args.resolution), args.tubelet_size, args.patch_size)
+        clip_grid(args)
         with torch.device("meta"):
             Encoder(**config)
     except ValueError as error:
@@ -223,6 +228,8 @@ def setup(args):
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
     sys.excepthook = _in_one_line
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # into which nobody writes
+    warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as it should be with one process
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(args.seed)
     if rank == 0:
@@ -269,7 +276,6 @@ def prepare(network, args, sharded=True):
         policy = MixedPrecisionPolicy(cast_forward_inputs=False)  # RoPE's tables stay float32
         if args.dtype == "bfloat16":
             policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # into which nobody writes
         for part in (*network.blocks, network):
             fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     return network
@@ -304,8 +310,7 @@ def training_loader(source, args, start_step):
         for step in range(start_step, args.steps)
         for first in (step * args.batch_size + g * size for g in micro_batch_indices(args))
     )
-    timeout = args.loader_timeout if args.workers else 0
-    return data.clip_loader(source, numbers, args.workers, pin_memory=args.device == "cuda", timeout=timeout)
+    return data.clip_loader(source, numbers, args.workers, args.device == "cuda", args.loader_timeout)
 
 
 def next_batch(loader):
@@ -410,11 +415,9 @@ def fixed_batch(source, args):
         numbers = np.linspace(0, len(source) - 1, len(numbers)).round().astype(int).tolist()
     elif not args.data:
         source = data.Synthetic(args.num_frames, args.resolution, HELD_OUT_SEED)
-    workers = min(1, args.workers)
-    timeout = args.loader_timeout if workers else 0
-    clips = next_batch(data.clip_loader(source, [numbers], workers, timeout=timeout)).clips
-    grid = token_grid(clips.shape, args.tubelet_size, args.patch_size)
-    masks = masking.sample_masks(args.mask, grid, len(clips), generator(args.seed, HELD_OUT_SEED), args.mask_truncation)
+    clips = next_batch(data.clip_loader(source, [numbers], min(1, args.workers), timeout=args.loader_timeout)).clips
+    rng = generator(args.seed, HELD_OUT_SEED)
+    masks = masking.sample_masks(args.mask, clip_grid(args), len(clips), rng, args.mask_truncation)
     return clips, masks, bool(args.held_out or not args.data)
 
 
@@ -497,7 +500,7 @@ class Run:
         self.teacher_config = teacher.config if teacher else None
         self.rank, self.world = rank_and_world()
         self.device = torch.device(args.device)
-        self.grid = token_grid((args.num_frames, args.resolution, args.resolution), args.tubelet_size, args.patch_size)
+        self.grid = clip_grid(args)
         self.num_micro_batches = len(micro_batch_indices(args))  # per step, of this process
         self.start_step, self.seconds, self.flops = 0, 0.0, 0.0
         self.samples, self.num_bad, self.bad = 0, 0, set()  # of this process, since it started
@@ -711,9 +714,7 @@ class Run:
         """resume/step-N: every process writes its part; the folder gets its name when it is whole."""
         if dist.is_initialized():
             dist.barrier()
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as it should be with one process
-            dcp.save(self._state()[1], checkpoint_id=aside)
+        dcp.save(self._state()[1], checkpoint_id=aside)
         if self.rank == 0:
             record = {"step": step, "kind": self.kind, "model": self.model, "args": self._plain_args(),
                       "seconds": self.seconds, "flops": self.flops, "counted": self.counted,
@@ -812,9 +813,7 @@ class Run:
         if record["kind"] != self.kind or record["model"] != self.model:
             fail(f"{self.args.out} holds a run of another kind or model; choose another --out, or --fresh", agreed=True)
         networks, state = self._state()
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")
-            dcp.load(state, checkpoint_id=folder)
+        dcp.load(state, checkpoint_id=folder)
         set_model_state_dict(networks, state["networks"])
         groups = get_optimizer_state_dict(networks, self.optimizer)["param_groups"]
         set_optimizer_state_dict(networks, self.optimizer, {"state": state["optimizer"], "param_groups": groups})

@@ -33,7 +33,8 @@ def tiny_args(*more, device="cpu"):
 
 def tiny_step(kind, args, teacher=None):
     """Ours, with weights that all matter (mask tokens start at zero)."""
-    ours = bench_step.Ours(kind, flops.stages(argparse.Namespace(teacher=teacher, teacher_steps=1), args)[kind], args)
+    stages = flops.stages(argparse.Namespace(teacher=teacher, teacher_steps=1), args)
+    ours = bench_step.Ours.build(kind, stages[kind], args)
     randomise(ours.encoder), randomise(ours.predictor)
     return ours
 
@@ -48,9 +49,9 @@ def test_all_compute_the_same_steps_from_the_same_weights(kind, teacher, device)
     pytest.importorskip("transformers")
     args = tiny_args("--batch-size", 4, "--micro-batch-size", 2, "--dtype", "float32", "--no-compile", device=device)
     ours = tiny_step(kind, args, teacher)
-    peer, clips = bench_step.HuggingFace(ours, weights(ours), compiled=False), bench_step.random_clips(args)
+    peer, clips = bench_step.HuggingFace.build(ours, weights(ours), compiled=False), bench_step.random_clips(args)
     with bench_step.alone(args):
-        sharded = bench_step.Ours(kind, ours.stage, args, weights(ours), sharded=True)
+        sharded = bench_step.Ours.build(kind, ours.stage, args, weights(ours), sharded=True)
         assert all(isinstance(p, DTensor) for p in (*sharded.encoder.parameters(), *sharded.predictor.parameters()))
         assert not any(isinstance(p, DTensor) for p in ours.encoder.parameters())
         for number in range(4):  # of which all but the first depend on the gradients, and for ema on the moving average
@@ -70,7 +71,7 @@ def test_compiled_steps_are_the_eager_ones(dtype, rtol, device):
     flags = ["--batch-size", 2, "--dtype", dtype]
     args, compiled = (tiny_args(*flags, f"--{no}compile", device=device) for no in ("no-", ""))
     ours, clips = tiny_step("student", args), bench_step.random_clips(args)
-    theirs = bench_step.Ours("student", ours.stage, compiled, weights(ours))
+    theirs = bench_step.Ours.build("student", ours.stage, compiled, weights(ours))
     for number in range(4):
         mine, others = (bench_step.one_step(runner, number, clips) for runner in (ours, theirs))
         torch.testing.assert_close(mine, others, rtol=rtol, atol=0)
@@ -81,7 +82,7 @@ def test_compiled_steps_are_the_eager_ones(dtype, rtol, device):
 def test_steps_on_cuda_are_the_cpus_and_never_wait(kind):
     args, gpu = (tiny_args("--batch-size", 4, "--dtype", "float32", "--no-compile", device=d) for d in ("cpu", "cuda"))
     ours, clips = tiny_step(kind, args), bench_step.random_clips(args)
-    theirs = bench_step.Ours(kind, ours.stage, gpu, weights(ours))
+    theirs = bench_step.Ours.build(kind, ours.stage, gpu, weights(ours))
     for number in range(4):
         mine = bench_step.one_step(ours, number, clips)
         torch.cuda.set_sync_debug_mode("error" if number else "default")  # the first one allocates and makes tables
@@ -161,7 +162,8 @@ def test_the_sweep_measures_what_fits_and_marks_what_does_not(capsys, monkeypatc
 
 @pytest.mark.parametrize("peaks, memory", [((100, 300), 300), ((300, 300), None)])
 def test_a_cell_on_the_cpu_has_a_memory_if_the_process_never_needed_as_much(peaks, memory, monkeypatch):
-    monkeypatch.setattr(training, "peak_memory", lambda device, peaks=iter(peaks): next(peaks))
+    peaks = iter(peaks)
+    monkeypatch.setattr(training, "peak_memory", lambda device: next(peaks))
     own = argparse.Namespace(teacher=None, teacher_steps=1, round_steps=1)
     cell = bench_step.Cell("teacher", "vit_ti", 4, 32, 1, "")
     assert bench_step.measure(cell, own, tiny_args("--batch-size", 1), lambda work: True).memory == memory

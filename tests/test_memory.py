@@ -1,11 +1,15 @@
 """Memory on paper: against the peak of real runs, and what must be true of it at sizes that no test can run."""
 
+import contextlib
 import re
 
 import pytest
+import torch
 from conftest import TINY, refusal, run_script
 
+import bench_step
 import flops
+import masking
 import memory
 import training
 from model import SIZES, Encoder, Predictor
@@ -15,14 +19,14 @@ SMALL = [*TINY, "--depth", 3, "--width", 48, "--batch-size", 32, "--micro-batch-
 
 
 def paper(*flags, kind="student", processes=1, shard_teacher=False, device="cpu", dtype="float32", checkpointing=False,
-          masks=((100, 200), (40, 300))):  # fmt: skip
+          peer=False, masks=((100, 200), (40, 300))):  # fmt: skip
     """`memory.on_paper` of flags, with masks that fit the grid of 2x14x14 tokens."""
     flags = ["--num-frames", 4, "--micro-batch-size", 2, *flags]
     args = training.training_flags("", out="out", steps=10).parse_args([str(flag) for flag in flags])
     args.device, args.dtype, args.compile = device, dtype, False
     own = memory.argparse.Namespace(kind=kind, teacher=None, teacher_steps=0, processes=processes, processes_per_node=2,
                                     shard_teacher=shard_teacher)  # fmt: skip
-    return memory.on_paper(own, args, flops.stages(own, args)[kind], masks, checkpointing)
+    return memory.on_paper(own, args, flops.stages(own, args)[kind], masks, checkpointing, peer)
 
 
 @pytest.mark.parametrize("kind, flags", [
@@ -104,6 +108,26 @@ def test_masks_do_not_add_up():
     assert both["step"] == pytest.approx(large["step"], rel=0.02)
 
 
+@pytest.mark.parametrize("kind", ["teacher", "student"])
+def test_the_peer_on_paper_agrees_with_the_peak_of_its_step(kind):
+    pytest.importorskip("transformers")
+    flags = ["--width", 48, "--depth", 3, "--heads", 2, "--predictor-depth", 2, "--batch-size", 2]
+    parts, ours = (paper(*flags, kind=kind, peer=peer) for peer in (True, False))
+    for name in ("weights", "gradients", "optimizer", "teacher"):
+        assert parts[name] == ours[name]
+    flags = [*map(str, flags), "--num-frames", "4", "--device", "cpu", "--no-compile"]
+    args = training.training_flags("", out="out", steps=160_000).parse_args(flags)
+    training.setup(args)
+    own = memory.argparse.Namespace(teacher=None, teacher_steps=1)
+    runner = bench_step.Ours.build(kind, flops.stages(own, args)[kind], args)
+    weights = {name: bench_step.cpu_copy(getattr(runner, name)) for name in ("encoder", "predictor", "teacher")}
+    peer, clips = bench_step.HuggingFace.build(runner, weights, compiled=False), torch.zeros(2, 3, 4, 224, 224)
+    masks = [masking.Mask(torch.arange(c).repeat(2, 1), torch.arange(c, c + t).repeat(2, 1), None, None)
+             for c, t in ((100, 200), (40, 300))]  # fmt: skip
+    truth = memory.cpu_peak(lambda: memory.forward_and_backward(peer, clips, masks, contextlib.nullcontext()))
+    assert parts["activations"] - 4 * clips.numel() == pytest.approx(truth, rel=0.15)
+
+
 def test_the_table(capfd):
     run_script(
         memory, "--model", "vit_ti", "--depth", 1, "--predictor-depth", 1, "--processes", 4, "--teacher", "vit_s"
@@ -118,6 +142,7 @@ def test_the_table(capfd):
     (["--processes", 5], "not divisible by 5"),
     (["--micro-batch-size", 5], "--micro-batch-size 5 does not divide"),
     (["--kind", "teacher", "--teacher", "vit_s"], "takes no --teacher"),
+    (["--peer", "hf", "--processes", 2], "--peer is for paper and one process"),
     (["--hybrid", "--processes", 12], "not whole nodes of 8"),
     (["--check", "--processes", 4], "torchrun"),
     (["--teacher", "nothing"], "no checkpoint"),
