@@ -216,6 +216,7 @@ def one_step(runner, number, clips, mark=ignore):
     args, loss = runner.args, 0.0
     micro_batches = args.batch_size // args.micro_batch_size
     for g in range(micro_batches):
+        training.last_micro_batch((runner.encoder, runner.predictor), g == micro_batches - 1)
         masks = [mask.to(args.device) for mask in drawn(args, number, g)[0]]
         normalised = data.normalise(clips, torch.device(args.device))
         autocast = torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16")

@@ -230,11 +230,6 @@ def on_paper(own, args, stage, masks, checkpointing, peer=False):
             parts["optimizer"] = live.bytes - sum(parts.values())
             gradients = [torch.zeros_like(p) for p in params]
             parts["gradients"] = live.bytes - sum(parts.values())
-            several = args.batch_size > own.processes * clips_at_once
-            if several:  # those of the micro-batches before
-                for p, gradient in zip(params, gradients, strict=True):
-                    p.grad = gradient
-                del gradient
             del gradients
             live.start_again()
 
@@ -245,14 +240,26 @@ def on_paper(own, args, stage, masks, checkpointing, peer=False):
             ids = [masking.Mask(*mask, None, None) for mask in ids]
             autocast = torch.autocast("cpu", torch.bfloat16, enabled=args.dtype == "bfloat16")
             with ReadAs(math.prod(training.clip_grid(args))) if peer else contextlib.nullcontext():
-                forward_and_backward(runner, clips, ids, autocast)
-            stay = sum(parts.values()) - (0 if several else parts["gradients"])
+                for last in (False, True)[-micro_batches(own, args) :]:  # more of them change nothing
+                    training.last_micro_batch(trained, last)
+                    forward_and_backward(runner, clips, ids, autocast)
+            stay = sum(parts.values()) - (0 if gradients_stay(own, args) else parts["gradients"])
             parts |= {"activations": live.peak - stay, "gathered": live.gathered_at_peak, "step": live.peak}
             together = parts["gradients"] if own.processes > 1 and args.parallel == "replicate" else 0
             parts["update"] = live.bytes + together  # where training.average_gradients sums them
             del averages  # were alive until here
     rope_table.cache_clear()  # fake ones are of no use to others
     return parts
+
+
+def micro_batches(own, args):
+    """Of a step and process."""
+    return args.batch_size // own.processes // args.micro_batch_size
+
+
+def gradients_stay(own, args):
+    """Whether p.grad is there from micro-batch to micro-batch, not only what a process has not yet given the others."""
+    return micro_batches(own, args) > 1 and (own.processes == 1 or args.parallel == "replicate")
 
 
 def peak(parts):
@@ -267,7 +274,6 @@ def largest(drawn, stage):
 
 def print_paper(own, args, stage, masks):
     """A table of what one process needs, without and with --activation-checkpointing; and of what the peer needs."""
-    several = args.batch_size > own.processes * args.micro_batch_size
     columns = {"": on_paper(own, args, stage, masks, False), "checkpointed": on_paper(own, args, stage, masks, True)}
     if own.peer:
         columns["hf"] = on_paper(own, args, stage, masks, False, peer=True)
@@ -277,12 +283,12 @@ def print_paper(own, args, stage, masks):
         "gradients": "gradients (float32)",
         "optimizer": "AdamW's two averages (float32)",
         "teacher": f"{teacher}{'' if own.kind == 'ema' or own.shard_teacher else ', whole'}",
-        "activations": "activations" if several else "activations, and gradients as they come",
+        "activations": "activations" + ("" if gradients_stay(own, args) else ", and gradients as they come"),
         "gathered": "  of which gathered weights",
         "step": "peak of forward and backward pass",
         "update": "peak of the update",
     }
-    print(f"{own.processes} process(es) x {args.batch_size // own.processes // args.micro_batch_size} micro-batch(es) "
+    print(f"{own.processes} process(es) x {micro_batches(own, args)} micro-batch(es) "
           f"x {args.micro_batch_size} clips, {args.dtype} on {'a GPU' if args.device == 'cuda' else 'the CPU'}, eager; "
           f"masks: {', '.join(f'{c} + {t}' for c, t in masks)} tokens\n")  # fmt: skip
     print(f"{f'GiB per process, {own.kind}':40}" + "".join(f"{name:>14}" for name in columns))

@@ -36,7 +36,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 import data
@@ -261,9 +261,10 @@ def _in_one_line(kind, error, traceback):
 def prepare(network, args, sharded=True):
     """Ready a network for training, in place: compile and checkpoint its blocks, share it among the processes (FSDP2).
 
-    Its blocks' parameters, gradients and optimiser state are sharded over all processes, or with --hybrid over those of
-    a node. Parameters and sums of gradients are float32; with --dtype bfloat16 the forward and backward pass gather and
-    compute in bfloat16. With --replicate every process keeps everything, and `update` averages the gradients.
+    Its blocks' parameters and optimiser state are sharded over all processes, or with --hybrid over those of a node.
+    Parameters and sums of gradients are float32; with --dtype bfloat16 the forward and backward pass gather and compute
+    in bfloat16. What is trained stays gathered until `last_micro_batch` says otherwise; what is not, for a forward pass
+    of a block. With --replicate every process keeps everything, and `update` averages the gradients.
     """
     network.activation_checkpointing = args.activation_checkpointing
     if args.compile:
@@ -276,9 +277,23 @@ def prepare(network, args, sharded=True):
         policy = MixedPrecisionPolicy(cast_forward_inputs=False)  # RoPE's tables stay float32
         if args.dtype == "bfloat16":
             policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+        frozen = not any(p.requires_grad for p in network.parameters())
         for part in (*network.blocks, network):
-            fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+            fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=frozen)
     return network
+
+
+def last_micro_batch(networks, last):
+    """Say before a micro-batch whether it is the last one of a step, after which alone processes have to talk.
+
+    Before it, a process adds up its own gradients and keeps the weights that it has gathered: two gatherings and two
+    sums of gradients a step, one for each mask, instead of four and two a micro-batch. It costs the memory of weights
+    (in --dtype) and gradients (float32) that are not shards.
+    """
+    for network in networks:
+        if isinstance(network, FSDPModule):
+            network.set_requires_gradient_sync(last)
+            network.set_reshard_after_backward(last)
 
 
 def clip_source(args):
@@ -540,6 +555,7 @@ class Run:
             rng, sizes, truncation = generator(args.seed, step, g), generator(args.seed, step), args.mask_truncation
             masks = masking.sample_masks(args.mask, self.grid, len(batch.clips), rng, truncation, sizes)
             self._count_tokens(masks)
+            last_micro_batch(self.networks.values(), g == micro_batch_indices(args)[-1])
             yield data.normalise(batch.clips, self.device), [mask.to(self.device) for mask in masks]
 
     def _count_bad(self, batch):
@@ -616,6 +632,9 @@ class Run:
         clips, masks = data.normalise(clips, self.device), [mask.to(self.device) for mask in masks]
         with torch.compiler.set_stance("force_eager"):  # so that nothing is compiled for this
             losses, *vectors = zip(*losses_of(clips, masks), strict=True)
+        for module in nn.ModuleDict(self.networks).modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # no backward pass does it
         line = {"held_out_loss": torch.stack(losses).mean().item()} if held_out else {}
         for name, x in zip(("prediction", "target"), vectors, strict=True):
             x = x[-1].float().flatten(0, 1)  # the last mask's

@@ -75,7 +75,8 @@ def test_shards_are_what_the_flags_say():
         for name in ("weights", "gradients", "optimizer"):
             assert parts[name] == pytest.approx(alone[name] / shares, rel=0.01), ways  # mask tokens do not divide
         assert parts["teacher"] == alone["teacher"]
-        assert parts["gathered"] == 0 if shares == 1 else 0 < parts["gathered"] < alone["weights"]
+        gathered = 0 if shares == 1 else alone["weights"]  # from the first block's forward pass to its backward pass
+        assert parts["gathered"] == pytest.approx(gathered, rel=0.02)
     sharded = paper(*flags, "--batch-size", 8, processes=4, shard_teacher=True)
     assert sharded["teacher"] == pytest.approx(alone["teacher"] / 4, rel=0.01)
     ema = paper(*flags, "--batch-size", 8, processes=4, kind="ema")
