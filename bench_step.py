@@ -336,7 +336,7 @@ def spread(values, form):
 
 
 def time_kind(kind, own, args):
-    """Time one kind's steps, in turn with the peer's where one is asked for, and print all about them."""
+    """Time one kind's steps, in turn with the others asked for; print all about them. Whether all computed the same."""
     torch._dynamo.reset()  # the limit of compilations is for all networks of a process together
     stage, clips = flops.stages(own, args)[kind], random_clips(args)
     ours = Ours.build(kind, stage, args)
@@ -357,7 +357,7 @@ def time_kind(kind, own, args):
         work.append(executed(stage, args, numbers) / own.round_steps)
         for runner in runners:
             times[runner.name].append(turn(runner, numbers, clips) / own.round_steps)
-    ceiling = max(ceiling, matmul_ceiling(args))
+    ceiling, agreed = max(ceiling, matmul_ceiling(args)), True
     print(f"{own.rounds} rounds of {own.round_steps} steps each in turn, median (lowest to highest round); "
           f"the best matrix product: {ceiling / 1e12:.4g} TFLOP/s")  # fmt: skip
     for runner, ((loss, norm), memory) in zip(runners, firsts, strict=True):
@@ -368,25 +368,27 @@ def time_kind(kind, own, args):
               f"{args.batch_size / statistics.median(seconds):.3g} clips/s, {rate / 1e12:.4g} TFLOP/s = "
               f"{rate / ceiling:.0%} of it" + ("" if on_cpu else f", {memory / 2**30:.2f} GiB"))  # fmt: skip
         if runner is not ours:
-            check_agreement(runner.name, loss, norm, *firsts[0][0], args)
+            agreed &= agrees(loss, norm, *firsts[0][0], args)
             print(f"{'':13} takes {spread([b / a for a, b in zip(times['ours'], seconds, strict=True)], '.2f')} times "
                   "as long as ours")  # fmt: skip
     parts = shares(ours, numbers, clips)
     whole = sum(parts.values())
     print("shares: " + ", ".join(f"{part} {s / whole:.1%}" for part, s in sorted(parts.items(), key=lambda x: -x[1])),
           f"of {1e3 * whole:.1f} ms")  # fmt: skip
+    return agreed
 
 
 def cpu_copy(network):
     return network and {name: tensor.to("cpu", copy=True) for name, tensor in network.state_dict().items()}
 
 
-def check_agreement(name, loss, norm, our_loss, our_norm, args):
-    """Ends the script if the peer's first loss is not ours, within rounding."""
+def agrees(loss, norm, our_loss, our_norm, args):
+    """Whether a first loss is ours, within rounding; says how far off it is."""
     off, norm_off = abs(loss / our_loss - 1), abs(norm / our_norm - 1)
-    if not off <= (1e-2 if args.dtype == "bfloat16" else 1e-4):
-        training.fail(f"{name} computes something else: first loss {loss:.6g}, ours {our_loss:.6g}", agreed=True)
-    print(f"{'':13} first loss {loss:.6g}, {off:.1e} off ours; gradient norm {norm_off:.1e} off")
+    same = off <= (1e-2 if args.dtype == "bfloat16" else 1e-4)
+    print(f"{'':13} first loss {loss:.6g}, {off:.1e} off ours; gradient norm {norm_off:.1e} off"
+          f"{'' if same else ': NOT THE SAME COMPUTATION'}")  # fmt: skip
+    return same
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -573,8 +575,9 @@ def run(own, flags):
                 few = [count_compilations(kind, own, args) for kind in kinds]
                 sys.exit(not all(few))
             else:
-                for kind in kinds:
-                    time_kind(kind, own, args)
+                agreed = [time_kind(kind, own, args) for kind in kinds]
+                if not all(agreed):
+                    training.fail("others computed something else than ours: their times mean nothing", agreed=True)
     except (ImportError, ValueError) as error:
         training.fail(str(error))
 

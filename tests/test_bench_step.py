@@ -91,13 +91,19 @@ def test_steps_on_cuda_are_the_cpus_and_never_wait(kind):
         torch.testing.assert_close(mine, [x.cpu() for x in others], rtol=1e-3, atol=0)
 
 
-def test_a_peer_that_computes_something_else_ends_the_script(capfd):
+def test_a_peer_that_computes_something_else_is_refused_after_all_is_said(capfd, monkeypatch):
+    pytest.importorskip("transformers")
     args = tiny_args("--batch-size", 2)
-    bench_step.check_agreement("hf eager", 1.00005, 1.0, 1.0, 1.0, args)
-    for wrong in (1.001, math.nan):
-        with pytest.raises(SystemExit):
-            bench_step.check_agreement("hf eager", wrong, 1.0, 1.0, 1.0, args)
-        assert "something else" in capfd.readouterr().err
+    assert bench_step.agrees(1.00005, 1.0, 1.0, 1.0, args)
+    assert not any(bench_step.agrees(wrong, 1.0, 1.0, 1.0, args) for wrong in (1.001, math.nan))
+    loss = bench_step.HuggingFace.loss
+    monkeypatch.setattr(bench_step.HuggingFace, "loss", lambda *arguments: 1.001 * loss(*arguments))
+    monkeypatch.setattr(bench_step, "matmul_ceiling", lambda args: 5e10)
+    with pytest.raises(SystemExit) as stop:
+        run_script(bench, "step", *TINY, "--device", "cpu", "--batch-size", 2, "--rounds", 1, "--peer", "hf")
+    out, error = capfd.readouterr()
+    assert stop.value.code == 2 and "computed something else" in error
+    assert "NOT THE SAME" in out and out.rstrip().splitlines()[-1].startswith("shares: ")
 
 
 @pytest.mark.parametrize("kind", ["teacher", "student", "ema"])
