@@ -177,7 +177,7 @@ def hf_model(encoder, weights, predictor=None, predictor_weights=None):
     model.load_state_dict(theirs, strict=predictor is not None, assign=True)
     if predictor:
         model.predictor.proj = torch.nn.Linear(predictor["width"], predictor["out_width"], device="meta")
-        proj = {name: predictor_weights[f"proj.{name}"] for name in ("weight", "bias")}
+        proj = {name: predictor_weights[f"proj.{name}"].clone() for name in ("weight", "bias")}
         model.predictor.proj.load_state_dict(proj, assign=True)
     return model.train()
 

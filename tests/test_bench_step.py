@@ -49,7 +49,8 @@ def test_all_compute_the_same_steps_from_the_same_weights(kind, teacher, device)
     pytest.importorskip("transformers")
     args = tiny_args("--batch-size", 4, "--micro-batch-size", 2, "--dtype", "float32", "--no-compile", device=device)
     ours = tiny_step(kind, args, teacher)
-    peer, clips = bench_step.HuggingFace.build(ours, weights(ours), compiled=False), bench_step.random_clips(args)
+    initial, clips = weights(ours), bench_step.random_clips(args)
+    peer = bench_step.HuggingFace.build(ours, initial, compiled=False)
     with bench_step.alone(args):
         sharded = bench_step.Ours.build(kind, ours.stage, args, weights(ours), sharded=True)
         assert all(isinstance(p, DTensor) for p in (*sharded.encoder.parameters(), *sharded.predictor.parameters()))
@@ -58,6 +59,9 @@ def test_all_compute_the_same_steps_from_the_same_weights(kind, teacher, device)
             mine, *others = (bench_step.one_step(runner, number, clips) for runner in (ours, peer, sharded))
             for theirs in others:
                 torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=0)
+    again = bench_step.HuggingFace.build(ours, initial, compiled=False)  # what the first one learnt is its own
+    first = bench_step.one_step(bench_step.Ours.build(kind, ours.stage, args, initial), 0, clips)
+    torch.testing.assert_close(bench_step.one_step(again, 0, clips), first, rtol=1e-4, atol=0)
     if kind == "ema":
         moved = bench_step.cpu_copy(ours.teacher)["norm.weight"], peer.teacher.layernorm.weight
         torch.testing.assert_close(*moved, rtol=1e-5, atol=1e-7)
