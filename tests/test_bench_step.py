@@ -49,7 +49,7 @@ def test_all_compute_the_same_steps_from_the_same_weights(kind, teacher, device)
     pytest.importorskip("transformers")
     args = tiny_args("--batch-size", 4, "--micro-batch-size", 2, "--dtype", "float32", "--no-compile", device=device)
     ours = tiny_step(kind, args, teacher)
-    initial, clips = weights(ours), bench_step.random_clips(args)
+    initial, kept, clips = weights(ours), weights(ours), bench_step.random_clips(args)
     peer = bench_step.HuggingFace.build(ours, initial, compiled=False)
     with bench_step.alone(args):
         sharded = bench_step.Ours.build(kind, ours.stage, args, weights(ours), sharded=True)
@@ -59,9 +59,7 @@ def test_all_compute_the_same_steps_from_the_same_weights(kind, teacher, device)
             mine, *others = (bench_step.one_step(runner, number, clips) for runner in (ours, peer, sharded))
             for theirs in others:
                 torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=0)
-    again = bench_step.HuggingFace.build(ours, initial, compiled=False)  # what the first one learnt is its own
-    first = bench_step.one_step(bench_step.Ours.build(kind, ours.stage, args, initial), 0, clips)
-    torch.testing.assert_close(bench_step.one_step(again, 0, clips), first, rtol=1e-4, atol=0)
+    torch.testing.assert_close(initial, kept)  # for the next one
     if kind == "ema":
         moved = bench_step.cpu_copy(ours.teacher)["norm.weight"], peer.teacher.layernorm.weight
         torch.testing.assert_close(*moved, rtol=1e-5, atol=1e-7)
