@@ -141,7 +141,7 @@ def split(visible, counts, generator, truncation):
     for i, wanted in enumerate((visible, ~visible)):
         count = wanted.sum(1)
         keep = counts[i] if counts else int(count.min())
-        first = torch.where(wanted, order, 2.0).topk(keep, dim=1, largest=False).indices
+        first = torch.where(wanted, order, 2.0).topk(keep, dim=1, largest=False, sorted=False).indices
         ids.append(first.sort(dim=1).values)
         lost.append(count - keep)
     return Mask(*ids, *lost)
