@@ -156,10 +156,10 @@ def first_of(processes, per_node):
             dist.destroy_process_group()
 
 
-def built(cls, config, args, sharded=True):
+def built(cls, config, args, sharded=True, trained=True):
     """cls(**config), ready for training, its weights (or this process's shards) without memory: on the meta device."""
     with torch.device("meta"):
-        network = cls(**config)
+        network = cls(**config).requires_grad_(trained)
     return training.prepare(network, args, sharded)
 
 
@@ -216,11 +216,12 @@ def on_paper(own, args, stage, masks, checkpointing, peer=False):
             runner, trained = bench_step.HuggingFace(own.kind, args, student, teacher), [student]
         else:
             student, predictor = built(Encoder, encoder_config, args), built(Predictor, predictor_config, args)
-            teacher = teacher_config and built(Encoder, teacher_config, args, own.shard_teacher or not frozen)
+            sharded = own.shard_teacher or not frozen
+            teacher = teacher_config and built(Encoder, teacher_config, args, sharded, trained=False)
             runner, trained = bench_step.Ours(own.kind, args, student, predictor, teacher), [student, predictor]
         with FakeTensorMode(allow_non_fake_inputs=True), live, as_there:
             if teacher:
-                fill(teacher.requires_grad_(False), dtype if frozen else torch.float32)
+                fill(teacher, dtype if frozen else torch.float32)
             parts["teacher"] = live.bytes
             for network in trained:
                 fill(network)
