@@ -82,7 +82,7 @@ def test_shards_are_what_the_flags_say():
     ema = paper(*flags, "--batch-size", 8, processes=4, kind="ema")
     assert ema["teacher"] == pytest.approx(alone["teacher"] / 4, rel=0.01)
     whole = paper(*flags, "--batch-size", 8, processes=4)
-    assert ema["activations"] == pytest.approx(whole["activations"], rel=0.03)  # the average was gathered block by block
+    assert ema["activations"] == pytest.approx(whole["activations"], rel=0.03)  # gathered block by block
 
 
 def test_activations_grow_with_clips_and_shrink_with_checkpointing_and_bfloat16():
