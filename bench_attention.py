@@ -9,6 +9,7 @@ what a kernel does to the whole step.
 """
 
 import contextlib
+import math
 import statistics
 
 import torch
@@ -18,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import bench_step
 import flops
 import training
+from model import SIZES
 
 KERNELS = {"torch's choice": None} | bench_step.ATTENTION | {"math": SDPBackend.MATH}
 
@@ -25,9 +27,7 @@ KERNELS = {"torch's choice": None} | bench_step.ATTENTION | {"math": SDPBackend.
 def flags(parser):
     """The subcommand's own flags; those of the training scripts apply as well."""
     flag = parser.add_argument
-    flag(
-        "--teacher", metavar="SIZE", choices=bench_step.SIZES, help="of the SALT student; its own architecture without"
-    )
+    flag("--teacher", metavar="SIZE", choices=SIZES, help="of the SALT student; its own architecture without")
     flag("--rounds", type=int, default=5, help="turns of every kernel")
     flag("--calls", type=int, default=1, help="of a turn")
 
@@ -36,7 +36,7 @@ def shapes(stage, args):
     """{who attends: ((B, heads, tokens, channels), whether it is trained)} in one micro-batch's step."""
     encoder, predictor, teacher, _ = stage
     masks, grid = bench_step.drawn(args, bench_step.FIRST)
-    calls = {"teacher": (teacher, grid[0] * grid[1] * grid[2])}
+    calls = {"teacher": (teacher, math.prod(grid))}
     for i, mask in enumerate(masks, start=1):
         context, target = mask.context_ids.shape[1], mask.target_ids.shape[1]
         calls |= {f"encoder, mask {i}": (encoder, context), f"predictor, mask {i}": (predictor, context + target)}
@@ -85,12 +85,8 @@ def milliseconds(shape, trained, padded, own, args):
 
 def run(own, words):
     """Print a table: a row for each shape and padding, a column for each kernel."""
-    args = training.training_flags(__doc__, out="out", steps=160_000).parse_args(words)
     training.require_at_least(own, 1, "rounds", "calls")
-    own.teacher_steps = 1  # flops.stages wants it
-    if "--batch-size" not in words:
-        args.batch_size = args.micro_batch_size or 24
-    training.setup(args)
+    args = bench_step.training_args(own, words)
     try:
         stage = flops.stages(own, args)["student"]
     except ValueError as error:

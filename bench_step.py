@@ -101,15 +101,20 @@ class Ours:
         if kind == "ema":
             networks["teacher"] = copy.deepcopy(networks["encoder"]).requires_grad_(False)
         for name, network in networks.items():
-            if network and weights:
+            if not network:
+                continue
+            if weights:
                 network.load_state_dict(weights[name])
-            if network:
-                training.prepare(network, args, sharded and not (name == "teacher" and kind == "student"))
+            training.prepare(network, args, sharded and not (name == "teacher" and kind == "student"))
         self = cls(kind, args, **networks)
         self.name, self.compiled = "ours, sharded" if sharded else "ours", args.compile
         self.stage, self.allocated_before = stage, allocated_before
         self.optimizer = training.make_optimizer([self.encoder, self.predictor], args)
         return self
+
+    def weights(self):
+        """Copies of them on the CPU, {name: state dict, or None}: what `build` takes."""
+        return {name: cpu_copy(getattr(self, name)) for name in ("encoder", "predictor", "teacher")}
 
     def latents(self, clips):
         return train_student.latent_targets(self.teacher, clips)
@@ -123,7 +128,7 @@ class HuggingFace:
     """The same losses on transformers' networks: the student's VJEPA2Model and the teacher's encoder."""
 
     def __init__(self, kind, args, student, teacher):
-        self.kind, self.args, self.student = kind, args, student
+        self.kind, self.args = kind, args
         self.encoder, self.predictor = student.encoder, student.predictor
         self.teacher = teacher and teacher.requires_grad_(False)
 
@@ -340,7 +345,7 @@ def time_kind(kind, own, args):
     torch._dynamo.reset()  # the limit of compilations is for all networks of a process together
     stage, clips = flops.stages(own, args)[kind], random_clips(args)
     ours = Ours.build(kind, stage, args)
-    initial = {name: cpu_copy(getattr(ours, name)) for name in ("encoder", "predictor", "teacher")}
+    initial = ours.weights()
     print(f"\n{kind}, {args.num_frames} frames of {args.resolution}x{args.resolution}, encoder of width "
           f"{stage[0]['width']} and depth {stage[0]['depth']}, {args.batch_size} clips in micro-batches of "
           f"{args.micro_batch_size}, {args.dtype}, {'compiled' if args.compile else 'eager'}")  # fmt: skip
@@ -540,8 +545,9 @@ def count_compilations(kind, own, args):
                 normalised = data.normalise(clips, torch.device(args.device))
                 autocast = torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16")
                 with torch.no_grad(), autocast, torch.compiler.set_stance("force_eager"):
+                    wanted = targets(runner, normalised)
                     for i, mask in enumerate(masks):
-                        runner.loss(targets(runner, normalised), normalised, mask, i)
+                        runner.loss(wanted, normalised, mask, i)
     functions = {}
     for metrics in torch._dynamo.utils.get_compilation_metrics():
         if metrics.co_name and metrics.compile_id:
@@ -558,14 +564,20 @@ def count_compilations(kind, own, args):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def run(own, flags):
-    """The subcommand: its own flags, and the words that are the training scripts'."""
-    args = training.training_flags(__doc__, out="out", steps=160_000).parse_args(flags)
-    training.require_at_least(own, 1, "rounds", "round_steps")
+def training_args(own, words):
+    """The training scripts' flags that a subcommand was given besides its own; a step of one micro-batch without."""
+    args = training.training_flags(__doc__, out="out", steps=160_000).parse_args(words)
     own.teacher_steps = 80_000  # flops.stages wants it; times do not depend on it
-    if "--batch-size" not in flags:
+    if "--batch-size" not in words:
         args.batch_size = args.micro_batch_size or 24
     training.setup(args)
+    return args
+
+
+def run(own, words):
+    """The subcommand: its own flags, and the words that are the training scripts'."""
+    training.require_at_least(own, 1, "rounds", "round_steps")
+    args = training_args(own, words)
     kinds = list(dict.fromkeys(own.kind))
     try:
         with preferred(own.attention), alone(args) if own.sharded else contextlib.nullcontext():

@@ -261,7 +261,8 @@ def print_hours(own, args, flags):
     device = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"
     print(f"{TIMED_STEPS} steps of {args.micro_batch_size} clips each, on one {device}")
     with tempfile.TemporaryDirectory() as folder:
-        if "student" in (own.hours or plan):
+        kinds = own.hours or plan
+        if "student" in kinds:
             untrained = Encoder(**config).state_dict()
             torch.save({"format": CHECKPOINT_FORMAT, "kind": "teacher", "step": 0, "model": {"encoder": config},
                         "encoder": untrained, "args": {}}, f"{folder}/untrained.pt")  # fmt: skip
@@ -272,7 +273,7 @@ def print_hours(own, args, flags):
             "ema": [],
         }
         hours = {}
-        for kind in own.hours or plan:
+        for kind in kinds:
             script = "train_ema_baseline.py" if kind == "ema" else f"train_{kind}.py"
             out, steps = f"{folder}/{kind}", plan[kind][3]
             timing = [

@@ -238,12 +238,12 @@ def on_paper(own, args, stage, masks, checkpointing, peer=False):
             clips = data.normalise(batch, "cpu")
             del batch  # on a GPU the host has it, on the CPU a loader process's shared memory
             ids = [[torch.empty(clips_at_once, count, dtype=torch.long) for count in mask] for mask in masks]
-            ids = [masking.Mask(*mask, None, None) for mask in ids]
+            masks = [masking.Mask(*mask_ids, None, None) for mask_ids in ids]
             autocast = torch.autocast("cpu", torch.bfloat16, enabled=args.dtype == "bfloat16")
             with ReadAs(math.prod(training.clip_grid(args))) if peer else contextlib.nullcontext():
                 for last in (False, True)[-micro_batches(own, args) :]:  # more of them change nothing
                     training.last_micro_batch(trained, last)
-                    forward_and_backward(runner, clips, ids, autocast)
+                    forward_and_backward(runner, clips, masks, autocast)
             stay = sum(parts.values()) - (0 if gradients_stay(own, args) else parts["gradients"])
             parts |= {"activations": live.peak - stay, "gathered": live.gathered_at_peak, "step": live.peak}
             together = parts["gradients"] if own.processes > 1 and args.parallel == "replicate" else 0

@@ -39,20 +39,16 @@ def tiny_step(kind, args, teacher=None):
     return ours
 
 
-def weights(ours):
-    return {name: bench_step.cpu_copy(getattr(ours, name)) for name in ("encoder", "predictor", "teacher")}
-
-
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("kind, teacher", [("teacher", None), ("student", None), ("student", "vit_ti"), ("ema", None)])
 def test_all_compute_the_same_steps_from_the_same_weights(kind, teacher, device):
     pytest.importorskip("transformers")
     args = tiny_args("--batch-size", 4, "--micro-batch-size", 2, "--dtype", "float32", "--no-compile", device=device)
     ours = tiny_step(kind, args, teacher)
-    initial, kept, clips = weights(ours), weights(ours), bench_step.random_clips(args)
+    initial, kept, clips = ours.weights(), ours.weights(), bench_step.random_clips(args)
     peer = bench_step.HuggingFace.build(ours, initial, compiled=False)
     with bench_step.alone(args):
-        sharded = bench_step.Ours.build(kind, ours.stage, args, weights(ours), sharded=True)
+        sharded = bench_step.Ours.build(kind, ours.stage, args, ours.weights(), sharded=True)
         assert all(isinstance(p, DTensor) for p in (*sharded.encoder.parameters(), *sharded.predictor.parameters()))
         assert not any(isinstance(p, DTensor) for p in ours.encoder.parameters())
         for number in range(4):  # of which all but the first depend on the gradients, and for ema on the moving average
@@ -73,7 +69,7 @@ def test_compiled_steps_are_the_eager_ones(dtype, rtol, device):
     flags = ["--batch-size", 2, "--dtype", dtype]
     args, compiled = (tiny_args(*flags, f"--{no}compile", device=device) for no in ("no-", ""))
     ours, clips = tiny_step("student", args), bench_step.random_clips(args)
-    theirs = bench_step.Ours.build("student", ours.stage, compiled, weights(ours))
+    theirs = bench_step.Ours.build("student", ours.stage, compiled, ours.weights())
     for number in range(4):
         mine, others = (bench_step.one_step(runner, number, clips) for runner in (ours, theirs))
         torch.testing.assert_close(mine, others, rtol=rtol, atol=0)
@@ -84,7 +80,7 @@ def test_compiled_steps_are_the_eager_ones(dtype, rtol, device):
 def test_steps_on_cuda_are_the_cpus_and_never_wait(kind):
     args, gpu = (tiny_args("--batch-size", 4, "--dtype", "float32", "--no-compile", device=d) for d in ("cpu", "cuda"))
     ours, clips = tiny_step(kind, args), bench_step.random_clips(args)
-    theirs = bench_step.Ours.build(kind, ours.stage, gpu, weights(ours))
+    theirs = bench_step.Ours.build(kind, ours.stage, gpu, ours.weights())
     for number in range(4):
         mine = bench_step.one_step(ours, number, clips)
         torch.cuda.set_sync_debug_mode("error" if number else "default")  # the first one allocates and makes tables

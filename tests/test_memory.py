@@ -123,8 +123,7 @@ def test_the_peer_on_paper_agrees_with_the_peak_of_its_step(kind):
     training.setup(args)
     own = memory.argparse.Namespace(teacher=None, teacher_steps=1)
     runner = bench_step.Ours.build(kind, flops.stages(own, args)[kind], args)
-    weights = {name: bench_step.cpu_copy(getattr(runner, name)) for name in ("encoder", "predictor", "teacher")}
-    peer, clips = bench_step.HuggingFace.build(runner, weights, compiled=False), torch.zeros(2, 3, 4, 224, 224)
+    peer, clips = bench_step.HuggingFace.build(runner, runner.weights(), compiled=False), torch.zeros(2, 3, 4, 224, 224)
     masks = [masking.Mask(torch.arange(c).repeat(2, 1), torch.arange(c, c + t).repeat(2, 1), None, None)
              for c, t in ((100, 200), (40, 300))]  # fmt: skip
     truth = memory.cpu_peak(lambda: memory.forward_and_backward(peer, clips, masks, contextlib.nullcontext()))
