@@ -13,10 +13,10 @@ venv: .venv/installed
 	touch $@
 
 demo: venv
-	./demo.sh
+	./runs/demo.sh
 
 study: venv
-	./study.sh
+	./runs/study.sh
 
 test: venv
 	.venv/bin/python -m pytest -n 2 --dist loadfile
@@ -26,4 +26,4 @@ lint: venv
 	.venv/bin/ruff format --check .
 
 clean:
-	rm -rf .venv out .pytest_cache .ruff_cache __pycache__ tests/__pycache__
+	rm -rf .venv out .pytest_cache .ruff_cache __pycache__ */__pycache__

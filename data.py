@@ -2,7 +2,7 @@
 
 A source answers `source.batch(numbers)`: sample number n of a run is determined by (seed, n) alone, so that workers,
 world size and restarts change nothing. `clip_loader` runs a source in worker processes. Clips travel as uint8 and are
-normalised on the training device by `normalise`.
+normalized on the training device by `normalize`.
 
 Letters: B clips, T frames, H and W pixels. A manifest is V-JEPA's: one "path label" per line, separated by a space,
 paths relative to the manifest; the label may be left out for pretraining.
@@ -20,23 +20,20 @@ import os
 import re
 import signal
 import weakref
-from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
-import av
 import numpy as np
 import torch
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png"}
+import video
+from cli import fail, rank_and_world
+from synthetic import synthetic_clips
+from video import IMAGE_SUFFIXES, BadVideo, center_crop, random_crop
+
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as V-JEPA
-CROP_AREA, CROP_ASPECT = (0.3, 1.0), (0.75, 1.35)  # paper table 5
 LIBC = ctypes.CDLL(None)
 INTEGER = re.compile(b"-?[0-9]+")
-MAX_REORDER = 16  # frames that are shown later but may be decoded earlier than another one, in any codec
-TURNS = {90: [("transpose", "cclock")], 180: [("hflip", None), ("vflip", None)], 270: [("transpose", "clock")]}
-# Antialiased, as all of FFmpeg's. What it does faster leaves rubbish at the right edge where 16 does not divide widths.
-SCALING = "bilinear+accurate_rnd+full_chroma_int+full_chroma_inp"
 
 
 class Batch(NamedTuple):
@@ -46,7 +43,7 @@ class Batch(NamedTuple):
     names: list  # what each clip is from: a path, or the number of a built-in clip
 
 
-def normalise(clips, device):
+def normalize(clips, device):
     """uint8 clips (B, 3, T, H, W) -> float32 on `device`, zero mean and unit variance per channel (ImageNet's).
 
     The constants are not made tensors of the device: to send them there would wait for all that a GPU has still to do.
@@ -57,18 +54,10 @@ def normalise(clips, device):
     return clips
 
 
-def denormalise(clips):
-    """The inverse of `normalise`, up to rounding: float clips (B, 3, T, H, W) -> uint8."""
+def denormalize(clips):
+    """The inverse of `normalize`, up to rounding: float clips (B, 3, T, H, W) -> uint8."""
     mean, std = (torch.tensor(x, device=clips.device).view(3, 1, 1, 1) for x in (MEAN, STD))
     return ((clips * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# real videos
-
-
-class BadVideo(ValueError):
-    """A video or image that gives no clip; the message names it and says why."""
 
 
 class Paths:
@@ -131,239 +120,6 @@ def read_manifest(path, num_classes=None):
     return Paths([(str(path.parent), text, starts, lengths)]), np.frombuffer(labels, np.int32)
 
 
-def read_clips(path, num_frames, frame_step, places, fps=None, crops=None, size=None):
-    """Clips of one video, opened once: for each of `places` one, uint8 (T, 3, H, W).
-
-    A clip is num_frames frames, frame_step apart, or, with fps, 1 / fps seconds. A place in [0, 1] says where it lies
-    in the room that the video leaves: 0 first, 0.5 middle, 1 last. The last frame repeats if the video is short. Images
-    are videos of one frame; a folder of numbered images is a video too. Rotation metadata is honoured, alpha dropped.
-
-    crops: for each clip a function of the frame's height and width that gives top, left, height and width of what is
-    cut out and scaled to size x size, antialiased bilinear; without, whole frames. Boxes in videos with subsampled
-    colour are widened to even borders by the last pixel at most.
-
-    BadVideo if there is nothing to decode.
-    """
-    crops = crops or [None] * len(places)
-    for careful in (False, True):
-        try:
-            if Path(path).is_dir():
-                clips = _read_folder(Path(path), num_frames, frame_step, places, fps)
-            elif not Path(path).is_file():
-                raise BadVideo(f"{path}: no such file")
-            elif Path(path).suffix.lower() in IMAGE_SUFFIXES:
-                clips = [[_read_image(path)] * num_frames] * len(places)
-            else:
-                clips = _read_video(path, num_frames, frame_step, places, fps, careful)
-            if clips:
-                return [_to_rgb(frames, crop, size) for frames, crop in zip(clips, crops, strict=True)]
-        except (av.FFmpegError, RuntimeError, OSError) as error:
-            if careful:
-                reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-                raise BadVideo(f"{path}: {reason}") from error
-    raise BadVideo(f"{path}: no frame can be decoded")
-
-
-def read_clip(path, num_frames, frame_step, place, fps=None):
-    """The clip of `read_clips` at one place."""
-    return read_clips(path, num_frames, frame_step, [place], fps)[0]
-
-
-def wanted_frames(place, num_frames, step, length):
-    """Which frames a clip takes of a video of `length` frames; fractions of frames where step is no whole number."""
-    room = max(0, math.floor(length - 1 - (num_frames - 1) * step))
-    wanted = min(int(place * (room + 1)), room) + step * np.arange(num_frames)
-    return wanted[np.minimum(np.arange(num_frames), (wanted < max(length - 0.5, 1)).sum() - 1)]
-
-
-def _read_image(path):
-    with av.open(str(path)) as container:
-        return next(container.decode(video=0))
-
-
-def _read_folder(folder, num_frames, frame_step, places, fps):
-    """The decoded frames of clips of a folder of numbered images."""
-    images = [(re.findall("[0-9]+", f.stem), f) for f in folder.iterdir() if f.suffix.lower() in IMAGE_SUFFIXES]
-    images = sorted((int(numbers[-1]), f) for numbers, f in images if numbers)
-    if not images:
-        raise BadVideo(f"{folder}: a folder without numbered images")
-    if fps:
-        raise BadVideo(f"{folder}: a folder of images has no time for --fps; --frame-step is needed")
-    clips = [wanted_frames(place, num_frames, frame_step, len(images)) for place in places]
-    frames = {n: _read_image(images[n][1]) for n in set(np.concatenate(clips).tolist())}
-    return [[frames[n] for n in clip.tolist()] for clip in clips]
-
-
-def _read_video(path, num_frames, frame_step, places, fps, careful):
-    """The decoded frames of clips of a video: those on screen at the wanted times, give or take half a frame.
-
-    Which frames these are is read from the packets, so that only they, and what they refer to, are decoded. None where
-    that cannot be done; `careful` decodes everything.
-    """
-    # Without the option opening decodes the first frames, for what is not needed here: as long as half a short clip.
-    with av.open(str(path), options=None if careful else {"skip_frame": "all"}) as container:
-        if not container.streams.video:
-            raise BadVideo(f"{path}: no video stream")
-        stream = container.streams.video[0]
-        stream.codec_context.thread_count = 1  # parallelism is the loader's
-        unit, rate = stream.time_base, stream.average_rate or stream.guessed_rate
-        start, length, shown = stream.start_time or 0, stream.frames, None
-        if careful:
-            shown = [frame.pts for frame in container.decode(stream)]
-            if None in shown or any(a >= b for a, b in itertools.pairwise(shown)):  # number the frames
-                shown, unit = range(len(shown)), 1 / rate if rate else None
-        elif not length or not rate:
-            shown = [packet.pts for packet in container.demux(stream) if packet.size]
-            if None in shown:
-                return None
-        if shown is None:
-            duration = float(1 / (rate * unit))  # of a frame, in the unit of time stamps
-        elif shown:
-            start, length = min(shown), len(shown)
-            duration = (max(shown) - start) / max(1, length - 1) or 1
-        else:
-            return None
-        if fps and not unit:
-            raise BadVideo(f"{path}: no time stamps for --fps; --frame-step is needed")
-        step = 1 / (fps * duration * float(unit)) if fps else frame_step
-        clips = [start + duration * wanted_frames(place, num_frames, step, length) for place in places]
-        times = np.unique(np.concatenate(clips))
-        if careful:
-            frames = _decode_all(path, np.array(shown), times + duration / 2)
-        else:
-            far = np.flatnonzero(np.diff(times) * unit > 10) + 1  # seconds that are jumped over, not read through
-            parts = [_decode(container, stream, part + duration / 2, duration) for part in np.split(times, far)]
-            if None in parts:
-                return None
-            frames = sum(parts, [])
-    frames = dict(zip(times.tolist(), frames, strict=True))
-    return [[frames[time] for time in clip.tolist()] for clip in clips]
-
-
-def _decode_all(path, shown, times):
-    """The last frame not after each of these times, of a video whose frames have the time stamps `shown`."""
-    chosen = np.searchsorted(shown, times, side="right") - 1
-    with av.open(str(path)) as container:
-        container.streams.video[0].codec_context.thread_count = 1
-        frames = {n: frame for n, frame in enumerate(container.decode(video=0)) if n in set(chosen)}
-    return [frames[n] for n in chosen]
-
-
-def _decode(container, stream, times, duration):
-    """The last frame not after each of these times (increasing), from as few packets as possible; None if unsure."""
-    packets = _packets(container, stream, times)
-    if packets is None:
-        return None
-    shown = np.array(sorted(packet.pts for packet in packets if not packet.is_discard))
-    if not len(shown) or shown[0] > times[0] or shown[-1] < times[-1] - 2 * duration:
-        return None  # the keyframe sought is another one, or the video ends before its time
-    chosen = shown[np.searchsorted(shown, times, side="right") - 1].tolist()
-    frames = _frames(stream, packets, set(chosen))
-    return [frames[pts] for pts in chosen] if len(frames) == len(set(chosen)) else None
-
-
-def _packets(container, stream, times):
-    """The packets, in decoding order, from the keyframe before the first of these times to the last time."""
-    container.seek(int(times[0]), stream=stream)
-    packets, beyond = [], 0
-    for packet in container.demux(stream):
-        if not packet.size:
-            break
-        if packet.pts is None:
-            return None
-        packets.append(packet)
-        beyond += packet.pts > times[-1]
-        if beyond > MAX_REORDER:
-            break
-    return packets
-
-
-def _frames(stream, packets, wanted):
-    """The frames with the time stamps `wanted`, {time stamp: frame}; some are missing if the video is an odd one."""
-    # From the last packet back: what follows the last wanted frame up to the next keyframe is not needed. Frames that
-    # are decoded after a keyframe but shown before it (open groups of pictures) refer to what is before it, too.
-    runs, run, earliest = [], [], math.inf
-    for packet in reversed(packets):
-        if packet.pts in wanted:
-            earliest = min(earliest, packet.pts)
-        if earliest < math.inf:
-            run.append(packet)
-        if packet.is_keyframe and packet.pts <= earliest < math.inf:
-            runs.append(run[::-1])
-            run, earliest = [], math.inf
-    frames, codec = {}, stream.codec_context
-    skips = codec.name == "h264"  # its headers say which frames no other refers to; the decoder passes over these
-    codec.open(strict=False)
-    before = -math.inf
-    for run in reversed(runs):
-        codec.flush_buffers()
-        for packet in (*run, None):
-            codec.skip_frame = "NONREF" if skips and packet and packet.pts not in wanted else "DEFAULT"
-            for frame in codec.decode(packet):
-                if frame.pts is None or frame.pts <= before:  # AVI's time stamps are in decoding order
-                    return {}
-                before = frame.pts
-                if frame.pts in wanted:
-                    frames[frame.pts] = frame
-    return frames
-
-
-def _to_rgb(frames, crop, size):
-    """Decoded frames as RGB, uint8 (T, 3, H, W), upright; cut out and scaled in one pass over the decoder's pixels."""
-    turn = TURNS.get(frames[0].rotation % 360, ())
-    height, width = frames[0].height, frames[0].width
-    if frames[0].rotation % 180:
-        height, width = width, height
-    top, left, h, w = crop(height, width) if crop else (0, 0, height, width)
-    out = np.empty((len(frames), 3, size or h, size or w), np.uint8)
-    kind = None
-    for t, frame in enumerate(frames):
-        if t and frame is frames[t - 1]:
-            out[t] = out[t - 1]
-            continue
-        if kind != (frame.width, frame.height, frame.format.name):
-            resized = kind and kind[:2] != (frame.width, frame.height)  # size and format may change within a video
-            kind = frame.width, frame.height, frame.format.name
-            graph = av.filter.Graph()
-            chain = [
-                graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=Fraction(1))
-            ]
-            for name, value in (
-                *turn,
-                *([("scale", f"{width}:{height}")] if resized else []),
-                ("crop", f"{w}:{h}:{left}:{top}"),
-                ("scale", f"{out.shape[3]}:{out.shape[2]}:flags={SCALING}"),
-                ("format", "gbrp"),
-                ("buffersink", None),
-            ):
-                chain.append(graph.add(name, value))
-            graph.link_nodes(*chain).configure()
-        chain[0].push(frame)
-        for channel, plane in zip((1, 2, 0), (scaled := chain[-1].pull()).planes, strict=True):
-            pixels = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)
-            out[t, channel] = pixels[: scaled.height, : scaled.width]
-    return torch.from_numpy(out)
-
-
-def random_crop(rng, height, width):
-    """Top, left, height and width of a random part: table 5's area and aspect, as torchvision's RandomResizedCrop."""
-    low, high = CROP_ASPECT
-    for _ in range(10):
-        area = height * width * rng.uniform(*CROP_AREA)
-        aspect = math.exp(rng.uniform(math.log(low), math.log(high)))
-        h, w = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
-        if 0 < h <= height and 0 < w <= width:
-            return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
-    h, w = min(height, round(width / low)), min(width, round(height * high))  # for very long or very high frames
-    return (height - h) // 2, (width - w) // 2, h, w
-
-
-def centre_crop(height, width):
-    """Top, left, height and width of the square in the middle."""
-    side = min(height, width)
-    return round((height - side) / 2), round((width - side) / 2), side, side
-
-
 def shuffled(place, length, *key):
     """Which of `length` things is at a place of the order that `key` (integers) stands for; every order has each once.
 
@@ -384,12 +140,12 @@ def shuffled(place, length, *key):
 
 
 class Manifest:
-    """Clips of the videos and images in manifests: augmented for training, centred and in order for evaluation.
+    """Clips of the videos and images in manifests: augmented for training, centerd and in order for evaluation.
 
     Training (`train=True`): sample n is video n of an endless sequence of shuffled passes, or, with weights, of a
     manifest drawn by weight; the clip's place, a random resized crop and a flip are drawn from (seed, n). With
     clips_per_video k samples nk to nk + k - 1 are of one video, opened once if they are asked for together. An
-    unreadable video is replaced by the next one and reported. Evaluation: sample n is line n, middle clip, centre crop;
+    unreadable video is replaced by the next one and reported. Evaluation: sample n is line n, middle clip, center crop;
     an unreadable video is a BadVideo error.
     """
 
@@ -426,12 +182,12 @@ class Manifest:
         """Of samples that share a video, each: clip (3, T, H, W) uint8, label, skipped, path."""
         line, skipped = self.line(numbers[0]), []
         rngs = [np.random.default_rng((self.seed, number, 1)) for number in numbers]
-        crops = [functools.partial(random_crop, rng) if self.train else centre_crop for rng in rngs]
+        crops = [functools.partial(random_crop, rng) if self.train else center_crop for rng in rngs]
         while True:
             places = [rng.random() if self.train else 0.5 for rng in rngs]
             now_reading(line)
             try:
-                clips = read_clips(
+                clips = video.read_clips(
                     self.paths[line], self.num_frames, self.frame_step, places, self.fps, crops, self.resolution
                 )
                 break
@@ -451,136 +207,6 @@ class Manifest:
         clips, labels, skipped, paths = zip(*samples, strict=True)
         skipped = list(itertools.chain(*skipped))
         return Batch(torch.stack(clips), torch.tensor(labels).unsqueeze(1), skipped, list(paths))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# built-in synthetic videos
-
-MOTIONS = ("right", "up-right", "up", "up-left", "left", "down-left", "down", "down-right")
-SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
-TAU = 2 * math.pi
-
-
-def uniforms(seed, numbers, count):
-    """Independent uniform numbers in [0, 1) determined by (seed, number, column): (B,) int64 -> (B, count) float32.
-
-    A counter-based generator (splitmix64's mixing), so that any sample can be drawn alone, on any device.
-    """
-
-    def mix(z):
-        z = (z ^ (z >> 30 & (1 << 34) - 1)) * -4658895280553007687  # shifts are arithmetic in torch, hence the masks
-        z = (z ^ (z >> 27 & (1 << 37) - 1)) * -7723592293110705685
-        return z ^ (z >> 31 & (1 << 33) - 1)
-
-    golden = -7046029254386353131
-    seed = mix(torch.tensor(seed, device=numbers.device) + golden)
-    column = torch.arange(1, count + 1, device=numbers.device)
-    z = mix(mix(seed ^ numbers * golden)[:, None] + column * golden)
-    return (z >> 40 & (1 << 24) - 1).float() * 2**-24
-
-
-def shape_outlines(steps=360):
-    """Radius of every shape as a function of the angle, (6, steps), and of its hole, (6,); all shapes have area pi."""
-    angle = torch.arange(steps) * TAU / steps
-
-    def polygon(corners):
-        return math.cos(math.pi / corners) / (angle % (TAU / corners) - math.pi / corners).cos()
-
-    circle = torch.ones(steps)
-    from_tip = angle % (TAU / 5)
-    from_tip = torch.minimum(from_tip, TAU / 5 - from_tip)
-    valley = 0.42  # a star's inner radius; its sides are straight lines from tip to valley
-    star = valley * math.sin(TAU / 10) / (valley * (TAU / 10 - from_tip).sin() + from_tip.sin())
-    from_arm = angle % (TAU / 4)
-    from_arm = torch.minimum(from_arm, TAU / 4 - from_arm)
-    width = 0.36  # half of a cross's arm
-    cross = torch.where(from_arm.tan() < width, 1 / from_arm.cos(), width / from_arm.sin())
-    outline = torch.stack((circle, polygon(4), polygon(3), star, cross, circle))
-    hole = torch.tensor([0, 0, 0, 0, 0, 0.55])
-    scale = (outline.square().mean(1) - hole.square()).rsqrt()
-    return outline * scale[:, None], hole * scale
-
-
-GRAIN_STARTS = 2**20
-
-
-@functools.cache
-def _grain(piece, device):
-    """A fixed strip of white noise, from which frames cut pieces that begin at any of GRAIN_STARTS places."""
-    return torch.randn(GRAIN_STARTS + piece, generator=torch.Generator().manual_seed(0)).to(device).unfold(0, piece, 1)
-
-
-def synthetic_clips(seed, numbers, num_frames, resolution):
-    """Built-in videos: textured shapes moving over a textured background that moves too. Any device, no files.
-
-    The frame is a wallpaper of one shape, two across and two down; all of them travel together in one of 8 directions,
-    at a speed, size, angle and phase of their own. The background (the camera) travels independently of them, and so
-    does a disc on top of both. Colours, textures and lighting vary from clip to clip, brightness flickers from frame to
-    frame, and there is film grain. Phases are uniform, so that a single frame does not tell the motion; colours do not
-    tell the shape. With fewer than 5 frames a step may exceed half the distance of two shapes: the motion is ambiguous.
-
-    numbers: int64 (B,), which clips. Returns clips uint8 (B, 3, T, H, W), and labels int64 (B, 2): motion, shape (the
-    indices in MOTIONS and SHAPES), independent of each other.
-    """
-    T, S, device = num_frames, resolution, numbers.device
-    columns = iter(uniforms(seed, numbers, 64 + T).unbind(1))
-    time = torch.linspace(0, 1, T, device=device)
-    pixel = (torch.arange(S, device=device) + 0.5) / S  # lengths are in frame widths, times in clips
-
-    def draw(low, high, count=None):  # (B,) or (B, count)
-        if count is None:
-            return next(columns) * (high - low) + low
-        return torch.stack([next(columns) for _ in range(count)], dim=1) * (high - low) + low
-
-    def travel(direction, speed):  # x and y of something that moves straight, 2 x (B, T)
-        return (direction.cos() * speed)[:, None] * time, (-direction.sin() * speed)[:, None] * time
-
-    def texture(x, y, darkest, waves=2):
-        """Plane waves that move with (x, y), in a random colour: (B, 3, T, S, S)."""
-        frequency, angle, phase = draw(0.5, 1.5, waves), draw(0, TAU, waves), draw(0, TAU, waves)
-        kx, ky = TAU * frequency * angle.cos(), TAU * frequency * angle.sin()
-        px = kx[:, None, :, None] * (pixel - x[:, :, None, None]) + phase[:, None, :, None]  # (B, T, waves, S)
-        py = ky[:, None, :, None] * (pixel - y[:, :, None, None])
-        # cos(px + py) as a matrix product over the waves
-        across, down = torch.cat((px.cos(), px.sin()), dim=2), torch.cat((py.cos(), -py.sin()), dim=2)
-        field = down.transpose(2, 3) @ across * math.sqrt(2 / waves)  # (B, T, S, S)
-        colour, variation = draw(darkest, darkest + 0.15, 3), draw(-0.15, 0.15, 3)
-        return colour[:, :, None, None, None] + variation[:, :, None, None, None] * field[:, None]
-
-    def offsets(x, y, across=1):
-        """From every pixel to a moving point, or to the nearest of across*across copies: (B, T, 1, S), (B, T, S, 1)."""
-        x, y = x + draw(0, 1)[:, None], y + draw(0, 1)[:, None]
-        dx, dy = (pixel - x[:, :, None])[:, :, None, :], (pixel - y[:, :, None])[:, :, :, None]
-        return dx - (dx * across).round() / across, dy - (dy * across).round() / across
-
-    def cover(inside):  # signed distance inside an edge -> opacity (B, 1, T, S, S), one pixel wide
-        return (inside * S + 0.5).clamp(0, 1).unsqueeze(1)
-
-    motion, shape = draw(0, len(MOTIONS)).long(), draw(0, len(SHAPES)).long()
-    clips = texture(*travel(draw(0, TAU), draw(0.2, 0.9)), darkest=0.3)
-
-    x, y = travel(motion * (TAU / len(MOTIONS)), draw(0.4, 0.9))
-    shapes = texture(x, y, darkest=0.55)
-    dx, dy = offsets(x, y, across=2)
-    outline, hole = (table.to(device) for table in shape_outlines())
-    steps = outline.shape[1]
-    radius, turned = draw(0.16, 0.21)[:, None, None, None], draw(-0.4, 0.4)[:, None, None, None]
-    angle = ((torch.atan2(dy, dx) - turned) * (steps / TAU)).long() % steps
-    distance = (dx.square() + dy.square()).sqrt()
-    edge = outline.flatten()[shape[:, None, None, None] * steps + angle] * radius
-    opacity = cover(edge - distance) * cover(distance - hole[shape][:, None, None, None] * radius)
-    clips = torch.lerp(clips, shapes, opacity)
-
-    x, y = travel(draw(0, TAU), draw(0, 0.6))
-    dx, dy = offsets(x, y)
-    disc = draw(0.25, 0.75, 3)[:, :, None, None, None].expand_as(clips)
-    clips = torch.lerp(clips, disc, cover(draw(0.05, 0.1)[:, None, None, None] - (dx.square() + dy.square()).sqrt()))
-
-    light = 1 + 0.05 * (TAU * (draw(0, 1)[:, None] + draw(0, 1)[:, None] * time)).sin() + draw(-0.2, 0.2, T)
-    start = (uniforms(seed + 1, numbers, T) * GRAIN_STARTS).long()  # of every frame's piece
-    grain = _grain(3 * S * S, device)[start].unflatten(2, (3, S, S)).transpose(1, 2)
-    clips = (clips * light[:, None, :, None, None] + 0.2 * grain).clamp(0, 1)
-    return (clips * 255).round().to(torch.uint8), torch.stack((motion, shape), dim=1)
 
 
 class Synthetic:
@@ -678,3 +304,45 @@ def clip_loader(source, batches, workers=0, pin_memory=False, timeout=0):
         if not any(word in str(error) for word in ("timed out", "exited unexpectedly", "killed by signal")):
             raise
         raise LoaderFailed(loader_failed(error)) from error
+
+
+def clip_source(args):
+    """The training data that the flags name. Ends the script if a manifest cannot be used."""
+    if not args.data:
+        if rank_and_world()[0] == 0:
+            print("no --data: training on the built-in synthetic videos")
+        return Synthetic(args.num_frames, args.resolution, args.seed)
+    try:
+        return Manifest(
+            args.data, args.num_frames, args.frame_step, args.resolution, args.seed, weights=args.data_weights,
+            fps=args.fps, clips_per_video=args.clips_per_video,
+        )  # fmt: skip
+    except (OSError, ValueError) as error:
+        fail(f"--data: {error}")
+
+
+def micro_batch_indices(args):
+    """Which of a step's micro-batches, counted over all processes, this process computes."""
+    rank, world = rank_and_world()
+    return range(rank, args.batch_size // args.micro_batch_size, world)
+
+
+def training_loader(source, args, start_step):
+    """An iterator over the `Batch`es of this process, from start_step to the end of the run."""
+    size = args.micro_batch_size
+    numbers = (
+        range(first, first + size)
+        for step in range(start_step, args.steps)
+        for first in (step * args.batch_size + g * size for g in micro_batch_indices(args))
+    )
+    return clip_loader(source, numbers, args.workers, args.device == "cuda", args.loader_timeout)
+
+
+def next_batch(loader):
+    """The loader's next `Batch`; ends the script where there is none to be had."""
+    try:
+        return next(loader)
+    except BadVideo as error:  # its last line; before it, a worker's traceback
+        fail(f"unreadable, and nothing stands in: {str(error).splitlines()[-1]}")
+    except LoaderFailed as error:
+        fail(str(error))

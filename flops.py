@@ -9,7 +9,7 @@ The paper counts 6 FLOPs per parameter and token trained, 2 per token inferred, 
 and no attention (appendix F). Executed FLOPs count every matrix product of the networks, attention included, for the
 masks that are really drawn; the training logs have them too. A multiply and an add are two operations. A layer's
 backward pass costs twice its forward pass, except for the first linear layer of a network, which needs no gradient of
-its input. Softmax, norms, GELU, RoPE (< 1%), the optimiser and the moving average are left out.
+its input. Softmax, norms, GELU, RoPE (< 1%), the optimizer and the moving average are left out.
 
 The last three take the flags of the training scripts: --model and its overrides are the student's and the EMA
 baseline's, --teacher is the SALT teacher's size, or a run or file that tells it; the student's architecture without.
@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+import cli
 from masking import sample_masks
 from model import CHECKPOINT_FORMAT, SIZES, Encoder, Predictor, load_checkpoint, token_grid
 
@@ -179,9 +180,8 @@ def stages(own, args):
 
     The EMA baseline has as many steps as teacher and student together (paper section 3).
     """
-    import training  # here, because training.py logs with the functions above
 
-    student = training.encoder_config(args)
+    student = cli.encoder_config(args)
     teacher = student
     if own.teacher in SIZES:
         teacher = student | SIZES[own.teacher]
@@ -193,9 +193,9 @@ def stages(own, args):
     pixels = 3 * args.tubelet_size * args.patch_size**2
     t, s = teacher["width"], student["width"]
     return {
-        "teacher": (teacher, training.predictor_config(args, t, pixels), None, own.teacher_steps),
-        "student": (student, training.predictor_config(args, s, t), teacher, args.steps),
-        "ema": (student, training.predictor_config(args, s, s), student, own.teacher_steps + args.steps),
+        "teacher": (teacher, cli.predictor_config(args, t, pixels), None, own.teacher_steps),
+        "student": (student, cli.predictor_config(args, s, t), teacher, args.steps),
+        "ema": (student, cli.predictor_config(args, s, s), student, own.teacher_steps + args.steps),
     }
 
 
@@ -253,7 +253,7 @@ TIMED_STEPS = 20  # as for the paper's table 11; as many run before, untimed
 def print_hours(own, args, flags):
     """Run each training script for a few steps of one micro-batch, and scale its clips/s to the whole run.
 
-    Several micro-batches a step share one optimiser update, so a whole run is a little faster than this says.
+    Several micro-batches a step share one optimizer update, so a whole run is a little faster than this says.
     """
     plan = stages(own, args)
     config = plan["teacher"][0]
@@ -299,9 +299,8 @@ def bill(hours, own):
 
 
 def main():
-    import training
 
-    parser = training.Parser(__doc__)
+    parser = cli.Parser(__doc__)
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--executed", action="store_true", help="FLOPs really done, per clip, step and run")
     what.add_argument("--match", action="store_true", help="EMA steps whose FLOPs equal those of a SALT run")
@@ -313,14 +312,14 @@ def main():
     flag("--counted", type=int, default=5, help="draws that torch's FLOP counter verifies")
     flag("--dollars-per-hour", type=float, help="of one device")
     own, flags = parser.parse_known_args()
-    args = training.training_flags(__doc__, out="out", steps=160_000).parse_args(flags)
-    training.require_at_least(own, 1, "draws", "counted", "teacher_steps")
-    training.require_at_least(args, 1, "steps", "batch_size")
+    args = cli.training_flags(__doc__, out="out", steps=160_000).parse_args(flags)
+    cli.require_at_least(own, 1, "draws", "counted", "teacher_steps")
+    cli.require_at_least(args, 1, "steps", "batch_size")
     if args.micro_batch_size is None:
-        args.micro_batch_size = training.default_micro_batch_size(args.batch_size)
-    training.require_at_least(args, 1, "micro_batch_size")
+        args.micro_batch_size = cli.default_micro_batch_size(args.batch_size)
+    cli.require_at_least(args, 1, "micro_batch_size")
     try:
-        grid = training.clip_grid(args)
+        grid = cli.clip_grid(args)
         if own.executed:
             print_executed(own, args, grid)
         elif own.match:
@@ -332,7 +331,7 @@ def main():
         else:
             print_paper_tables()
     except (OSError, ValueError) as error:
-        training.fail(str(error))
+        cli.fail(str(error))
 
 
 if __name__ == "__main__":

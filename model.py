@@ -10,7 +10,7 @@ Letters in shape comments:
 
     from model import load_encoder
     encoder = load_encoder("out/student")     # a run folder or a checkpoint file
-    tokens = encoder(clips)                   # normalised float clips (B, 3, T, H, W) -> (B, N, D)
+    tokens = encoder(clips)                   # normalized float clips (B, 3, T, H, W) -> (B, N, D)
 """
 
 import functools
@@ -171,7 +171,7 @@ def run(block, x, rope, checkpointed):
 
 
 def init_weights(module, blocks):
-    """V-JEPA 2's initialisation: truncated normal 0.02, zero biases, residual branches of block i over sqrt(2 i)."""
+    """V-JEPA 2's initialization: truncated normal 0.02, zero biases, residual branches of block i over sqrt(2 i)."""
     for m in module.modules():
         if isinstance(m, nn.Linear):
             nn.init.trunc_normal_(m.weight, std=0.02)
@@ -189,7 +189,7 @@ def init_weights(module, blocks):
 class Encoder(nn.Module):
     """Video ViT without class token or absolute positions (paper appendix B, V-JEPA 2).
 
-    encoder(clips)               normalised clips (B, 3, T, H, W) -> tokens (B, N, D)
+    encoder(clips)               normalized clips (B, 3, T, H, W) -> tokens (B, N, D)
     encoder(clips, context_ids)  the same, seeing only the tokens context_ids (B, K) -> (B, K, D)
 
     T, H, W may differ from the trained ones (RoPE extrapolates), as long as they divide into tubelets; else ValueError.

@@ -11,7 +11,7 @@ all later ones, and the surprise is the mean absolute difference to what the tea
 et al. 2025, arXiv 2502.11831; method.md section 7). A video's score is the mean, or the maximum, over its windows; a
 pair is right if the possible video's score is the lower one. "filtered" is the smallest surprise of a window over all
 context lengths. A student needs its teacher: the one it names, or --teacher. An EMA run holds both: its student
-predicts what the average says. A stage-1 teacher predicts pixels, so that its surprise is one about (normalised)
+predicts what the average says. A stage-1 teacher predicts pixels, so that its surprise is one about (normalized)
 pixels. Writes results.json (every window's surprise in it) and surprise.png into --out.
 """
 
@@ -32,16 +32,18 @@ import torch.nn.functional as F
 from torchvision.transforms.v2 import functional as TF
 
 import data
+import synthetic
+import video
+from cli import Parser, duration, fail, interval95, require_at_least, resolve_device, write_aside
 from model import Encoder, Predictor, build, load_checkpoint, load_encoder, token_grid, tubelets
-from training import Parser, duration, fail, interval95, require_at_least, resolve_device, write_aside
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the choice of backend)
 
 FRAME_STEP = {"synthetic": 1, "pairs": 1, "intphys": 2, "grasp": 10, "inflevel": 5}  # Garrido et al.
 INFLEVEL_WINDOW = 32  # frames; elsewhere the window is what the encoder was trained on
-PROPERTIES = ("permanence", "shape", "colour", "continuity", "solidity", "gravity")  # of the built-in pairs
-SYNTHETIC_SEED = 2**31 + 6  # colours, textures and grain that no training run has seen
+PROPERTIES = ("permanence", "shape", "color", "continuity", "solidity", "gravity")  # of the built-in pairs
+SYNTHETIC_SEED = 2**31 + 6  # colors, textures and grain that no training run has seen
 
 
 class Item(NamedTuple):
@@ -177,7 +179,7 @@ def resolve_window(args, encoder):
 def future_targets(target_encoder, encoder, clips):
     """What is to be predicted, for all tokens of clips (B, 3, M, R, R): (B, N, D) float32.
 
-    The target encoder's layer-normed latents, or, without one, the pixels normalised per tubelet and colour.
+    The target encoder's layer-normed latents, or, without one, the pixels normalized per tubelet and color.
     """
     if target_encoder:
         return F.layer_norm(target_encoder(clips).float(), (target_encoder.width,))
@@ -199,7 +201,7 @@ def surprise(networks, video, args, known=None):
     if len(windows) == parts[0].shape[1]:
         return parts[0]
     for batch in windows[parts[0].shape[1] :].split(args.batch_size):
-        clips = data.normalise(batch.permute(0, 1, 4, 2, 3), args.device)
+        clips = data.normalize(batch.permute(0, 1, 4, 2, 3), args.device)
         grid = encoder.grid(clips)
         ids = torch.arange(math.prod(grid), device=args.device).expand(len(clips), -1)
         errors = []
@@ -237,19 +239,19 @@ def read_video(path, frame_step, resolution, start=0):
         return TF.resize(frame, [resolution, resolution], antialias=True)
 
     if Path(path).is_dir():
-        files = sorted(f for f in Path(path).iterdir() if f.suffix.lower() in data.IMAGE_SUFFIXES)
-        frames = [resized(data.read_clip(file, 1, 1, 0)[0]) for file in files[start::frame_step]]
+        files = sorted(f for f in Path(path).iterdir() if f.suffix.lower() in video.IMAGE_SUFFIXES)
+        frames = [resized(video.read_clip(file, 1, 1, 0)[0]) for file in files[start::frame_step]]
     else:
         try:
             with av.open(str(path)) as container:
                 if not container.streams.video:
-                    raise data.BadVideo(f"{path}: no video stream")
+                    raise video.BadVideo(f"{path}: no video stream")
                 wanted = itertools.islice(container.decode(video=0), start, None, frame_step)
                 frames = [resized(torch.from_numpy(f.to_ndarray(format="rgb24")).permute(2, 0, 1)) for f in wanted]
         except (av.FFmpegError, OSError) as error:
-            raise data.BadVideo(f"{path}: {error.strerror}") from error
+            raise video.BadVideo(f"{path}: {error.strerror}") from error
     if not frames:
-        raise data.BadVideo(f"{path}: no frames{f' after the first {start}' if start else ''}")
+        raise video.BadVideo(f"{path}: no frames{f' after the first {start}' if start else ''}")
     return torch.stack(frames)
 
 
@@ -336,7 +338,7 @@ def count_frames(path):
         with av.open(str(path)) as container:
             return container.streams.video[0].frames or sum(1 for _ in container.decode(video=0))
     except (av.FFmpegError, OSError, IndexError) as error:
-        raise data.BadVideo(f"{path}: {getattr(error, 'strerror', 'no video stream')}") from error
+        raise video.BadVideo(f"{path}: {getattr(error, 'strerror', 'no video stream')}") from error
 
 
 def pairs(file):
@@ -383,7 +385,7 @@ def synthetic_pair(seed, number, num_frames, resolution):
 
     permanence  it vanishes behind the occluder; in every other pair nothing went in, but something comes out
     shape       it comes out as another shape
-    colour      it comes out in another colour
+    color      it comes out in another color
     continuity  it jumps
     solidity    it passes through the wall, off which it should bounce
     gravity     let go, it falls upwards
@@ -391,7 +393,7 @@ def synthetic_pair(seed, number, num_frames, resolution):
     The pair is identical until the event, grain included. Lengths are in frame widths, times in videos.
     """
     T, S = num_frames, resolution
-    columns = iter(data.uniforms(seed, torch.tensor([number]), 64)[0].tolist())
+    columns = iter(synthetic.uniforms(seed, torch.tensor([number]), 64)[0].tolist())
 
     def draw(low, high):
         return low + (high - low) * next(columns)
@@ -400,15 +402,15 @@ def synthetic_pair(seed, number, num_frames, resolution):
         return (inside * S + 0.5).clamp(0, 1)
 
     property = PROPERTIES[number % len(PROPERTIES)]
-    occluded = property in ("permanence", "shape", "colour")
+    occluded = property in ("permanence", "shape", "color")
     pixel, time, noise = (torch.arange(S) + 0.5) / S, torch.arange(T) / (T - 1), torch.Generator().manual_seed(number)
-    size, speed, event = draw(0.1, 0.13), draw(0.7, 0.8), draw(0.35, 0.5)  # size: from the centre to the farthest point
-    kind, forward, upper = int(draw(0, len(data.SHAPES))), draw(0, 1) < 0.5, draw(0, 1) < 0.5
-    colour = torch.tensor([0.95, 0.6, 0.25])[torch.randperm(3, generator=noise)]
+    size, speed, event = draw(0.1, 0.13), draw(0.7, 0.8), draw(0.35, 0.5)  # size: from the center to the farthest point
+    kind, forward, upper = int(draw(0, len(synthetic.SHAPES))), draw(0, 1) < 0.5, draw(0, 1) < 0.5
+    color = torch.tensor([0.95, 0.6, 0.25])[torch.randperm(3, generator=noise)]
 
     # What is there at every time: as it should be, and as it is from the event on in the impossible video.
     x, y = 0.5 + speed * (time - 0.5), torch.full((T,), draw(0.3, 0.7))
-    possible = {"x": x, "y": y, "kind": kind, "colour": colour, "there": True}
+    possible = {"x": x, "y": y, "kind": kind, "color": color, "there": True}
     impossible = dict(possible)
     happened = time > (0.5 if occluded else event)
     bar = (0.32, 0.68) if occluded else None  # left and right edge; 2.7 sizes wide or more, the shape is wholly hidden
@@ -416,9 +418,9 @@ def synthetic_pair(seed, number, num_frames, resolution):
         possible["there"] = number // len(PROPERTIES) % 2 == 0
         impossible["there"] = not possible["there"]
     elif property == "shape":
-        impossible["kind"] = (kind + 1 + int(draw(0, len(data.SHAPES) - 1))) % len(data.SHAPES)
-    elif property == "colour":
-        impossible["colour"] = colour.roll(1)
+        impossible["kind"] = (kind + 1 + int(draw(0, len(synthetic.SHAPES) - 1))) % len(synthetic.SHAPES)
+    elif property == "color":
+        impossible["color"] = color.roll(1)
     elif property == "continuity":
         top = torch.full((T,), draw(0.2, 0.35))
         possible["y"], impossible["y"] = (top, 1 - top) if upper else (1 - top, top)
@@ -430,28 +432,33 @@ def synthetic_pair(seed, number, num_frames, resolution):
         possible["x"] = impossible["x"] = torch.full((T,), draw(0.3, 0.7))
         possible["y"], impossible["y"] = (0.5 + fall).clamp(max=1 - size), (0.5 - fall).clamp(min=size)
 
-    outlines, holes = data.shape_outlines()
+    outlines, holes = synthetic.shape_outlines()
 
     def shape_opacity(x, y, kind, there):  # (T, 1, S, S)
         outline, hole = (table[kind] / outlines[kind].max() * size for table in (outlines, holes))
         dx, dy = (pixel - x[:, None])[:, None, :], (pixel - y[:, None])[:, :, None]
-        angle = (torch.atan2(dy, dx) * (len(outline) / data.TAU)).long() % len(outline)
+        angle = (torch.atan2(dy, dx) * (len(outline) / synthetic.TAU)).long() % len(outline)
         distance = (dx.square() + dy.square()).sqrt()
         opacity = cover(outline[angle] - distance) * (cover(distance - hole) if hole else 1)
         return (opacity * there)[:, None]
 
     background = torch.empty(3, S, S)
     for channel in background:
-        angle, frequency, phase, strength = draw(0, data.TAU), draw(0.5, 1.5), draw(0, data.TAU), draw(0.03, 0.07)
+        angle, frequency, phase, strength = (
+            draw(0, synthetic.TAU),
+            draw(0.5, 1.5),
+            draw(0, synthetic.TAU),
+            draw(0.03, 0.07),
+        )
         along = math.cos(angle) * pixel + math.sin(angle) * pixel[:, None]
-        channel.copy_(0.35 + strength * (data.TAU * frequency * along + phase).cos())
-    grey, grain = torch.tensor(draw(0.5, 0.75)), torch.randn(T, 3, S, S, generator=noise) * 0.03
+        channel.copy_(0.35 + strength * (synthetic.TAU * frequency * along + phase).cos())
+    gray, grain = torch.tensor(draw(0.5, 0.75)), torch.randn(T, 3, S, S, generator=noise) * 0.03
 
-    def render(colour, **shape):
-        layers = [(shape_opacity(**shape), colour[:, None, None])]
+    def render(color, **shape):
+        layers = [(shape_opacity(**shape), color[:, None, None])]
         if bar:  # an occluder is in front of the shape, a wall behind it, so that one sees it pass
             opacity = cover(torch.minimum(pixel - bar[0], bar[1] - pixel)).expand(T, 1, S, S)
-            layers.insert(1 if occluded else 0, (opacity, grey))
+            layers.insert(1 if occluded else 0, (opacity, gray))
         frames = background.expand(T, 3, S, S)
         for opacity, paint in layers:
             frames = torch.lerp(frames, paint.expand_as(frames), opacity)
@@ -486,7 +493,7 @@ def accuracy(possible, impossible):
     }  # fmt: skip
 
 
-def summarise(names, measured):
+def summarize(names, measured):
     """{property: {context length or "filtered": {"mean": accuracy(...), "max": accuracy(...)}}}, and "all" together.
 
     measured: a list of (property, surprise of the possible video, of the impossible one), each (number of C, W).
@@ -525,7 +532,7 @@ def draw_surprise(shown, args, path):
             last = (torch.arange(curve.shape[1]) * args.stride + args.num_frames - 1) * args.frame_step
             ax.plot(last, curve.mean(0), label=label, marker=".")
         if pair.event is not None:
-            ax.axvline(pair.event * args.frame_step, color="grey", linestyle="--", linewidth=1, label="event")
+            ax.axvline(pair.event * args.frame_step, color="gray", linestyle="--", linewidth=1, label="event")
         ax.set_title(pair.property, fontsize=9)
         ax.set_xlabel("window's last frame", fontsize=8)
         ax.tick_params(labelsize=7)
@@ -539,12 +546,12 @@ def draw_frames(shown, path, columns=12):
     rows, resolution = [], shown[0][0].possible.shape[-1]
     edge = max(1, resolution // 32)
     for pair, *_ in shown:
-        for video, event in ((pair.possible, None), (pair.impossible, pair.event)):
-            numbers = torch.linspace(0, len(video) - 1, columns).long()
+        for frames, event in ((pair.possible, None), (pair.impossible, pair.event)):
+            numbers = torch.linspace(0, len(frames) - 1, columns).long()
             framed = torch.full((columns, 3, resolution + 2 * edge, resolution + 2 * edge), 255, dtype=torch.uint8)
             if event is not None:
                 framed[numbers >= event] = torch.tensor([[[255]], [[0]], [[0]]], dtype=torch.uint8)
-            framed[:, :, edge:-edge, edge:-edge] = video[numbers]
+            framed[:, :, edge:-edge, edge:-edge] = frames[numbers]
             rows.append(framed.transpose(0, 1).transpose(1, 2).flatten(2))  # (3, R, columns * R)
     figure, ax = plt.subplots(figsize=(columns * 0.8, len(rows) * 0.8), layout="constrained")
     ax.imshow(torch.cat(rows, dim=1).permute(1, 2, 0).numpy())
@@ -590,13 +597,13 @@ def main():
             left = (time.perf_counter() - started) * (len(items) - done) / done
             print(f"\r{done}/{len(items)}, {duration(left)} left  ", end="", flush=True)
         print()
-    except data.BadVideo as error:  # its last line; before it, a worker's traceback
+    except video.BadVideo as error:  # its last line; before it, a worker's traceback
         fail(f"unreadable video: {str(error).splitlines()[-1]}")
     seconds, shown = time.perf_counter() - started, list(shown.values())
     if short:
         print(f"{short} videos are shorter than a window: continued by their last frame")
 
-    summary = summarise(args.context_lengths, measured)
+    summary = summarize(args.context_lengths, measured)
     print_table(summary)
     record = {
         "checkpoint": str(args.checkpoint), "step": load_checkpoint(args.checkpoint)["step"],

@@ -21,38 +21,25 @@ Letters: B videos, V views, S segments, N tokens, D width, P probes, C classes.
 """
 
 import argparse
-import collections
-import contextlib
-import functools
-import hashlib
 import itertools
 import json
 import math
 import os
 import resource
-import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
 import data
-from model import AttentiveProbe, Encoder, load_checkpoint, load_encoder, token_grid
-from training import (
-    Parser,
-    duration,
-    fail,
-    generator,
-    interval95,
-    rank_and_world,
-    require_at_least,
-    resolve_device,
-    write_aside,
-)
+import video
+from cli import Parser, duration, fail, interval95, rank_and_world, require_at_least, resolve_device, write_aside
+from features import Stopwatch, Tokens, Videos, all_reduce, collect, fingerprint, load, moments, say
+from model import AttentiveProbe, load_checkpoint, token_grid
+from training import generator
 
 
 class Protocol(NamedTuple):
@@ -82,7 +69,6 @@ PROTOCOLS = {  # of V-JEPA 2 and the paper; --fast and flags override
 FAST = dict(segments=1, views=1, batch_size=256, lr=(1e-3,), weight_decay=(0.01,))  # paper appendix D, table 7
 SYNTHETIC = ("synthetic-motion", "synthetic-shape")  # in the order of data.Synthetic's labels
 SYNTHETIC_SEED = 2**31  # clips that no training run sees, whatever its --seed below this
-TOKENS_AT_ONCE = 100_000  # that go through the encoder, or a probe, at a time
 
 
 def parse_args():
@@ -128,7 +114,7 @@ def parse_args():
     flag("--probe-heads", type=int, default=16, help="(V-JEPA 2)")
     flag("--standardize", action=argparse.BooleanOptionalAction, default=False,
          help="give the probe tokens of zero mean and unit variance per channel; pays when epochs are few")  # fmt: skip
-    flag("--seeds", type=int, default=1, help="times that all is trained, with other initialisation and order")
+    flag("--seeds", type=int, default=1, help="times that all is trained, with other initialization and order")
     flag("--seed", type=int, default=0, help="of the first probe, and of the untrained encoder")
     flag("--knn", type=int, metavar="K", help="instead of probes: the K nearest training videos vote (mean tokens)")
 
@@ -166,77 +152,8 @@ def parse_args():
     return args
 
 
-def load(args):
-    """The frozen encoder that the flags name, in the compute dtype."""
-    if (Path(args.checkpoint) / "config.json").is_file() and not (Path(args.checkpoint) / "checkpoint.pt").is_file():
-        fail(f"--checkpoint {args.checkpoint} is a Hugging Face folder: python convert.py from-hf makes it one of ours")
-    try:
-        if args.untrained:
-            torch.manual_seed(args.seed)
-            encoder = Encoder(**load_checkpoint(args.checkpoint)["model"]["encoder"]).eval()
-        else:
-            encoder = load_encoder(args.checkpoint, args.weights)
-    except (OSError, ValueError) as error:
-        fail(f"--checkpoint: {error}")
-    depth = len(encoder.blocks)
-    if args.layers and not 1 <= min(args.layers) <= max(args.layers) <= depth:
-        fail(f"--layers {args.layers}: the encoder has blocks 1 to {depth}")
-    return encoder.requires_grad_(False).to(args.device, getattr(torch, args.dtype))
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # videos -> tokens
-
-
-class Videos(data.Manifest):
-    """Whole videos for evaluation: sample n is (V, S, 3, T, H, W), from the places that the top of this file describes.
-
-    Training (`train=True`): V is 1; an unreadable video is replaced by the next one, with its label, and reported.
-    Validation: sample n is line n. An unreadable video is a BadVideo error, or with skip_bad a black one whose label
-    is given as -1 - label, to be counted as a miss.
-    """
-
-    def __init__(self, manifests, args, train):
-        super().__init__(manifests, args.num_frames, args.frame_step, args.resolution, train=train,
-                         num_classes=args.num_classes, fps=args.fps)  # fmt: skip
-        self.segments, self.views, self.skip_bad = args.segments, 1 if train else args.views, args.skip_bad
-        self.flip = args.flip
-
-    def samples(self, numbers):
-        """Of one video: views (V, S, 3, T, H, W) uint8, label, skipped, path."""
-        (number,), skipped = numbers, []
-        line, rng = self.line(number), np.random.default_rng((self.seed, number, 1))
-        if self.train:
-            crops = [functools.cache(functools.partial(data.random_crop, rng))]  # cache: one box for all clips
-        else:
-            crops = [functools.partial(view_crop, view, self.views) for view in range(self.views)]
-        while True:
-            shares = rng.random(self.segments) if self.train else np.full(self.segments, 0.5)
-            places = ((np.arange(self.segments) + shares) / self.segments).tolist()
-            data.now_reading(line)
-            try:
-                clips = data.read_clips(
-                    self.paths[line], self.num_frames, self.frame_step, places * len(crops), self.fps,
-                    [crop for crop in crops for _ in places], self.resolution,
-                )  # fmt: skip
-                break
-            except data.BadVideo as error:
-                skipped.append(str(error))
-                if not self.train and self.skip_bad:
-                    black = torch.zeros(self.views, self.segments, 3, self.num_frames, *2 * [self.resolution])
-                    return [(black.byte(), -1 - int(self.labels[line]), skipped, self.paths[line])]
-                if not self.train or len(skipped) == min(10, len(self)):
-                    raise
-                line = (line + 1) % len(self)
-        views = torch.stack(clips).unflatten(0, (self.views, self.segments)).transpose(2, 3)
-        flip = self.train and self.flip and rng.random() < 0.5
-        return [(views.flip(5) if flip else views, int(self.labels[line]), skipped, self.paths[line])]
-
-
-def view_crop(view, views, height, width):
-    """Top, left, height and width of the square that is view number `view` of so many, spread along the long side."""
-    side, share = min(height, width), view / (views - 1) if views > 1 else 0.5
-    return round((height - side) * share), round((width - side) * share), side, side
 
 
 def sources(args, encoder):
@@ -260,148 +177,10 @@ def sources(args, encoder):
                      "(README, 'Probing', says how to make it)")  # fmt: skip
     try:
         train = Videos(args.train_data, args, train=args.augment and not args.knn)
-        train.skip_bad = False  # a black video must not be learnt
+        train.skip_bad = False  # a black video must not be learned
         return train, Videos(args.val_data, args, train=False), {task: (0, args.num_classes)}
     except (OSError, ValueError) as error:
         fail(str(error))
-
-
-class Stopwatch(collections.Counter):
-    """Seconds spent in each part, and clips encoded."""
-
-    @contextlib.contextmanager
-    def __call__(self, part):
-        started = time.perf_counter()
-        yield
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()
-        self[part] += time.perf_counter() - started
-
-
-class Tokens:
-    """The frozen encoder's tokens of a source, computed as they are asked for or, after `keep`, once.
-
-    read(batches)  batches of sample numbers -> for each an iterator over this process's part of it, in micro-batches:
-                   (numbers (B,), tokens (B, V, S * N, D), labels (B, L)), on the device
-    """
-
-    def __init__(self, args, encoder, source, spent):
-        self.args, self.encoder, self.source, self.spent, self.kept = args, encoder, source, spent, None
-        grid = token_grid((args.num_frames, args.resolution, args.resolution), encoder.tubelet_size, encoder.patch_size)
-        self.shape = (
-            args.segments * math.prod(grid),
-            encoder.width * (len(args.layers) if args.layers and args.combine == "concat" else 1),
-        )
-        views = getattr(source, "views", 1)
-        self.clips_at_once = max(1, TOKENS_AT_ONCE // math.prod(grid))
-        self.at_once = max(1, TOKENS_AT_ONCE // (self.shape[0] * views))
-
-    def encode(self, clips):
-        """uint8 (B, V, S, 3, T, H, W), or (B, 3, T, H, W) of one view and segment -> tokens (B, V, S * N, D)."""
-        num_videos, clips = len(clips), clips.reshape(-1, *clips.shape[-4:])
-        parts = []
-        for part in clips.split(self.clips_at_once):
-            part = data.normalise(part, self.args.device).to(getattr(torch, self.args.dtype))
-            if self.args.single_frame:
-                middle = part.shape[2] // 2
-                part = part[:, :, middle : middle + 1].expand_as(part)
-            with torch.inference_mode():
-                parts.append(self.features(part))
-        self.spent["clips"] += len(clips)
-        # Out of inference mode, so that the probes' backward pass may save them.
-        return torch.cat(parts).clone().view(num_videos, -1, *self.shape)
-
-    def features(self, clips):
-        """The last block's tokens (M, N, D), or those of --layers, each normed, side by side or averaged."""
-        if not self.args.layers:
-            return self.encoder(clips)
-        found, blocks = [], [self.encoder.blocks[n - 1] for n in sorted(self.args.layers)]
-        hooks = [block.register_forward_hook(lambda _, __, x: found.append(self.encoder.norm(x))) for block in blocks]
-        self.encoder(clips)
-        for hook in hooks:
-            hook.remove()
-        return torch.cat(found, dim=-1) if self.args.combine == "concat" else torch.stack(found).mean(0)
-
-    def read(self, batches):
-        rank, world = rank_and_world()
-        if self.kept:
-            tokens, labels = self.kept
-            for batch in batches:  # a process keeps every world-th sample
-                mine = batch[batch % world == rank].split(self.at_once)
-                yield (
-                    (ids, tokens[ids // world].to(self.args.device), labels[ids // world]) for ids in mine if len(ids)
-                )
-            return
-        parts = [batch[rank::world].split(self.at_once) for batch in batches]
-        parts = [[part for part in batch if len(part)] for batch in parts]  # of a small batch some get nothing
-        loader = data.clip_loader(self.source, [p.tolist() for p in itertools.chain(*parts)], self.args.workers)
-        for batch in parts:
-            yield (self._next(loader, part) for part in batch)
-
-    def _next(self, loader, ids):
-        with self.spent("loader"):
-            batch = next(loader)
-        for reason in batch.skipped:
-            stands_in = "another training video stands in" if getattr(self.source, "train", False) else "a miss"
-            print(f"unreadable, {stands_in}: {reason}", file=sys.stderr)
-        with self.spent("encoder"):
-            return ids, self.encode(batch.clips), batch.labels.to(self.args.device)
-
-    def keep(self, what):
-        """Compute this process's samples' features now, into memory, or into --cache, or find them there."""
-        rank, world = rank_and_world()
-        ids = torch.arange(len(self.source))
-        shape, dtype = (len(ids[rank::world]), 1, *self.shape), getattr(torch, self.args.dtype)
-        file = None
-        if self.args.cache:
-            key = hashlib.sha256(f"{fingerprint(self.args, self.encoder, self.source)} {rank} {world}".encode())
-            file = self.args.cache / f"{key.hexdigest()[:32]}.features"
-            whole = file.is_file() and file.stat().st_size == math.prod(shape) * dtype.itemsize
-            if whole and file.with_suffix(".labels").is_file():  # written last
-                labels = torch.load(file.with_suffix(".labels"), weights_only=True)
-                tokens = torch.from_file(str(file), size=math.prod(shape), dtype=dtype)
-                self.kept = tokens.view(shape), labels.to(self.args.device)
-                return print(f"{what} features: {file}")
-            file.parent.mkdir(parents=True, exist_ok=True)
-            tokens = torch.from_file(str(file), shared=True, size=math.prod(shape), dtype=dtype).view(shape)
-        else:
-            tokens = torch.empty(shape, dtype=dtype, device=self.args.device)
-        labels, started, done = [], time.perf_counter(), 0
-        for _, found, label in itertools.chain(*self.read(ids.split(self.at_once * world))):
-            tokens[done : done + len(found)] = found
-            labels.append(label)
-            done += len(found)
-            left = (time.perf_counter() - started) * (len(tokens) - done) / done
-            say(f"\r{what} features {done}/{len(tokens)}, {duration(left)} left  ", end="")
-        say("")
-        self.kept = tokens, torch.cat(labels) if labels else torch.empty(0, 1, dtype=torch.long)
-        if file:
-            write_aside(file.with_suffix(".labels"), lambda path: torch.save(self.kept[1].cpu(), path))
-
-
-def say(*words, **how):
-    if rank_and_world()[0] == 0:
-        print(*words, **how, flush=True)
-
-
-def fingerprint(args, encoder, source):
-    """sha256 of all that the features of a source depend on: weights, clips (files by size and time), flags, code."""
-    found = hashlib.sha256()
-    for name, tensor in encoder.state_dict().items():
-        found.update(name.encode() + tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    how = (args.num_frames, args.frame_step, args.fps, args.resolution, args.segments, args.views, args.single_frame,
-           args.layers, args.combine, args.dtype, args.augment)  # fmt: skip
-    found.update(json.dumps([encoder.config, how, torch.__version__]).encode())
-    code = [Path(module.__file__) for module in (data, sys.modules[Encoder.__module__])] + [Path(__file__)]
-    found.update(b"".join(path.read_bytes() for path in code))
-    if not isinstance(source, Videos):
-        found.update(f"{source.seed} {source.length}".encode())
-    for line in range(len(source) if isinstance(source, Videos) else 0):
-        path, label = Path(source.paths[line]), source.labels[line]
-        files = sorted(path.iterdir()) if path.is_dir() else [path]
-        stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.exists()]
-        found.update(f"{path.absolute()} {label} {stats}".encode())
-    return found.hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -499,7 +278,7 @@ def one_probe(args, width, classes):
 
 
 def make_probes(args, width, classes, seed):
-    """[(AttentiveProbes, optimiser)], for all pairs of lr and weight decay in order; all start from the same weights.
+    """[(AttentiveProbes, optimizer)], for all pairs of lr and weight decay in order; all start from the same weights.
 
     Probes of several blocks are separate on a CPU: their matmuls fill it, and together they leave its cache (NOTES.md).
     On a GPU four at a time, for memory: 100,000 tokens of width 1024 take about 11 GB in each.
@@ -511,24 +290,6 @@ def make_probes(args, width, classes, seed):
     groups = [settings[i : i + size] for i in range(0, len(settings), size)]
     stacks = [AttentiveProbes([probe] * len(group)).to(args.device) for group in groups]
     return [(stack, make_optimizer(stack, group)) for stack, group in zip(stacks, groups, strict=True)]
-
-
-def moments(args, tokens, batch):
-    """Mean and standard deviation per channel, (2, D), of the tokens of a batch of sample numbers."""
-    sums = torch.zeros(3, tokens.shape[1], dtype=torch.float64, device=args.device)
-    for _, x, _ in itertools.chain(*tokens.read([batch])):
-        x = x.flatten(0, -2).double()
-        sums += torch.stack((x.sum(0), x.square().sum(0), torch.full_like(x[0], len(x))))
-    total, squares, count = all_reduce(sums)
-    mean = total / count
-    return torch.stack((mean, ((squares - count * mean**2) / (count - 1)).clamp(min=0).sqrt() + 1e-6)).float()
-
-
-def all_reduce(tensor):
-    """The sum over all processes, in place."""
-    if dist.is_initialized():
-        dist.all_reduce(tensor)
-    return tensor
 
 
 def logits_of(args, probes, x, scale):
@@ -587,24 +348,6 @@ def train_probes(args, stacks, tokens, column, seed, scale, state_file, key):
             write_aside(state_file, lambda path, state=state: torch.save(state, path))
 
 
-def collect(tokens, function, shape, dtype=torch.long):
-    """function(tokens, labels) -> (B, *shape) of all videos of a source in order, each from just one process."""
-    found = torch.zeros(len(tokens.source), *shape, dtype=dtype, device=tokens.args.device)
-    counted = torch.zeros(len(found), dtype=torch.long, device=tokens.args.device)
-    shown = time.perf_counter()
-    for ids, x, labels in itertools.chain(*tokens.read([torch.arange(len(found))])):
-        if time.perf_counter() > shown + 1:
-            shown = time.perf_counter()
-            say(f"\revaluating video {ids[0]}/{len(found)}  ", end="")
-        with tokens.spent("probes"), torch.inference_mode():
-            result = function(x, labels).to(dtype)
-        ids = ids.to(found.device)
-        found[ids] = result
-        counted[ids] += 1
-    assert (all_reduce(counted) == 1).all(), "every video counts once"
-    return all_reduce(found).cpu()
-
-
 def top_classes(probabilities, labels):
     """(B, P, 7) from (P, B, C) and (B,): the five likeliest classes (-1: none), the label, whether it was read at all.
 
@@ -627,7 +370,7 @@ def predict(args, stacks, tokens, column, scale):
     return collect(tokens, average, (len(args.lr) * len(args.weight_decay), 7))
 
 
-def nearest_neighbours(args, train, val, column, classes):
+def nearest_neighbors(args, train, val, column, classes):
     """`top_classes` of every video, (M, 1, 7), by the votes of the K nearest training videos.
 
     Cosine similarity s of the mean tokens, weight exp(s / 0.07), as DINO.
@@ -697,7 +440,7 @@ def draw_confusion(confusion, task, path):
 def probe_task(args, train, val, task, column, classes, scale, key):
     """`top_classes` for every seed, (seeds, M, P, 7)."""
     if args.knn:
-        return nearest_neighbours(args, train, val, column, classes)[None]
+        return nearest_neighbors(args, train, val, column, classes)[None]
     found, per_epoch, shown = [], math.ceil(len(train.source) / args.batch_size), time.perf_counter()
     for seed in range(args.seed, args.seed + args.seeds):
         stacks, first = make_probes(args, train.shape[1], classes, seed), None
@@ -722,7 +465,7 @@ def evaluate(args):
     part = "untrained" if args.untrained else args.weights
     name = f"{args.checkpoint}{'' if part == 'encoder' else f' ({part})'}"
     settings = 1 if args.knn else len(args.lr) * len(args.weight_decay)
-    method = f"{args.knn} nearest neighbours" if args.knn else f"{settings} probe{'s' * (settings > 1)}"
+    method = f"{args.knn} nearest neighbors" if args.knn else f"{settings} probe{'s' * (settings > 1)}"
     say(f"probing {name} on {', '.join(tasks)} ({method}): {len(train)} training and {len(val)} validation videos, "
         f"{args.segments} x {args.num_frames} frames x {args.views} views, {args.device} {args.dtype}")  # fmt: skip
     if args.knn and args.knn > len(train):
@@ -801,7 +544,7 @@ def main():
         dist.init_process_group("cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo")
     try:
         evaluate(args)
-    except data.BadVideo as error:  # its last line; before it, a worker's traceback
+    except video.BadVideo as error:  # its last line; before it, a worker's traceback
         fail(f"unreadable video: {str(error).splitlines()[-1]}")
     if world > 1:
         dist.destroy_process_group()

@@ -4,7 +4,7 @@
     torchrun --nproc_per_node=8 train_ema_baseline.py --model vit_l --data k710.csv ssv2.csv
 
 The teacher starts as a copy of the student and is an exponential moving average of it from then on. Data, masks,
-networks, optimiser and schedules are SALT's. Leaves out/ema/checkpoint.pt: its `encoder` is the moving average, which
+networks, optimizer and schedules are SALT's. Leaves out/ema/checkpoint.pt: its `encoder` is the moving average, which
 V-JEPA evaluates ("encoder_is" says so), `student` the student, which `probe.py --weights student` evaluates.
 """
 
@@ -14,8 +14,11 @@ import math
 import torch
 import torch.nn.functional as F
 
+import cli
+import data
 import training
 from model import Encoder, Predictor, gather
+from run import Run
 
 
 @torch.no_grad()
@@ -48,7 +51,7 @@ def follow(teacher, student, momentum):
 
 
 def main():
-    parser = training.training_flags(__doc__, out="out/ema", steps=240_000)
+    parser = cli.training_flags(__doc__, out="out/ema", steps=240_000)
     flag = parser.add_argument_group("how the teacher follows").add_argument
     flag(
         "--ema-momentum", type=float, default=0.99925, help="share of itself that the teacher keeps per step (V-JEPA 2)"
@@ -61,19 +64,19 @@ def main():
     training.setup(args)
     args.final_ema_momentum = args.ema_momentum if args.final_ema_momentum is None else args.final_ema_momentum
     if not (0 <= args.ema_momentum <= 1 and 0 <= args.final_ema_momentum <= 1 and 1 <= args.ema_stretch < math.inf):
-        training.fail("--ema-momentum and --final-ema-momentum are between 0 and 1, --ema-stretch is at least 1")
+        cli.fail("--ema-momentum and --final-ema-momentum are between 0 and 1, --ema-stretch is at least 1")
     args.schedule_steps = round(args.ema_stretch * args.steps)
-    config = training.encoder_config(args)
-    source = training.clip_source(args)
+    config = cli.encoder_config(args)
+    source = data.clip_source(args)
 
     student = Encoder(**config).to(args.device)
     teacher = copy.deepcopy(student).requires_grad_(False)
-    predictor = Predictor(**training.predictor_config(args, student.width, teacher.width)).to(args.device)
+    predictor = Predictor(**cli.predictor_config(args, student.width, teacher.width)).to(args.device)
     for network in (student, teacher, predictor):
         training.prepare(network, args)
     optimizer = training.make_optimizer([student, predictor], args)
     networks = {"encoder": teacher, "student": student, "predictor": predictor}
-    run = training.Run("ema", args, networks, optimizer, source, teacher)
+    run = Run("ema", args, networks, optimizer, source, teacher)
 
     def losses_of(clips, masks):  # one by one: a mask's activations are gone before the next one's come
         autocast = torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16")
@@ -84,7 +87,7 @@ def main():
                 result = latent_loss(student, predictor, targets, clips, mask, i)
             yield result
 
-    loader = training.training_loader(source, args, run.start_step)
+    loader = data.training_loader(source, args, run.start_step)
     for step in range(run.start_step, args.steps):
         training.set_schedules(optimizer, step, args)
         loss = 0.0

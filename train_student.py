@@ -11,8 +11,11 @@ changes, so there is nothing to collapse to: no EMA, no stop-gradient. Leaves ou
 import torch
 import torch.nn.functional as F
 
+import cli
+import data
 import training
 from model import Encoder, Predictor, gather, load_encoder
+from run import Run
 
 
 def load_teacher(args):
@@ -20,12 +23,10 @@ def load_teacher(args):
     try:
         teacher = load_encoder(args.teacher)
     except (OSError, ValueError) as error:
-        training.fail(f"--teacher: {error}; train_teacher.py makes one")
+        cli.fail(f"--teacher: {error}; train_teacher.py makes one")
     for name in ("patch_size", "tubelet_size"):
         if teacher.config[name] != getattr(args, name):
-            training.fail(
-                f"the teacher has {name} {teacher.config[name]}, the student {getattr(args, name)}: not one grid"
-            )
+            cli.fail(f"the teacher has {name} {teacher.config[name]}, the student {getattr(args, name)}: not one grid")
     return teacher.requires_grad_(False).to(args.device, getattr(torch, args.dtype))
 
 
@@ -47,22 +48,22 @@ def latent_loss(student, predictor, targets, clips, mask, mask_index):
 
 
 def main():
-    parser = training.training_flags(__doc__, out="out/student", steps=160_000)
+    parser = cli.training_flags(__doc__, out="out/student", steps=160_000)
     parser.add_argument("--teacher", required=True, metavar="RUN|FILE", help="stage-1 or stage-2 checkpoint")
     parser.add_argument("--shard-teacher", action="store_true", help="where it does not fit into a process whole")
     args = parser.parse_args()
     training.setup(args)
-    config = training.encoder_config(args)
+    config = cli.encoder_config(args)
     teacher = load_teacher(args)
-    source = training.clip_source(args)
+    source = data.clip_source(args)
 
     student = Encoder(**config).to(args.device)
-    predictor = Predictor(**training.predictor_config(args, student.width, teacher.width)).to(args.device)
+    predictor = Predictor(**cli.predictor_config(args, student.width, teacher.width)).to(args.device)
     training.prepare(teacher, args, sharded=args.shard_teacher)
     for network in (student, predictor):
         training.prepare(network, args)
     optimizer = training.make_optimizer([student, predictor], args)
-    run = training.Run("student", args, {"encoder": student, "predictor": predictor}, optimizer, source, teacher)
+    run = Run("student", args, {"encoder": student, "predictor": predictor}, optimizer, source, teacher)
 
     def losses_of(clips, masks):  # one by one: a mask's activations are gone before the next one's come
         autocast = torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16")
@@ -73,7 +74,7 @@ def main():
                 result = latent_loss(student, predictor, targets, clips, mask, i)
             yield result
 
-    loader = training.training_loader(source, args, run.start_step)
+    loader = data.training_loader(source, args, run.start_step)
     for step in range(run.start_step, args.steps):
         training.set_schedules(optimizer, step, args)
         loss = 0.0

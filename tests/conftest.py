@@ -30,7 +30,7 @@ TINY = shlex.split(
 
 
 def numbered(n, size=32):
-    """A grey frame that carries n < 256: its low four bits in the brightness of the left half, the high ones right."""
+    """A gray frame that carries n < 256: its low four bits in the brightness of the left half, the high ones right."""
     frame = np.empty((size, size, 3), np.uint8)
     frame[:, : size // 2], frame[:, size // 2 :] = n % 16 * 16 + 8, n // 16 * 16 + 8
     return frame
@@ -70,8 +70,8 @@ def write_image(image, path):
     PIL.Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
 
 
-def randomise(module):
-    """Give every parameter, zero-initialised ones too, values that matter; deterministic."""
+def randomize(module):
+    """Give every parameter, zero-initialized ones too, values that matter; deterministic."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, p in module.named_parameters():
@@ -82,7 +82,7 @@ def randomise(module):
 def run_script(module, *flags):
     """Call a script's main() with these flags."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, flags)])
+        patch.setattr(sys, "argv", [module.__file__, *map(str, flags)])
         module.main()
 
 
@@ -93,7 +93,7 @@ def refusal(capfd, module, *flags):
         run_script(module, *flags)
     error = capfd.readouterr().err
     assert stop.value.code == 2
-    assert error.startswith(f"{module.__name__}.py: ") and error.count("\n") == 1, error
+    assert error.startswith(f"{Path(module.__file__).name}: ") and error.count("\n") == 1, error
     return error
 
 

@@ -16,7 +16,6 @@ import pytest
 import torch
 from conftest import TINY, numbered, refusal, run_script, write_video
 
-import analyze
 import data
 import probe
 import train_ema_baseline
@@ -24,6 +23,7 @@ import train_student
 import train_teacher
 from masking import sample_masks
 from model import Encoder, Predictor, load_checkpoint, load_encoder, tubelets, untubelets
+from tools import analyze
 from training import generator
 
 QUICK = shlex.split(
@@ -118,7 +118,7 @@ def test_effective_rank_of_unequal_directions():
 
 
 def rankme_by_hand(encoder, clips):
-    x = torch.cat([encoder(data.normalise(clip[None], "cpu")).mean(1) for clip in clips]).detach().double()
+    x = torch.cat([encoder(data.normalize(clip[None], "cpu")).mean(1) for clip in clips]).detach().double()
     shares = torch.linalg.svdvals(x) / torch.linalg.svdvals(x).sum() + 1e-7
     return math.exp(-sum(p * math.log(p) for p in shares.tolist()))
 
@@ -537,7 +537,7 @@ def test_correlate_looks_at_the_weights_that_were_probed(runs, student, probe_of
     monkeypatch.setattr(analyze, "effective_rank", lambda x: seen.append(x) or float(len(seen)))
     probes = probe_of(runs / "ema", 10.0, "student"), probe_of(runs / "ema", 20.0), probe_of(student, 35.0)
     run_script(analyze, "correlate", *probes, "--against", "rankme", "--clips", 4, "--first", 3, "--device", "cpu")
-    clips = data.normalise(data.Synthetic(4, 32, analyze.CLIP_SEED).batch(range(3, 7)).clips, "cpu")
+    clips = data.normalize(data.Synthetic(4, 32, analyze.CLIP_SEED).batch(range(3, 7)).clips, "cpu")
     for x, (run, weights) in zip(seen, ((runs / "ema", "student"), (runs / "ema", "encoder"), (student, "encoder")),
                                  strict=True):  # fmt: skip
         torch.testing.assert_close(x, load_encoder(run, weights)(clips).mean(1), atol=1e-4, rtol=1e-4)
@@ -624,7 +624,7 @@ def test_features_are_principal_components(runs, teacher, student, drawn):
     for b in range(2):
         assert np.array_equal(rows[3 * b], clips[b, :, ::2].permute(1, 2, 3, 0).numpy())
     for r, run in ((1, teacher), (2, runs / "ema")):
-        tokens = load_encoder(run)(data.normalise(clips, "cpu")).detach().flatten(0, 1).double().numpy()
+        tokens = load_encoder(run)(data.normalize(clips, "cpu")).detach().flatten(0, 1).double().numpy()
         axes = np.linalg.eigh(np.cov(tokens.T))[1][:, -3:][:, ::-1]
         parts = (tokens - tokens.mean(0)) @ axes
         low, high = np.quantile(parts, [0.02, 0.98], axis=0)
@@ -632,7 +632,7 @@ def test_features_are_principal_components(runs, teacher, student, drawn):
         found = np.stack([rows[r], rows[3 + r]]).astype(float)
         for channel in range(3):
             either = expected[..., channel], 255 - expected[..., channel]
-            assert min(np.abs(found[..., channel] - colours).max() for colours in either) < 3
+            assert min(np.abs(found[..., channel] - colors).max() for colors in either) < 3
 
 
 @pytest.mark.parametrize("suffix", ["gif", "mp4"])
@@ -659,10 +659,10 @@ def test_moving_features(suffix, runs, teacher, student, tmp_path):
 
 
 def test_every_row_of_a_moving_picture_plays_at_its_own_pace(tmp_path):
-    def grey(*values):
+    def gray(*values):
         return torch.tensor(values, dtype=torch.uint8).view(1, 1, -1, 1, 1).expand(1, 3, -1, 8, 8)
 
-    analyze.play([grey(20, 80, 160, 240), grey(50, 200)], ["clip", "run"], "a title", tmp_path / "x.gif")
+    analyze.play([gray(20, 80, 160, 240), gray(50, 200)], ["clip", "run"], "a title", tmp_path / "x.gif")
     image, found = PIL.Image.open(tmp_path / "x.gif"), []
     for n in range(image.n_frames):
         image.seek(n)
@@ -695,7 +695,7 @@ def test_nothing_hidden_shows_in_a_reconstruction(teacher, drawn, monkeypatch):
 
 
 def test_a_reconstruction_is_what_the_teacher_predicts(teacher, drawn, monkeypatch):
-    """In the units of its neighbours: where all that is visible is alike, predictions are scaled and shifted by it."""
+    """In the units of its neighbors: where all that is visible is alike, predictions are scaled and shifted by it."""
     bright, dark = (torch.arange(2 * 64) % 2 * 100 + offset for offset in (100, 20))
     tubelet = torch.cat((bright, dark, dark)).to(torch.uint8)  # (P,), the same everywhere
     clips = untubelets(tubelet.expand(1, 32, -1), (2, 4, 4), 2, 8)

@@ -8,9 +8,8 @@ import torch.nn.functional as F
 from conftest import run_script
 from test_bench_step import TINY, tiny_args, tiny_step
 
-import bench
-import bench_attention
-import bench_step
+from bench import attention as bench_attention
+from bench import step as bench_step
 
 
 def test_shapes_are_those_of_a_step(monkeypatch):
@@ -39,7 +38,7 @@ def test_padding_changes_nothing():
 def test_the_command_prints_a_row_for_each_shape_and_padding(capsys, monkeypatch):
     clock = itertools.count()
     monkeypatch.setattr(bench_step, "now", lambda args: next(clock))  # each turn takes a second
-    run_script(bench, "attention", *TINY, "--device", "cpu", "--batch-size", 3, "--rounds", 1, "--calls", 2)
+    run_script(bench_attention, *TINY, "--device", "cpu", "--batch-size", 3, "--rounds", 1, "--calls", 2)
     rows = {line[:18].strip(): line[18:].split() for line in capsys.readouterr().out.splitlines()[4:]}
     assert list(rows) == ["teacher", *(f"{part}, mask {i}" for i in (1, 2) for part in ("encoder", "predictor"))]
     *shape, _, padded, choice_ms, choice, flash_ms, flash, cudnn, efficient, math_ms, math = rows["teacher"]

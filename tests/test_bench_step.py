@@ -8,14 +8,14 @@ import shlex
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import DEVICES, NO_GPU, randomise, refusal, run_script
+from conftest import DEVICES, NO_GPU, randomize, refusal, run_script
 from torch.distributed.tensor import DTensor
 from torch.utils.flop_counter import FlopCounterMode
 
-import bench
-import bench_step
+import cli
 import flops
 import training
+from bench import step as bench_step
 
 TINY = shlex.split(
     "--width 24 --depth 2 --heads 2 --patch-size 8 --num-frames 4 --resolution 32 --predictor-width 16 "
@@ -25,7 +25,7 @@ TINY = shlex.split(
 
 def tiny_args(*more, device="cpu"):
     flags = [*TINY, "--device", device, *map(str, more)]
-    args = training.training_flags("", out="out", steps=160_000).parse_args(flags)
+    args = cli.training_flags("", out="out", steps=160_000).parse_args(flags)
     training.setup(args)
     torch.set_float32_matmul_precision("highest")
     return args
@@ -35,7 +35,7 @@ def tiny_step(kind, args, teacher=None):
     """Ours, with weights that all matter (mask tokens start at zero)."""
     stages = flops.stages(argparse.Namespace(teacher=teacher, teacher_steps=1), args)
     ours = bench_step.Ours.build(kind, stages[kind], args)
-    randomise(ours.encoder), randomise(ours.predictor)
+    randomize(ours.encoder), randomize(ours.predictor)
     return ours
 
 
@@ -98,7 +98,7 @@ def test_a_peer_that_computes_something_else_is_refused_after_all_is_said(capfd,
     monkeypatch.setattr(bench_step.HuggingFace, "loss", lambda *arguments: 1.001 * loss(*arguments))
     monkeypatch.setattr(bench_step, "matmul_ceiling", lambda args: 5e10)
     with pytest.raises(SystemExit) as stop:
-        run_script(bench, "step", *TINY, "--device", "cpu", "--batch-size", 2, "--rounds", 1, "--peer", "hf")
+        run_script(bench_step, *TINY, "--device", "cpu", "--batch-size", 2, "--rounds", 1, "--peer", "hf")
     out, error = capfd.readouterr()
     assert stop.value.code == 2 and "computed something else" in error
     assert "NOT THE SAME" in out and out.rstrip().splitlines()[-1].startswith("shares: ")
@@ -121,7 +121,7 @@ def test_marks_split_a_step_into_its_parts_forward_and_backward():
         setattr(stamped, part, bench_step.Stamped(getattr(stamped, part), part, marks.append))
     bench_step.one_step(stamped, 0, bench_step.random_clips(args), marks.append)
     mask = ["encoder", "rest", "predictor", "rest", "predictor", "encoder", "rest"]
-    assert marks == ["teacher", "rest", *mask, *mask, "optimiser", "moving average", "rest"]
+    assert marks == ["teacher", "rest", *mask, *mask, "optimizer", "moving average", "rest"]
 
 
 def test_shares_add_up_to_the_step(monkeypatch):
@@ -129,7 +129,7 @@ def test_shares_add_up_to_the_step(monkeypatch):
     monkeypatch.setattr(bench_step, "now", lambda args: next(clock))
     parts = bench_step.shares(tiny_step("student", args), (0, 1), bench_step.random_clips(args))
     # One second from each mark to the next, see above; one more mark begins a step.
-    assert parts == {"teacher": 1, "encoder": 4, "predictor": 4, "optimiser": 1, "rest": 8}
+    assert parts == {"teacher": 1, "encoder": 4, "predictor": 4, "optimizer": 1, "rest": 8}
 
 
 def test_what_was_not_measured_costs_as_much_per_flop_as_the_nearest_that_was():
@@ -143,11 +143,11 @@ def test_the_command_prints_times_ratios_and_shares(capsys, monkeypatch):
     pytest.importorskip("transformers")
     monkeypatch.setattr(bench_step, "matmul_ceiling", lambda args: 5e10)
     flags = ["--batch-size", 2, "--rounds", 2, "--round-steps", 1, "--device", "cpu"]
-    run_script(bench, "step", *TINY, *flags, "--kind", "teacher", "--sharded")
+    run_script(bench_step, *TINY, *flags, "--kind", "teacher", "--sharded")
     out = capsys.readouterr().out
     assert "ours  " in out and "ours, sharded " in out and out.count("times as long as ours") == 1
     assert not dist.is_initialized()
-    run_script(bench, "step", *TINY, *flags, "--kind", "student", "--peer", "hf", "--dtype", "bfloat16")
+    run_script(bench_step, *TINY, *flags, "--kind", "student", "--peer", "hf", "--dtype", "bfloat16")
     out = capsys.readouterr().out
     assert all(word in out for word in ("hf eager", "times as long as ours", "shares: ", "off ours", "TFLOP/s"))
 
@@ -156,7 +156,7 @@ def test_the_sweep_measures_what_fits_and_marks_what_does_not(capsys, monkeypatc
     monkeypatch.setattr(bench_step, "matmul_ceiling", lambda args: 1e10)  # the paper's runs would take hours
     flags = "--model vit_ti --patch-size 8 --num-frames 4 --resolution 32 --predictor-width 16 --predictor-depth 1 "
     flags = shlex.split(flags + "--predictor-heads 2 --device cpu --batch-size 1 --sizes vit_ti --round-steps 1")
-    run_script(bench, "step", *flags, "--sweep", "--time-budget", 5)
+    run_script(bench_step, *flags, "--sweep", "--time-budget", 5)
     growth, paper = capsys.readouterr().out.split("whole runs of the paper")
     first, *_ = [line.split() for line in growth.splitlines() if line.startswith("vit_ti")]
     assert first[1:4] == ["4", "32", "1"] and "~" not in first
@@ -174,19 +174,19 @@ def test_a_cell_on_the_cpu_has_a_memory_if_the_process_never_needed_as_much(peak
 
 
 def test_mistakes_are_refused_in_one_line(capfd):
-    assert "--width" in refusal(capfd, bench, "step", *TINY, "--device", "cpu", "--sweep")
+    assert "--width" in refusal(capfd, bench_step, *TINY, "--device", "cpu", "--sweep")
 
 
 @pytest.mark.slow
 def test_compilations_and_graph_breaks_are_counted(capsys, monkeypatch):
     flags = [*TINY, "--device", "cpu", "--batch-size", 2, "--compiles", 3, "--compile-backend", "eager"]
     with pytest.raises(SystemExit) as stop:
-        run_script(bench, "step", *flags)
+        run_script(bench_step, *flags)
     out = capsys.readouterr().out
     assert "student: 3 steps, 0 graph breaks" in out and " forward: 3 compilations" in out
     assert stop.value.code == 0
     gelu = torch.nn.functional.gelu
     monkeypatch.setattr("model.F.gelu", lambda x: (torch._dynamo.graph_break(), gelu(x))[1])
     with pytest.raises(SystemExit) as stop:
-        run_script(bench, "step", *flags)
+        run_script(bench_step, *flags)
     assert stop.value.code == 1 and ", 0 graph breaks" not in capsys.readouterr().out

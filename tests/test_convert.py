@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import randomise
+from conftest import randomize
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import convert
 from model import AttentiveProbe, Encoder, Predictor, build, gather, load_checkpoint, load_encoder, load_predictor
+from tools import convert
 
 transformers = pytest.importorskip("transformers")
 
@@ -31,15 +31,15 @@ def hf_config(**changes):
 @pytest.fixture
 def hf(tmp_path):
     """A random VJEPA2Model, its folder, and our checkpoint of it, converted by the command line."""
-    model = randomise(transformers.VJEPA2Model(hf_config()))
+    model = randomize(transformers.VJEPA2Model(hf_config()))
     model.save_pretrained(tmp_path / "hf")
     convert.main(["from-hf", str(tmp_path / "hf"), str(tmp_path / "run")])
     return model, tmp_path / "hf", tmp_path / "run"
 
 
 def our_checkpoint(out_width=WIDTH, **sizes):
-    encoder = randomise(Encoder(**(dict(width=WIDTH, depth=2, heads=3, num_frames=4, resolution=48) | sizes)))
-    predictor = randomise(Predictor(encoder.width, out_width, width=24, depth=2, heads=2, num_mask_tokens=2))
+    encoder = randomize(Encoder(**(dict(width=WIDTH, depth=2, heads=3, num_frames=4, resolution=48) | sizes)))
+    predictor = randomize(Predictor(encoder.width, out_width, width=24, depth=2, heads=2, num_mask_tokens=2))
     return dict(
         format="salt-1", kind="student", step=7, args={}, encoder=encoder.state_dict(),
         predictor=predictor.state_dict(), model=dict(encoder=encoder.config, predictor=predictor.config),
@@ -185,7 +185,7 @@ def test_half_precision_hf_weights_come_as_float32(hf, tmp_path):
 @torch.no_grad()
 def test_probe_agrees_with_hf_both_ways():
     # An epsilon so large that a LayerNorm with another one would show.
-    model = randomise(transformers.VJEPA2ForVideoClassification(hf_config(layer_norm_eps=0.1)))
+    model = randomize(transformers.VJEPA2ForVideoClassification(hf_config(layer_norm_eps=0.1)))
     theirs = {k: v for k, v in model.state_dict().items() if not k.startswith("vjepa2.")}
     ours = convert.probe_from_hf(model.state_dict())
     config = dict(width=WIDTH, num_classes=5, depth=3, heads=3, eps=model.config.layer_norm_eps)

@@ -13,7 +13,11 @@ from conftest import SHARED_DATA, frame_numbers, numbered, write_image, write_vi
 from torchvision.transforms import v2
 
 import data
-from data import BadVideo, Manifest, read_clip, read_clips, read_manifest, synthetic_clips, uniforms
+import synthetic
+import video
+from data import Manifest, read_manifest
+from synthetic import synthetic_clips, uniforms
+from video import BadVideo, read_clip, read_clips
 
 # ---------------------------------------------------------------------------------------------------------------------
 # manifests
@@ -79,19 +83,19 @@ LENGTH = 90
 
 
 @pytest.fixture(scope="module", params=VIDEOS)
-def video(request, tmp_path_factory):
+def sample(request, tmp_path_factory):
     options = dict(VIDEOS[request.param])
     options["rate"] = Fraction(options.get("rate", 25))
     path = tmp_path_factory.mktemp("video") / request.param
     write_video(path, map(numbered, range(LENGTH)), **options)
     with av.open(str(path)) as container:  # the truth: decode everything
-        frames = data._to_rgb(list(container.decode(video=0)), None, None)
+        frames = video._to_rgb(list(container.decode(video=0)), None, None)
     assert frame_numbers(frames) == list(range(LENGTH))
     return path, frames
 
 
-def test_read_clip_is_exact(video):
-    path, frames = video
+def test_read_clip_is_exact(sample):
+    path, frames = sample
     for num_frames, step in ((1, 1), (4, 1), (4, 7), (16, 4), (16, 5), (90, 1)):
         room = LENGTH - (num_frames - 1) * step - 1
         for place in (0, 0.3, 0.5, 0.77, 1):
@@ -102,8 +106,8 @@ def test_read_clip_is_exact(video):
             assert torch.equal(clip, frames[numbers])
 
 
-def test_read_clips_is_read_clip_at_every_place(video):
-    path, places = video[0], [0.5, 0, 1, 0.3, 0.3]
+def test_read_clips_is_read_clip_at_every_place(sample):
+    path, places = sample[0], [0.5, 0, 1, 0.3, 0.3]
     for place, clip in zip(places, read_clips(path, 4, 3, places), strict=True):
         assert torch.equal(clip, read_clip(path, 4, 3, place))
 
@@ -146,8 +150,8 @@ def test_images(tmp_path, suffix, mode):
 def test_what_is_not_wanted_is_not_decoded(tmp_path, monkeypatch):
     """Bitwise the same frames as decoding all; B-frames that are not wanted, and ends of groups, are passed over."""
     path = write_video(tmp_path / "v.mp4", map(numbered, range(LENGTH)), gop=30, bframes=3)
-    decoded, frames = [], data._frames
-    monkeypatch.setattr(data, "_frames", lambda stream, *rest: frames(Spy(stream), *rest))
+    decoded, frames = [], video._frames
+    monkeypatch.setattr(video, "_frames", lambda stream, *rest: frames(Spy(stream), *rest))
 
     class Spy:  # a stream whose decoder says what it is fed and gives
         def __init__(self, stream):
@@ -189,7 +193,7 @@ def test_fps_keeps_time_where_the_frame_rate_varies(tmp_path):
 
 
 @pytest.mark.parametrize("degrees", [0, 90, 180, 270])
-def test_rotation_is_honoured(tmp_path, degrees):
+def test_rotation_is_honored(tmp_path, degrees):
     """A display matrix, written into the header of an mp4, turns the picture clockwise by so many degrees."""
     rng = np.random.default_rng(0)
     picture = np.kron(rng.integers(0, 256, (4, 6, 1), np.uint8), np.ones((16, 16, 3), np.uint8))
@@ -224,7 +228,7 @@ def test_crops_are_antialiased_and_exact(tmp_path):
         assert (clip[0] - expected)[:, 1:-1, 1:-1].abs().max() < 1.5
     path = write_video(tmp_path / "w.mp4", [waves[:, :154]] * 2)  # a width that 16 does not divide, to the last column
     assert (read_clip(path, 1, 1, 0)[0, :, :, -9:] - whole[:, :, 145:154]).abs().mean() < 12
-    path = write_video(tmp_path / "v.mp4", [waves[:, :160]] * 2)  # subsampled colour, odd box
+    path = write_video(tmp_path / "v.mp4", [waves[:, :160]] * 2)  # subsampled color, odd box
     clip = read_clips(path, 1, 1, [0], crops=[lambda height, width: (11, 21, 63, 127)], size=30)[0][0]
     expected = v2.functional.resized_crop(whole, 10, 20, 62, 126, [30, 30], antialias=True)
     assert (clip - expected).abs().mean() < 6
@@ -268,10 +272,10 @@ def test_bad_videos_are_named(tmp_path):
         assert path == str(tmp_path / name) and len(reason) > 5 and "\n" not in reason
 
 
-def test_normalise():
+def test_normalize():
     clips = torch.arange(256, dtype=torch.uint8).view(1, 1, 1, 16, 16).expand(2, 3, 4, -1, -1)
-    x = data.normalise(clips, "cpu")
-    assert x.dtype == torch.float32 and torch.equal(data.denormalise(x), clips)
+    x = data.normalize(clips, "cpu")
+    assert x.dtype == torch.float32 and torch.equal(data.denormalize(x), clips)
     for channel, (mean, std) in enumerate(((0.485, 0.229), (0.456, 0.224), (0.406, 0.225))):
         expected = (torch.arange(256).view(16, 16) / 255 - mean) / std
         torch.testing.assert_close(x[1, channel, 3], expected)
@@ -282,7 +286,7 @@ def test_normalise():
 
 
 def image_manifest(folder, count, name="m.csv", first=0):
-    """A manifest of grey images; image n, of label n, has brightness 8 n."""
+    """A manifest of gray images; image n, of label n, has brightness 8 n."""
     for n in range(first, first + count):
         write_image(torch.full((3, 20, 24), 8 * n, dtype=torch.uint8), str(folder / f"{n}.png"))
     (folder / name).write_text("".join(f"{n}.png {n}\n" for n in range(first, first + count)))
@@ -335,8 +339,8 @@ def test_several_clips_of_a_video_are_different_ones(tmp_path, monkeypatch):
     for n in range(4):
         write_video(tmp_path / f"{n}.mp4", map(numbered, range(40)))
     (tmp_path / "m.csv").write_text("".join(f"{n}.mp4 {n}\n" for n in range(4)))
-    opened, read = [], data.read_clips
-    monkeypatch.setattr(data, "read_clips", lambda path, *rest: opened.append(path) or read(path, *rest))
+    opened, read = [], video.read_clips
+    monkeypatch.setattr(video, "read_clips", lambda path, *rest: opened.append(path) or read(path, *rest))
     source = Manifest([tmp_path / "m.csv"], 2, 3, 16, clips_per_video=3)
     batch = source.batch(range(12))
     assert len(opened) == 4 and sorted(batch.labels[::3].flatten().tolist()) == [0, 1, 2, 3]
@@ -418,7 +422,7 @@ def test_evaluation_is_the_middle(tmp_path):
     source = Manifest([tmp_path / "m.csv"], 4, 3, 30, train=False)
     batch = source.batch(range(2))
     assert len(source) == 2 and batch.labels.tolist() == [[0], [1]]  # in order
-    # 100x60 becomes 50x30, of which columns 10 to 39 are the centre: 20 to 79 of the image
+    # 100x60 becomes 50x30, of which columns 10 to 39 are the center: 20 to 79 of the image
     assert batch.clips[0, 0, 0, 15].tolist() == pytest.approx([2 * (20.5 + 2 * i) for i in range(30)], abs=2)
     assert frame_numbers(batch.clips[1].transpose(0, 1)) == [15, 18, 21, 24]
     assert frame_numbers(read_clip(path, 4, 3, 0.5)) == [15, 18, 21, 24]
@@ -435,8 +439,8 @@ def test_uniforms():
     assert (u.mean(0) - 0.5).abs().max() < 5 * math.sqrt(1 / 12 / n)
     counts = torch.stack([c.histc(16, 0, 1) for c in u.unbind(1)])
     assert ((counts - n / 16).square() / (n / 16)).sum(1).max() < 45  # chi-square of 15 degrees: 1e-4 of 64 columns
-    neighbours = torch.cat((u[1:], u[:-1]), dim=1)  # columns, and columns of the next number, are uncorrelated
-    correlation = torch.corrcoef(neighbours.T).fill_diagonal_(0)
+    neighbors = torch.cat((u[1:], u[:-1]), dim=1)  # columns, and columns of the next number, are uncorrelated
+    correlation = torch.corrcoef(neighbors.T).fill_diagonal_(0)
     assert correlation.abs().max() < 5 / math.sqrt(n)
     assert torch.equal(uniforms(7, torch.tensor([3000, 5]), 64), u[[3000, 5]])
     for other in (uniforms(8, torch.arange(n), 64), uniforms(7 + 2**31, torch.arange(n), 64)):
@@ -444,7 +448,7 @@ def test_uniforms():
 
 
 def test_synthetic_labels_are_uniform_and_independent():
-    count, motions, shapes = 4800, len(data.MOTIONS), len(data.SHAPES)
+    count, motions, shapes = 4800, len(synthetic.MOTIONS), len(synthetic.SHAPES)
     assert (motions, shapes) == (8, 6)
     motion, shape = synthetic_clips(0, torch.arange(count), 1, 2)[1].unbind(1)
     table = torch.bincount(motion * shapes + shape, minlength=48).float()
@@ -474,8 +478,8 @@ def test_motion_label_is_the_direction_of_the_shapes():
     The background travels in directions of its own, independent of the label, so they match on no other direction.
     """
     clips, labels = synthetic_clips(0, torch.arange(192), 16, 64)
-    grey = clips.float().mean(1)[:, ::5]  # frames 0, 5, 10, 15: a third of the clip apart
-    edges = grey - torch.nn.functional.avg_pool2d(grey, 5, 1, 2)
+    gray = clips.float().mean(1)[:, ::5]  # frames 0, 5, 10, 15: a third of the clip apart
+    edges = gray - torch.nn.functional.avg_pool2d(gray, 5, 1, 2)
     edges = (edges - edges.mean((2, 3), keepdim=True)) / (edges.std((2, 3), keepdim=True) + 1e-3)
     match = torch.zeros(8, len(clips), 30)
     for k in range(8):
@@ -508,7 +512,7 @@ def chance_limit(classes, count):
 
 
 @pytest.mark.slow
-def test_one_frame_does_not_tell_the_motion_nor_colour_the_shape():
+def test_one_frame_does_not_tell_the_motion_nor_color_the_shape():
     torch.manual_seed(0)
     train, total = 3000, 4500
     parts = [synthetic_clips(0, torch.arange(i, i + 500), 5, 32) for i in range(0, total, 500)]
@@ -524,10 +528,10 @@ def test_one_frame_does_not_tell_the_motion_nor_colour_the_shape():
     middle = accuracy(conv(3, 24, 48, 64), x[:, :, 2], labels[:, 0], train, 8)
     # The same network on the middle frame and the one after it, to show that it can tell motion.
     pair = accuracy(conv(6, 24, 48, 64), x[:, :, 2:4].flatten(1, 2), labels[:, 0], train, 8)
-    colour = torch.cat((x.mean((2, 3, 4)), x.mean((3, 4)).flatten(1), x.std((2, 3, 4))), dim=1)
-    mlp = torch.nn.Sequential(torch.nn.BatchNorm1d(colour.shape[1]), torch.nn.Linear(colour.shape[1], 64),
+    color = torch.cat((x.mean((2, 3, 4)), x.mean((3, 4)).flatten(1), x.std((2, 3, 4))), dim=1)
+    mlp = torch.nn.Sequential(torch.nn.BatchNorm1d(color.shape[1]), torch.nn.Linear(color.shape[1], 64),
                               torch.nn.ReLU(), torch.nn.Linear(64, 8))  # fmt: skip
-    shape = accuracy(mlp, colour, labels[:, 1], train, 20)
+    shape = accuracy(mlp, color, labels[:, 1], train, 20)
     assert pair > 0.5
     assert middle < chance_limit(8, total - train)
     assert shape < chance_limit(6, total - train)
@@ -547,7 +551,7 @@ def test_odd_videos_give_a_clip_or_say_why():
     bad = []
     for file in files:
         try:
-            clip = read_clips(file, 8, 2, [0.5], None, [data.centre_crop], 48)[0]
+            clip = read_clips(file, 8, 2, [0.5], None, [data.center_crop], 48)[0]
             assert clip.shape == (8, 3, 48, 48) and clip.dtype == torch.uint8, file
         except BadVideo as error:
             assert str(error).startswith(f"{file}: ") and "\n" not in str(error)

@@ -27,10 +27,12 @@ from conftest import TINY, refusal, run_script, write_image
 from torch.distributed.tensor import DTensor
 
 import data
+import run
 import train_ema_baseline
 import train_student
 import train_teacher
 import training
+import video
 from model import load_checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -188,8 +190,8 @@ def spoilt(how, rank):
 
 
 def placed(shares, rank):
-    """Checks, at the end, which share of each prepared network and of its optimiser state this process holds."""
-    prepared, prepare, finish = [], training.prepare, training.Run.finish
+    """Checks, at the end, which share of each prepared network and of its optimizer state this process holds."""
+    prepared, prepare, finish = [], training.prepare, run.Run.finish
 
     def remember(*args, **kwargs):
         prepared.append(prepare(*args, **kwargs))
@@ -209,7 +211,7 @@ def placed(shares, rank):
         finish(run)
         print("all is placed as it should be")
 
-    training.prepare, training.Run.finish = remember, check
+    training.prepare, run.Run.finish = remember, check
 
 
 def local(tensor):
@@ -304,11 +306,11 @@ def whole(teacher, tmp_path_factory):
     [
         killed((1,), "training.update", 3),
         killed((0, 1), "training.update", 3),
-        killed((1,), "training.dcp.save", 2),
-        killed((0, 1), "training.dcp.save", 2, after=True),
-        killed((0,), "training.checksum", 4),  # before the first one of the second save
-        killed((0,), "training.write_aside", 3),  # between a state and its checkpoint.pt
-        killed((0,), "training.Run.finish", 1),
+        killed((1,), "run.dcp.save", 2),
+        killed((0, 1), "run.dcp.save", 2, after=True),
+        killed((0,), "run.checksum", 4),  # before the first one of the second save
+        killed((0,), "run.write_aside", 3),  # between a state and its checkpoint.pt
+        killed((0,), "run.Run.finish", 1),
     ],
     ids=["one", "all", "one-saves", "all-saved", "checksums", "between-files", "finish"],
 )
@@ -330,13 +332,13 @@ def test_a_killed_run_continues_as_if_nothing_had_happened(patch, whole, teacher
 def test_a_kill_between_the_last_state_and_its_checkpoint_loses_no_checkpoint(teacher, tmp_path):
     """write_aside: args.json, then checkpoint.pt of steps 2, 4 and 6."""
     flags = [*TINY, "--out", tmp_path / "run"]
-    assert end(start(1, train_teacher, *flags, patch=killed((0,), "training.write_aside", 4))) == [-signal.SIGKILL]
+    assert end(start(1, train_teacher, *flags, patch=killed((0,), "run.write_aside", 4))) == [-signal.SIGKILL]
     assert same(train(1, train_teacher, *flags[:-2], out=tmp_path / "run"), teacher)
 
 
 def test_a_kill_loses_no_snapshot(tmp_path):
     flags = [*TINY, "--snapshot-every", 2, "--out", tmp_path / "run"]
-    assert end(start(1, train_teacher, *flags, patch=killed((0,), "training.write_aside", 5))) == [-signal.SIGKILL]
+    assert end(start(1, train_teacher, *flags, patch=killed((0,), "run.write_aside", 5))) == [-signal.SIGKILL]
     train(1, train_teacher, *flags[:-2], out=tmp_path / "run")
     assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*.pt")) == [
         f"checkpoint-00000{step}.pt" for step in (2, 4, 6)
@@ -409,12 +411,12 @@ def test_two_runs_do_not_share_a_folder(flags, teacher, tmp_path, capfd):
 
 def wrapped(path, patch):
     """A script that trains a teacher after a line of this module was run, for those that start scripts."""
-    path.write_text(f"import os, signal, test_distributed, train_teacher\n{patch}\ntrain_teacher.main()\n")
+    path.write_text(f"import os, signal, test_distributed, train_teacher, video\n{patch}\ntrain_teacher.main()\n")
     return path
 
 
 def bad_video(path, *_):
-    raise data.BadVideo(f"{path}: cannot be decoded")
+    raise video.BadVideo(f"{path}: cannot be decoded")
 
 
 @pytest.mark.slow
@@ -422,7 +424,7 @@ def bad_video(path, *_):
     "patch, says",
     [
         ("killed((1,), 'training.update', 3)(1)", ["Signal 9 (SIGKILL)", "local_rank: 1"]),
-        ("data.read_clips = test_distributed.bad_video", ["unreadable, and nothing stands in"]),
+        ("video.read_clips = test_distributed.bad_video", ["unreadable, and nothing stands in"]),
     ],
     ids=["killed", "bad-data"],
 )
@@ -479,14 +481,14 @@ def loader_refusal(tmp_path, patch, *flags):
 
 def reads(path, action):
     """Patch: action() when this file is read."""
-    read_clips = data.read_clips
+    read_clips = video.read_clips
 
     def patched(file, *rest):
         if file == str(path):
             action()
         return read_clips(file, *rest)
 
-    data.read_clips = patched
+    video.read_clips = patched
 
 
 @pytest.mark.slow
@@ -508,10 +510,10 @@ def test_a_loader_that_hangs_ends_the_run(tmp_path):
 @pytest.mark.parametrize(
     "world, ranks, where, after",
     [
-        (1, (0,), "training.dcp.save", False),
-        (1, (0,), "training.dcp.save", True),  # the next step's checkpoint.pt
-        (2, (1,), "training.dcp.save", False),
-        (2, (0, 1), "training.dcp.save", False),
+        (1, (0,), "run.dcp.save", False),
+        (1, (0,), "run.dcp.save", True),  # the next step's checkpoint.pt
+        (2, (1,), "run.dcp.save", False),
+        (2, (0, 1), "run.dcp.save", False),
     ],
     ids=["alone", "checkpoint", "one", "all"],
 )
@@ -556,11 +558,11 @@ def test_no_checkpoint_runs_code(teacher, tmp_path, capfd):
 
 def test_checksums(tmp_path):
     file = tmp_path / "x"
-    assert training.checksum(file) is None
+    assert run.checksum(file) is None
     file.write_bytes(b"123456789")
-    assert training.checksum(file) == [9, 0xCBF43926]  # the check value of CRC-32
+    assert run.checksum(file) == [9, 0xCBF43926]  # the check value of CRC-32
     file.write_bytes(b"123456788")
-    assert training.checksum(file)[1] != 0xCBF43926
+    assert run.checksum(file)[1] != 0xCBF43926
 
 
 @pytest.mark.parametrize("keep", [1, 2, 10])

@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import TINY, refusal, run_script
 
+import cli
 import flops
 import train_ema_baseline
 import training
@@ -140,8 +141,8 @@ def test_the_formula_is_what_torch_counts(student, predict, teacher, masks):
 
 def wanted(*flags):
     """What flops.py makes of training flags."""
-    args = training.training_flags("", out="out", steps=160_000).parse_args([str(flag) for flag in flags])
-    args.micro_batch_size = args.micro_batch_size or training.default_micro_batch_size(args.batch_size)
+    args = cli.training_flags("", out="out", steps=160_000).parse_args([str(flag) for flag in flags])
+    args.micro_batch_size = args.micro_batch_size or cli.default_micro_batch_size(args.batch_size)
     return args
 
 

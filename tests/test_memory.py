@@ -7,11 +7,12 @@ import pytest
 import torch
 from conftest import TINY, refusal, run_script
 
-import bench_step
+import cli
 import flops
 import masking
-import memory
 import training
+from bench import memory
+from bench import step as bench_step
 from model import SIZES, Encoder, Predictor
 
 # Activations, not weights, have to fill the most of it, or nothing is tested: 16 clips at a time.
@@ -22,7 +23,7 @@ def paper(*flags, kind="student", processes=1, shard_teacher=False, device="cpu"
           peer=False, masks=((100, 200), (40, 300))):  # fmt: skip
     """`memory.on_paper` of flags, with masks that fit the grid of 2x14x14 tokens."""
     flags = ["--num-frames", 4, "--micro-batch-size", 2, *flags]
-    args = training.training_flags("", out="out", steps=10).parse_args([str(flag) for flag in flags])
+    args = cli.training_flags("", out="out", steps=10).parse_args([str(flag) for flag in flags])
     args.device, args.dtype, args.compile = device, dtype, False
     own = memory.argparse.Namespace(kind=kind, teacher=None, teacher_steps=0, processes=processes, processes_per_node=2,
                                     shard_teacher=shard_teacher)  # fmt: skip
@@ -119,7 +120,7 @@ def test_the_peer_on_paper_agrees_with_the_peak_of_its_step(kind):
     for name in ("weights", "gradients", "optimizer", "teacher"):
         assert parts[name] == ours[name]
     flags = [*map(str, flags), "--num-frames", "4", "--device", "cpu", "--no-compile"]
-    args = training.training_flags("", out="out", steps=160_000).parse_args(flags)
+    args = cli.training_flags("", out="out", steps=160_000).parse_args(flags)
     training.setup(args)
     own = memory.argparse.Namespace(teacher=None, teacher_steps=1)
     runner = bench_step.Ours.build(kind, flops.stages(own, args)[kind], args)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import randomise
+from conftest import randomize
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import model
@@ -19,11 +19,11 @@ CLOSE = dict(atol=1e-5, rtol=1e-5)
 
 
 def small_encoder(**sizes):
-    return randomise(Encoder(**(dict(width=64, depth=2, heads=2) | sizes)))
+    return randomize(Encoder(**(dict(width=64, depth=2, heads=2) | sizes)))
 
 
 def small_predictor(**sizes):
-    return randomise(Predictor(**(dict(in_width=64, out_width=40, width=48, depth=2, heads=2) | sizes)))
+    return randomize(Predictor(**(dict(in_width=64, out_width=40, width=48, depth=2, heads=2) | sizes)))
 
 
 def random_clips(T=4, H=48, W=80, batch=2):
@@ -120,7 +120,7 @@ def vjepa2_rotation(x, ids, grid):
             places = i // (rows * cols), i // cols % rows, i % cols
             for axis, place in enumerate(places):
                 for c in range(0, s, 2):
-                    # The quirk: neighbours are paired, yet each has its own frequency.
+                    # The quirk: neighbors are paired, yet each has its own frequency.
                     first, second = (place * 10000 ** -((j % (s // 2)) / (s / 2)) for j in (c, c + 1))
                     even, odd = x[b, :, k, axis * s + c], x[b, :, k, axis * s + c + 1]
                     out[b, :, k, axis * s + c] = even * math.cos(first) - odd * math.sin(first)
@@ -304,7 +304,7 @@ def norm(x, layer, eps):
 @torch.no_grad()
 def test_probe_pools_without_output_projection():
     # Depth 1 is the cross-attention and the linear layer alone, here by hand, with two heads of 8.
-    probe = randomise(AttentiveProbe(16, 5, depth=1, heads=2))
+    probe = randomize(AttentiveProbe(16, 5, depth=1, heads=2))
     tokens, c = torch.randn(3, 7, 16) * 1e-2, probe.cross  # small, so that a wrong eps (1e-6) would show
     query = probe.query[0, 0]
     seen = norm(tokens, c.norm1, 1e-5)
@@ -329,12 +329,12 @@ def test_probe_shape_parameters_and_gradients():
     order = torch.randperm(9)  # it knows no places
     torch.testing.assert_close(probe(tokens[:, order]), probe(tokens), **CLOSE)
     assert probe.blocks[0].norm1.eps == probe.cross.norm1.eps == probe.cross.norm2.eps == 1e-5
-    randomise(probe)(tokens).square().sum().backward()
+    randomize(probe)(tokens).square().sum().backward()
     assert not without_gradient(probe)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# initialisation
+# initialization
 
 
 def assert_std(weight, std):

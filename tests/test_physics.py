@@ -7,7 +7,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from conftest import SHARED_DATA, TINY, flat, frame_numbers, numbered, randomise, refusal, run_script, write_video
+from conftest import SHARED_DATA, TINY, flat, frame_numbers, numbered, randomize, refusal, run_script, write_video
 
 import data
 import physics
@@ -15,6 +15,7 @@ import train_ema_baseline
 import train_student
 import train_teacher
 from model import Encoder, Predictor, load_checkpoint
+from video import BadVideo
 
 
 def physics_args(*flags):
@@ -103,13 +104,13 @@ def test_windows_before_the_event_are_computed_once(same, stride, shared):
 @pytest.mark.parametrize("mask_index", [0, 1])
 @pytest.mark.parametrize("predicts", ["latents", "pixels"])
 def test_surprise_is_what_the_training_scripts_call_targets_and_predictions(predicts, mask_index):
-    encoder = randomise(Encoder(32, 1, 2, num_frames=8, resolution=32, patch_size=8))
-    teacher = randomise(Encoder(48, 1, 2, num_frames=8, resolution=32, patch_size=8))
-    predictor = randomise(Predictor(32, 48 if predicts == "latents" else 384, 16, 1, 2))
+    encoder = randomize(Encoder(32, 1, 2, num_frames=8, resolution=32, patch_size=8))
+    teacher = randomize(Encoder(48, 1, 2, num_frames=8, resolution=32, patch_size=8))
+    predictor = randomize(Predictor(32, 48 if predicts == "latents" else 384, 16, 1, 2))
     video = torch.randint(256, (11, 3, 32, 32), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
     args = physics_args("--context-lengths", 4, "--mask-index", mask_index, "--stride", 3)
     measured = physics.surprise((encoder, predictor, teacher if predicts == "latents" else None), video, args)
-    clips = data.normalise(torch.stack((video[:8], video[3:])).transpose(1, 2), "cpu")
+    clips = data.normalize(torch.stack((video[:8], video[3:])).transpose(1, 2), "cpu")
     ids = torch.arange(64).expand(2, -1)
     targets = (
         train_student.latent_targets(teacher, clips)
@@ -232,7 +233,7 @@ def test_frames_of_a_video(tmp_path):
     for path in (video, folder):
         assert frame_numbers(physics.read_video(path, 1, 32)) == list(range(50))
         assert frame_numbers(physics.read_video(path, 10, 32, start=7)) == [7, 17, 27, 37, 47]
-        with pytest.raises(data.BadVideo, match="no frames after the first 50"):
+        with pytest.raises(BadVideo, match="no frames after the first 50"):
             physics.read_video(path, 1, 32, start=50)
 
 
@@ -329,7 +330,7 @@ def test_layout_of_inflevel(tmp_path):
 
 
 def objects(video):
-    """Where something colourful is, (L, R, R), and its centre (x, y) over time, in frame widths; nan where nothing."""
+    """Where something colorful is, (L, R, R), and its center (x, y) over time, in frame widths; nan where nothing."""
     video = video.float() / 255
     where = video.amax(1) - video.amin(1) > 0.45
     places = (torch.arange(where.shape[-1]) + 0.5) / where.shape[-1]
@@ -361,7 +362,7 @@ def test_built_in_events_are_what_their_names_say():
         went_in = [objects(video)[0][0].any() for video in (pair.possible, pair.impossible)]
         assert went_in == [n % 2 == 0] * 2 and comes_out == [n % 2 == 0, n % 2 == 1]
         assert not objects(pair.possible)[0][12].any()  # behind the occluder
-    for name in ("shape", "colour"):
+    for name in ("shape", "color"):
         for pair in built_in(name, 4):
             (a, *_), (b, *_) = objects(pair.possible), objects(pair.impossible)
             apart = (a[-1] ^ b[-1]).sum() / a[-1].sum()
@@ -403,7 +404,7 @@ def test_accuracy():
 def test_mean_max_and_filtered_scores_per_property():
     possible = torch.tensor([[1.0, 2, 3], [3, 0, 3]])  # two context lengths, three windows
     impossible = torch.tensor([[1.0, 2, 4], [0, 0, 3]])
-    summary = physics.summarise([2, 4], [("a", possible, impossible), ("b", impossible, possible[:, :2])])
+    summary = physics.summarize([2, 4], [("a", possible, impossible), ("b", impossible, possible[:, :2])])
     assert list(summary) == ["a", "b", "all"] and list(summary["a"]) == [2, 4, "filtered"]
 
     def right(property):

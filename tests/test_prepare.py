@@ -20,7 +20,8 @@ import pytest
 from conftest import flat, frame_numbers, numbered, refusal, run_script, write_video
 
 import data
-import prepare
+import video
+from tools import prepare
 
 
 def touch(root, *names):
@@ -337,13 +338,13 @@ def test_check_names_what_is_broken_hangs_or_kills_its_process(videos, capfd, mo
     with open(videos / "all.csv", "a") as file:
         file.write("hangs.mp4 1\n")
 
-    def read_clip(path, *_, really=data.read_clip):
+    def read_clip(path, *_, really=video.read_clip):
         if path.endswith("b.mp4"):
             faulthandler.disable()  # pytest's
             os.kill(os.getpid(), signal.SIGSEGV)
         return really(path, *_)
 
-    monkeypatch.setattr(data, "read_clip", read_clip)
+    monkeypatch.setattr(video, "read_clip", read_clip)
     flags = ("check", videos / "all.csv", "--workers", 2, "--timeout", 2)
     run_script(prepare, *flags)
     log = read_log(videos / "all.check.jsonl")
@@ -369,9 +370,9 @@ def test_check_names_what_is_broken_hangs_or_kills_its_process(videos, capfd, mo
 def test_check_stops_at_sigterm_and_continues_where_it_stopped(videos, capfd):
     os.mkfifo(videos / "hangs.mp4")
     (videos / "all.csv").write_text("a.mp4 1\nb.mp4 1\nhangs.mp4 1\n")
-    script, log = os.path.join(os.path.dirname(prepare.__file__), "prepare.py"), videos / "all.check.jsonl"
-    command = [sys.executable, script, "check", videos / "all.csv", "--workers", "2"]
-    run = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    log = videos / "all.check.jsonl"
+    command = [sys.executable, "-m", "tools.prepare", "check", videos / "all.csv", "--workers", "2"]
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1])
     until = time.monotonic() + 60
     while not (log.is_file() and log.read_text().count("\n") == 2) and time.monotonic() < until:
         time.sleep(0.05)
@@ -425,7 +426,7 @@ def test_a_copy_has_the_same_frames_at_the_same_times_with_a_keyframe_every_12(t
     assert [t for t, *_ in frames] == pytest.approx([t / 25 for t in times], abs=1e-3)
     assert [i for i, f in enumerate(frames) if f[2]] == [0, 12, 24, 36] and {f[3] for f in frames} == {"I", "P"}
     for step, place in ((1, 0.0), (2, 0.4), (3, 1.0)) if suffix == "mp4" else ():  # Matroska has a rate of its own
-        clips = [data.read_clip(str(path), 8, step, place) for path in (source, tmp_path / "out" / "v.mp4")]
+        clips = [video.read_clip(str(path), 8, step, place) for path in (source, tmp_path / "out" / "v.mp4")]
         assert frame_numbers(clips[0]) == frame_numbers(clips[1])
     assert os.listdir(tmp_path / "out") == ["v.mp4"]
 
@@ -446,7 +447,7 @@ def test_a_copy_is_scaled_to_the_short_side_but_never_enlarged_and_has_even_size
         copy_of(tmp_path / "v.mp4", tmp_path / "copy.mp4", short_side=32 if height > 52 or width > 35 else 256)
         (before, *_), (after, *others) = decode(tmp_path / "v.mp4")[0], decode(tmp_path / "copy.mp4")[0]
         assert after[1].shape[:2] == want
-        assert np.abs(after[1].mean((0, 1)) - before[1].mean((0, 1))).max() < 4  # the colours are the same
+        assert np.abs(after[1].mean((0, 1)) - before[1].mean((0, 1))).max() < 4  # the colors are the same
         assert not any(frame[2] for frame in others)  # the original's keyframes are not the copy's
 
 
@@ -519,4 +520,4 @@ def test_a_folder_of_frames_becomes_a_video_of_12_frames_a_second(tmp_path):
     copy_of(folder, tmp_path / "34870.mp4")
     frames, _ = decode(tmp_path / "34870.mp4")
     assert [t for t, *_ in frames] == pytest.approx([i / 12 for i in range(37)])
-    assert frame_numbers(data.read_clip(str(tmp_path / "34870.mp4"), 16, 2, 0.5)) == list(range(4, 36, 2))
+    assert frame_numbers(video.read_clip(str(tmp_path / "34870.mp4"), 16, 2, 0.5)) == list(range(4, 36, 2))

@@ -16,15 +16,17 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, flat, frame_numbers, numbered, randomise, refusal, run_script, write_image, write_video
+from conftest import TINY, flat, frame_numbers, numbered, randomize, refusal, run_script, write_image, write_video
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
+import features
 import probe
 import train_ema_baseline
 import train_student
+from cli import interval95
 from model import AttentiveProbe, Encoder, load_checkpoint, load_encoder
-from training import generator, interval95
+from training import generator
 
 QUICK = shlex.split("--epochs 1 --batch-size 16 --probe-heads 2 --probe-depth 2 --workers 0 --device cpu")
 SYNTHETIC = shlex.split("--train-clips 24 --val-clips 20")
@@ -40,10 +42,10 @@ def test_interval95(right, total, low, high):
 
 
 class Fixed:
-    """Made-up tokens in the place of an encoder's: what probe.Tokens says of itself."""
+    """Made-up tokens in the place of an encoder's: what features.Tokens says of itself."""
 
     def __init__(self, args, tokens, labels):  # (M, N, D) or (M, V, N, D), (M, L)
-        self.args, self.x, self.y, self.spent = args, tokens, labels, probe.Stopwatch()
+        self.args, self.x, self.y, self.spent = args, tokens, labels, features.Stopwatch()
         self.source, self.shape, self.kept = range(len(tokens)), tokens.shape[-2:], None
 
     def read(self, batches):
@@ -203,15 +205,15 @@ def test_resumes_after_the_epoch(same, tmp_path):
 def test_standardize():
     tokens = torch.randn(50, 7, 3, generator=torch.Generator().manual_seed(0)) * torch.tensor([5, 0.1, 1]) + 3
     args = own_args()
-    scale = probe.moments(args, Fixed(args, tokens, torch.zeros(50, 1)), torch.arange(50))
+    scale = features.moments(args, Fixed(args, tokens, torch.zeros(50, 1)), torch.arange(50))
     torch.testing.assert_close(scale, torch.stack((tokens.flatten(0, 1).mean(0), tokens.flatten(0, 1).std(0))))
     out = probe.logits_of(args, lambda x: x, tokens, scale).flatten(0, 1)
     torch.testing.assert_close(out.mean(0), torch.zeros(3), atol=1e-4, rtol=0)
     torch.testing.assert_close(out.std(0), torch.ones(3), atol=1e-4, rtol=0)
 
 
-def test_nearest_neighbours():
-    """One near neighbour outweighs two farther ones: weights are exp(cosine / 0.07), of mean tokens."""
+def test_nearest_neighbors():
+    """One near neighbor outweighs two farther ones: weights are exp(cosine / 0.07), of mean tokens."""
 
     def at(degrees):
         return [math.cos(math.radians(degrees)), math.sin(math.radians(degrees))]
@@ -220,7 +222,7 @@ def test_nearest_neighbours():
     train = torch.tensor([at(0), at(40), at(41), at(180)])[:, None].expand(-1, 2, -1) * torch.tensor([0.5, 7])[:, None]
     train = Fixed(args, train * torch.tensor([[[1.0]], [[5]], [[9]], [[1]]]), torch.tensor([[1], [2], [2], [0]]))
     val = Fixed(args, torch.tensor([[at(2)], [at(39)]]), torch.tensor([[1], [0]]))
-    found = probe.nearest_neighbours(args, train, val, 0, 4)
+    found = probe.nearest_neighbors(args, train, val, 0, 4)
     assert found[:, 0, 0].tolist() == [1, 2] and found[:, 0, 1].tolist() == [2, 1]
 
 
@@ -274,7 +276,7 @@ def probe_args(*flags):
 def test_untrained_is_another_encoder(teacher):
     x = torch.randn(1, 3, 4, 32, 32)
     task = ("--task", "synthetic-shape", "--checkpoint", teacher)
-    trained, first, second = (probe.load(probe_args(*task, *f)) for f in ((), ("--untrained",), ("--untrained",)))
+    trained, first, second = (features.load(probe_args(*task, *f)) for f in ((), ("--untrained",), ("--untrained",)))
     assert torch.equal(trained(x), load_encoder(teacher)(x)) and torch.equal(first(x), second(x))
     assert not torch.allclose(trained(x), first(x), atol=1e-3)
     assert not any(e.training or any(p.requires_grad for p in e.parameters()) for e in (trained, first))
@@ -283,7 +285,7 @@ def test_untrained_is_another_encoder(teacher):
 def test_seed_of_the_untrained_encoder(teacher):
     task = ("--task", "synthetic-shape", "--checkpoint", teacher, "--untrained")
     flags = (), ("--seed", 0), ("--seed", 1)
-    weights = [probe.load(probe_args(*task, *f)).patch_embed.weight for f in flags]
+    weights = [features.load(probe_args(*task, *f)).patch_embed.weight for f in flags]
     assert torch.equal(weights[0], weights[1]) and not torch.allclose(weights[1], weights[2], atol=1e-3)
 
 
@@ -296,7 +298,7 @@ def test_seed_of_the_probe(probed, student, tmp_path, capfd):
         assert found["top1_per_seed"] == results(probed)["tasks"][task]["top1_per_seed"][1:]
 
 
-def test_seeds_differ_in_initialisation_and_order(student, tmp_path, monkeypatch):
+def test_seeds_differ_in_initialization_and_order(student, tmp_path, monkeypatch):
     """With three probes from --seed 5 on: 5, 6 and 7."""
     firsts = []
 
@@ -327,7 +329,7 @@ def test_weights_of_an_ema_run(ema, tmp_path, capfd):
     for flags, part in (((), "encoder"), (("--weights", "encoder"), "encoder"), (("--weights", "student"), "student")):
         encoder = Encoder(**states["model"]["encoder"])
         encoder.load_state_dict(states[part])
-        loaded = probe.load(probe_args(*task, *flags))
+        loaded = features.load(probe_args(*task, *flags))
         assert torch.equal(loaded(x), encoder(x)) and not loaded.training
         run_script(probe, *QUICK, *SYNTHETIC, *task, *flags, "--out", tmp_path)
         assert results(tmp_path)["weights"] == part and results(tmp_path)["checkpoint"] == str(ema)
@@ -351,16 +353,16 @@ def test_single_frame(single, teacher):
     encoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     probe.sources(args, encoder)
     source = data.Synthetic(6, 16, length=20)
-    parts = probe.Tokens(args, encoder, source, probe.Stopwatch()).read([torch.arange(16), torch.arange(16, 20)])
+    parts = features.Tokens(args, encoder, source, features.Stopwatch()).read([torch.arange(16), torch.arange(16, 20)])
     assert [len(ids) for ids, _, _ in itertools.chain(*parts)] == [16, 4]
-    clips, expected = torch.cat(seen), data.normalise(source.batch(range(20)).clips, "cpu")
+    clips, expected = torch.cat(seen), data.normalize(source.batch(range(20)).clips, "cpu")
     if single:
         expected = expected[:, :, 3:4].expand(-1, -1, 6, -1, -1)
     torch.testing.assert_close(clips, expected)
 
 
 def tokens_of(source_args, encoder, source):
-    tokens = probe.Tokens(source_args, encoder, source, probe.Stopwatch())
+    tokens = features.Tokens(source_args, encoder, source, features.Stopwatch())
     ((ids, x, labels),) = next(iter(tokens.read([torch.arange(len(source))])))
     return x, labels
 
@@ -389,7 +391,7 @@ def test_segments_and_views(long_video, teacher):
         assert frame_numbers(clip.transpose(0, 1))[0] in (first - 1, first, first + 1)
     assert (views[1].float() - 100).abs().mean() < 6 and (views[2].float() - 200).abs().mean() < 6
     x, labels = tokens_of(args, encoder, val)
-    clips = data.normalise(views.flatten(0, 1), "cpu")
+    clips = data.normalize(views.flatten(0, 1), "cpu")
     torch.testing.assert_close(x[0], encoder(clips).unflatten(0, (3, 4)).flatten(1, 2))
     assert labels.tolist() == [[1]]
 
@@ -420,16 +422,16 @@ def test_one_crop_and_flip_for_all_segments_of_a_training_video(tmp_path, teache
 @pytest.mark.parametrize("combine", ["mean", "concat"])
 def test_layers(combine, teacher):
     """Chosen blocks' outputs, each through the encoder's norm."""
-    encoder = randomise(Encoder(16, 3, 2, num_frames=4, resolution=16, patch_size=8))
+    encoder = randomize(Encoder(16, 3, 2, num_frames=4, resolution=16, patch_size=8))
     args = probe_args("--task", "synthetic-shape", "--layers", 1, 3, "--combine", combine)
     train, _, _ = probe.sources(args, encoder)
-    clips, x, states = data.normalise(train.batch([0, 1]).clips, "cpu"), None, []
+    clips, x, states = data.normalize(train.batch([0, 1]).clips, "cpu"), None, []
     for depth in (1, 2, 3):
         shallow = Encoder(16, depth, 2, num_frames=4, resolution=16, patch_size=8)
         shallow.load_state_dict({k: encoder.state_dict()[k] for k in shallow.state_dict()})
         states.append(shallow(clips))
     expected = torch.cat(states[::2], -1) if combine == "concat" else (states[0] + states[2]) / 2
-    tokens = probe.Tokens(args, encoder, train, probe.Stopwatch())
+    tokens = features.Tokens(args, encoder, train, features.Stopwatch())
     x = tokens.encode(train.batch([0, 1]).clips)
     torch.testing.assert_close(x[:, 0], expected)
     assert tokens.shape == expected.shape[1:]
@@ -452,9 +454,9 @@ def test_bfloat16_means_bfloat16(depth, teacher, tmp_path):
 
     args = probe_args(*QUICK, *SYNTHETIC, "--task", "synthetic-shape", "--checkpoint", teacher, "--dtype", "bfloat16",
                       "--probe-depth", depth)  # fmt: skip
-    encoder = probe.load(args)
+    encoder = features.load(args)
     train, _, _ = probe.sources(args, encoder)
-    tokens = probe.Tokens(args, encoder, train, probe.Stopwatch())
+    tokens = features.Tokens(args, encoder, train, features.Stopwatch())
     stacks = probe.make_probes(args, tokens.shape[1], 6, 0)
     batch = train.batch(range(24))
     with Watch():
@@ -551,8 +553,10 @@ def test_skip_bad_counts_a_miss(dark_or_bright, teacher, tmp_path, capfd):
 def test_cache(dark_or_bright, teacher, tmp_path, monkeypatch):
     """Features are computed once; another checkpoint, other clips, a changed video: computed anew."""
     folder, encoded = shutil.copytree(dark_or_bright, tmp_path / "data"), []
-    encode = probe.Tokens.encode
-    monkeypatch.setattr(probe.Tokens, "encode", lambda self, clips: encoded.append(len(clips)) or encode(self, clips))
+    encode = features.Tokens.encode
+    monkeypatch.setattr(
+        features.Tokens, "encode", lambda self, clips: encoded.append(len(clips)) or encode(self, clips)
+    )
     flags = [*QUICK, "--checkpoint", teacher, "--out", tmp_path / "out", "--cache", tmp_path / "cache", "--no-augment"]
 
     def run(*more):
@@ -680,7 +684,7 @@ def test_training_videos_are_mirrored_unless_labels_tell_left_from_right(flip, t
     (tmp_path / "m.csv").write_text("a.png 0\n")
     args = argparse.Namespace(num_frames=2, frame_step=1, resolution=32, num_classes=2, fps=None, segments=1, views=1,
                               skip_bad=False, flip=flip)  # fmt: skip
-    clips = probe.Videos([tmp_path / "m.csv"], args, train=True).batch(range(40)).clips[:, 0, 0, 0, 0].float()
+    clips = features.Videos([tmp_path / "m.csv"], args, train=True).batch(range(40)).clips[:, 0, 0, 0, 0].float()
     mirrored = (clips[..., :16].mean((1, 2)) > clips[..., 16:].mean((1, 2))).sum()
     assert 8 < mirrored < 32 if flip else mirrored == 0
     assert not probe.PROTOCOLS["ssv2"].flip and not probe.PROTOCOLS["jester"].flip and probe.PROTOCOLS["k400"].flip

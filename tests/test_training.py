@@ -14,14 +14,16 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, flat, randomise, refusal, run_script, write_image, write_video
+from conftest import TINY, flat, randomize, refusal, run_script, write_image, write_video
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
+import cli
 import data
 import flops
 import masking
+import run
 import train_ema_baseline
 import train_student
 import train_teacher
@@ -68,11 +70,11 @@ SCRIPTS = list(OUT_WIDTH)
 every_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
 
 # ---------------------------------------------------------------------------------------------------------------------
-# schedules and optimiser
+# schedules and optimizer
 
 
 def paper_args(steps, *flags):
-    args = training.training_flags("", out="out", steps=steps).parse_args(["--device", "cpu", *flags])
+    args = cli.training_flags("", out="out", steps=steps).parse_args(["--device", "cpu", *flags])
     training.setup(args)
     return args
 
@@ -99,7 +101,7 @@ def test_start_lr_follows_lr():
     assert paper_args(80_000, "--start-lr", "1e-5").start_lr == 1e-5
 
 
-def test_optimiser_groups():
+def test_optimizer_groups():
     args = paper_args(80_000)
     encoder, predictor = networks(48)
     optimizer = training.make_optimizer([encoder, predictor], args)
@@ -114,7 +116,7 @@ def test_optimiser_groups():
 
 
 def test_update_clips_the_global_norm():
-    """With AdamW a scale does not show in the step, so look at what the optimiser keeps."""
+    """With AdamW a scale does not show in the step, so look at what the optimizer keeps."""
     args = paper_args(80_000, "--clip-grad", "0.5")
     modules = [torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)]
     optimizer = training.make_optimizer(modules, args)
@@ -196,7 +198,7 @@ def test_gradients_reach_student_and_predictor_only(script):
 
 
 @pytest.mark.parametrize("script, factor", [(train_teacher, 0.8), (train_student, 0.7)])
-def test_one_batch_can_be_learnt(script, factor):
+def test_one_batch_can_be_learned(script, factor):
     encoder, predictor = networks(OUT_WIDTH[script], 64, 64)
     clips, masks = some_batch(1)
     args = paper_args(10, "--warmup-steps", "1", "--clip-grad", "10")
@@ -320,7 +322,7 @@ def test_an_interrupted_run_continues_as_if_nothing_had_happened(script, teacher
     flags = [*TINY, *own_flags(script, teacher), "--micro-batch-size", "2", "--predictor-depth", "2"]
     run_script(script, *flags, "--out", tmp_path / "whole")
     with monkeypatch.context() as patch:
-        end_step = training.Run.end_step
+        end_step = run.Run.end_step
 
         def stop_after_four(run, step, *rest):
             if step == 4:
@@ -328,7 +330,7 @@ def test_an_interrupted_run_continues_as_if_nothing_had_happened(script, teacher
                 raise KeyboardInterrupt
             end_step(run, step, *rest)
 
-        patch.setattr(training.Run, "end_step", stop_after_four)
+        patch.setattr(run.Run, "end_step", stop_after_four)
         with pytest.raises(KeyboardInterrupt):
             run_script(script, *flags, "--out", tmp_path / "cut", "--save-every", "3")
     assert load_checkpoint(tmp_path / "cut")["step"] == 3
@@ -406,7 +408,7 @@ def test_every_micro_batch_is_new_and_they_are_averaged(script, teacher, tmp_pat
     monkeypatch.setattr(script, name, watched)
     run_script(script, *TINY, *own_flags(script, teacher), "--micro-batch-size", 2, "--seed", 3, "--out", tmp_path)
     expected = data.Synthetic(4, 32, 3).batch(range(6 * 4)).clips
-    torch.testing.assert_close(torch.stack(clips), data.normalise(expected, "cpu"))  # no clip twice, none left out
+    torch.testing.assert_close(torch.stack(clips), data.normalize(expected, "cpu"))  # no clip twice, none left out
     assert len(set(zip(masks[::2], masks[1::2], strict=True))) == 12
     assert [loss for (loss,) in metrics(tmp_path, "loss")] == pytest.approx(
         torch.tensor(losses).view(6, 4).mean(1).tolist()
@@ -450,13 +452,13 @@ def test_training_on_videos(tmp_path):
 
 
 def test_snapshots_are_what_the_checkpoint_was(tmp_path, monkeypatch):
-    save, were = training.Run.save, {}
+    save, were = run.Run.save, {}
 
     def save_and_look(run, step, *rest):
         save(run, step, *rest)
         were[step] = load_checkpoint(tmp_path)
 
-    monkeypatch.setattr(training.Run, "save", save_and_look)
+    monkeypatch.setattr(run.Run, "save", save_and_look)
     run_script(train_teacher, *TINY, "--save-every", 3, "--snapshot-every", 2, "--steps", 7, "--out", tmp_path)
     assert list(were) == [2, 3, 4, 6, 7]
     snapshots = {2: "checkpoint-000002.pt", 4: "checkpoint-000004.pt", 6: "checkpoint-000006.pt"}
@@ -474,7 +476,7 @@ def test_snapshots_are_what_the_checkpoint_was(tmp_path, monkeypatch):
 
 
 def test_follow_is_the_moving_average():
-    teacher, student = randomise(some_teacher()), networks(1, 48)[0]
+    teacher, student = randomize(some_teacher()), networks(1, 48)[0]
     before = {name: x.clone() for name, x in teacher.state_dict().items()}
     now = {name: x.clone() for name, x in student.state_dict().items()}
     train_ema_baseline.follow(teacher, student, 0.7)
@@ -491,7 +493,7 @@ def ema_run(out, *flags):
 
 
 def initial(checkpoint, seed):
-    """The student's initialisation."""
+    """The student's initialization."""
     torch.manual_seed(seed)
     return Encoder(**checkpoint["model"]["encoder"])
 
@@ -560,7 +562,7 @@ def test_the_baselines_schedules(ema, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("momentum", [1, 0.5])
-def test_with_its_initialisation_as_teacher_a_student_is_the_baseline(momentum, ema, tmp_path):
+def test_with_its_initialization_as_teacher_a_student_is_the_baseline(momentum, ema, tmp_path):
     """To the last bit: at the first step always, later as long as the baseline's teacher does not move."""
     flags = [*TINY, "--seed", 3]
     start = load_checkpoint(ema)
@@ -580,9 +582,9 @@ def test_the_baselines_student_can_be_loaded(teacher, student, ema):
     assert equal(load_encoder(ema, "student").state_dict(), checkpoint["student"])
     assert equal(load_encoder(ema).state_dict(), checkpoint["encoder"])
     assert not equal(checkpoint["encoder"], checkpoint["student"])
-    for run in (teacher, student):
+    for out in (teacher, student):
         with pytest.raises(ValueError, match="holds no student"):
-            load_encoder(run, "student")
+            load_encoder(out, "student")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -823,7 +825,7 @@ def test_a_step_does_not_wait_for_the_device(script):
     for step in range(2):  # the first one makes the table of RoPE
         with NothingSent() if step else contextlib.nullcontext():
             training.set_schedules(optimizer, step, args)
-            on_device = data.normalise(clips, torch.device("meta"))
+            on_device = data.normalize(clips, torch.device("meta"))
             targets = targets_of(script, teacher, on_device)
             loss, *_ = mean_loss(script, encoder, predictor, targets, on_device, [mask.to("meta") for mask in masks])
             loss.backward()
@@ -848,7 +850,7 @@ def test_the_fixed_batch_is_watched(script, teacher, tmp_path):
     lines = metrics(tmp_path / "run")
     assert len({line["held_out_loss"] for line in lines}) == len(lines) == 6
     source = data.Manifest([held_out], 4, 4, 32, train=False)
-    clips = data.normalise(source.batch([0, 1, 1, 2]).clips, "cpu")  # four clips, spread over three lines
+    clips = data.normalize(source.batch([0, 1, 1, 2]).clips, "cpu")  # four clips, spread over three lines
     masks = masking.sample_masks("multiblock", GRID, 4, training.generator(0, training.HELD_OUT_SEED))
     for step, line in enumerate(lines, start=1):
         checkpoint = load_checkpoint(tmp_path / "run" / f"checkpoint-{step:06}.pt")

@@ -1,8 +1,8 @@
-"""Look at runs: what they learnt, what it cost, and which checkpoint to choose.
+"""Look at runs: what they learned, what it cost, and which checkpoint to choose.
 
     python analyze.py curves out/teacher out/student                          loss over steps
     python analyze.py reconstruct out/teacher                                 what a teacher fills in
-    python analyze.py features out/teacher out/student --save features.gif    features as colours; png, gif or mp4
+    python analyze.py features out/teacher out/student --save features.gif    features as colors; png, gif or mp4
     python analyze.py rankme out/teacher out/student                          effective rank of the embeddings
     python analyze.py table out/probe-*                                       accuracy and cost, from probe.py's folders
     python analyze.py pareto out/probe-*                                      accuracy over training FLOPs
@@ -23,9 +23,10 @@ import torch
 
 import data
 import flops
+from cli import Parser, duration, fail, require_at_least, resolve_device
 from masking import sample_masks
 from model import load_checkpoint, load_encoder, load_predictor, token_grid, tubelets, untubelets
-from training import Parser, duration, effective_rank, fail, generator, require_at_least, resolve_device
+from training import effective_rank, generator
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the choice of backend)
@@ -93,7 +94,7 @@ def curves(args):
     for ax, kind in zip(axes[0], kinds, strict=True):
         for i, (path, _, steps, losses) in enumerate(run for run in runs if run[1] == kind):
             ax.plot(steps, losses, ("k-", "k--", "k:", "k-.")[i % 4], label=str(path), linewidth=1)
-        ax.set(xlabel="optimiser step", ylabel=labels.get(kind, "loss"), title=kind)
+        ax.set(xlabel="optimizer step", ylabel=labels.get(kind, "loss"), title=kind)
         ax.legend()
     save(figure, args.save)
 
@@ -102,7 +103,7 @@ def curves(args):
 def reconstruct(args):
     """What a teacher fills in: clip, what it saw, what it predicts, for a short-range mask.
 
-    A teacher predicts pixels normalised per tubelet. To show them, mean and standard deviation are taken from the
+    A teacher predicts pixels normalized per tubelet. To show them, mean and standard deviation are taken from the
     visible tubelets only, weighted by nearness; the target's own would leak the answer.
     """
     if len(args.runs) > 1:
@@ -112,7 +113,7 @@ def reconstruct(args):
         fail(f"{args.runs[0]} holds {checkpoint['kind']} weights; only a teacher predicts pixels")
     encoder, predictor = load_encoder(args.runs[0]), load_predictor(args.runs[0])
     clips = some_clips(args, encoder.config, args.clips)
-    x = data.normalise(clips, "cpu")
+    x = data.normalize(clips, "cpu")
     grid, size = encoder.grid(x), (encoder.tubelet_size, encoder.patch_size)
     mask = sample_masks(checkpoint["args"]["mask"], grid, len(x), generator(0), "random")[0]
     predicted = predictor(encoder(x, mask.context_ids), mask.context_ids, mask.target_ids, grid, 0)
@@ -127,9 +128,9 @@ def reconstruct(args):
         seen[b, context] = filled[b, context] = pixels[b, context]
         filled[b, target] = predicted[b].unflatten(-1, (3, -1)) * std[..., None] + mean[..., None]
 
-    def as_frames(x):  # grey where there is nothing
+    def as_frames(x):  # gray where there is nothing
         frames = untubelets(x.flatten(-2), grid, *size)
-        return torch.where(frames.isnan(), 128, data.denormalise(frames.nan_to_num())).to(torch.uint8)
+        return torch.where(frames.isnan(), 128, data.denormalize(frames.nan_to_num())).to(torch.uint8)
 
     seen, filled = as_frames(seen), as_frames(filled)
     columns = min(8, clips.shape[2])
@@ -140,8 +141,8 @@ def reconstruct(args):
         for row, (video, title) in enumerate(((clips, "clip"), (seen, "seen"), (filled, "filled in"))):
             show_frames(axes[3 * b + row], video[b], title)
     figure.suptitle(
-        f"{args.runs[0]}: frames of {len(clips)} clips over time. Grey: neither seen nor asked for.\n"
-        "Brightness and contrast of what is filled in come from visible neighbours only.", fontsize=8,
+        f"{args.runs[0]}: frames of {len(clips)} clips over time. Gray: neither seen nor asked for.\n"
+        "Brightness and contrast of what is filled in come from visible neighbors only.", fontsize=8,
     )  # fmt: skip
     save(figure, args.save)
 
@@ -154,16 +155,16 @@ def features(args):
     """
     encoders = [load_encoder(path) for path in args.runs]
     clips = some_clips(args, encoders[0].config, args.clips)
-    x = data.normalise(clips, "cpu")
+    x = data.normalize(clips, "cpu")
     videos = [clips]  # each (clips, 3, time, rows, columns) uint8
     for encoder in encoders:
         tokens = encoder(x)
         flat = tokens.flatten(0, 1) - tokens.mean((0, 1))
         components = flat @ torch.linalg.svd(flat, full_matrices=False).Vh[:3].T  # (B*N, 3)
         low, high = (torch.quantile(components, q, dim=0) for q in (0.02, 0.98))
-        colours = ((components - low) / (high - low)).clamp(0, 1)
-        colours = (colours * 255).to(torch.uint8).reshape(len(clips), *encoder.grid(x), 3)
-        videos.append(colours.permute(0, 4, 1, 2, 3))
+        colors = ((components - low) / (high - low)).clamp(0, 1)
+        colors = (colors * 255).to(torch.uint8).reshape(len(clips), *encoder.grid(x), 3)
+        videos.append(colors.permute(0, 4, 1, 2, 3))
     names = ["clip", *(Path(path).name for path in args.runs)]
     title = "First three principal components of the tokens, as red, green, blue"
     if args.save.suffix in (".gif", ".mp4"):
@@ -222,7 +223,7 @@ def embeddings(args, path, weights="encoder"):
     for start in range(first, first + args.clips, 50):
         args.first, count = start, min(50, first + args.clips - start)
         clips = some_clips(args, encoder.config, count)
-        parts.append(encoder(data.normalise(clips, torch.device(args.device))).mean(1).float().cpu())
+        parts.append(encoder(data.normalize(clips, torch.device(args.device))).mean(1).float().cpu())
     args.first = first
     return torch.cat(parts)
 
@@ -337,7 +338,7 @@ def table(args):
     print("\n".join(lines))
 
 
-STYLES = {  # by name: marker, line, grey level
+STYLES = {  # by name: marker, line, gray level
     "teacher": ("^", ":", "0.45"), "student": ("o", "-", "0.0"), "EMA (V-JEPA 2)": ("s", "--", "0.3"),
     "EMA's student": ("D", "-.", "0.55"),
 }  # fmt: skip
@@ -376,9 +377,9 @@ def pareto(args):
                 for _, mean, _ in points:
                     ax.axhline(mean, color="0.6", linewidth=1, linestyle=(0, (1, 3)), label=name)
             elif points:
-                marker, line, grey = STYLES.get(name, ("x", "-", "0.5"))
+                marker, line, gray = STYLES.get(name, ("x", "-", "0.5"))
                 x, y, spread = zip(*sorted(points), strict=True)
-                ax.errorbar(x, y, spread, color=grey, marker=marker, linestyle=line, capsize=3, label=name)
+                ax.errorbar(x, y, spread, color=gray, marker=marker, linestyle=line, capsize=3, label=name)
         counted = "by the paper's count" if args.paper else "executed"
         ax.set(
             xscale="log", xlabel=f"training FLOPs, {counted}, teachers included", ylabel="top-1 accuracy, %", title=task

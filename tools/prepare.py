@@ -33,7 +33,8 @@ from av.sidedata.sidedata import Type as SideData
 from av.video.reformatter import ColorRange, VideoReformatter
 
 import data
-from training import Parser, duration, fail, write_aside
+import video
+from cli import Parser, duration, fail, write_aside
 
 VIDEO_SUFFIXES = {".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".flv", ".mpg", ".mpeg", ".wmv", ".3gp", ".ts"}
 PAPER = {("k710", "train"): 657_257, ("ssv2", "train"): 168_913, ("panda70m", "train"): 2_799_959,
@@ -187,7 +188,7 @@ def imagenet1k(args):
       ILSVRC2012_val_00000001.JPEG and following, a line each (the development kit's file of numbers will not do)
     Classes are the synsets, sorted.
     """
-    files = find_files(args.videos, data.IMAGE_SUFFIXES)
+    files = find_files(args.videos, video.IMAGE_SUFFIXES)
     synset, truth, samples = re.compile("n[0-9]{8}"), {}, []
     if args.annotations:
         lines = read_lines(*os.path.split(args.annotations[0])).read().splitlines()
@@ -556,7 +557,7 @@ def check_video(path, num_frames, frame_step):
                       "width": stream.width, "height": stream.height, "fps": rate and round(float(rate), 3),
                       "frames": stream.frames, "seconds": seconds or (container.duration or 0) / 1e6}  # fmt: skip
         for place in (0, 0.5, 1):
-            data.read_clip(path, num_frames, frame_step, place)
+            video.read_clip(path, num_frames, frame_step, place)
     except UNREADABLE as error:
         return {"error": reason(error).removeprefix(f"{path}: ")}
     return record
@@ -592,7 +593,7 @@ def transcode_video(path, out, short_side, crf):
     """Write the copy `out`; {"frames", "width", "height", "bytes_out"} of it, or "error", or "stop" (a full disk)."""
     aside = out + ".tmp"
     try:
-        if Path(path).suffix.lower() in data.IMAGE_SUFFIXES:
+        if Path(path).suffix.lower() in video.IMAGE_SUFFIXES:
             return {"error": "an image, not a video"}
         os.makedirs(os.path.dirname(out), exist_ok=True)
         with open_video(path) as container:

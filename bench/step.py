@@ -6,13 +6,13 @@
     python bench.py step --sweep --time-budget 480           # over sizes, frames, resolutions, batches; paper runs
     python bench.py step --compiles 300 --model vit_ti       # compilations and graph breaks over 300 steps
 
-Every flag of the training scripts applies; their loss functions, optimiser and masks are what is timed, micro-batches
-included, on random clips. Utilisation is executed FLOP/s (flops.py, for the masks drawn) over the best square matrix
+Every flag of the training scripts applies; their loss functions, optimizer and masks are what is timed, micro-batches
+included, on random clips. Utilization is executed FLOP/s (flops.py, for the masks drawn) over the best square matrix
 product of the same dtype that this device computes in the same run. Shares come from separate steps with time stamps
 where one part ends and the next begins, forward and backward, so that they add up to the whole step. With
 OMP_NUM_THREADS=1 on a CPU the seconds are the process's own, whatever else the machine does.
 
-The peer is given the same weights, clips, masks, loss, autocast and optimiser, and turns are taken. Its own
+The peer is given the same weights, clips, masks, loss, autocast and optimizer, and turns are taken. Its own
 VJEPA2Model.forward runs the encoder over all tokens and drops the masked ones afterwards, which no V-JEPA training
 does; here its layers are driven with the context tokens alone, and it is spared the sorting of tokens. Its predictor
 gets our last layer, which may predict pixels or the latents of a teacher of another width.
@@ -35,7 +35,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import convert
+import cli
 import data
 import flops
 import masking
@@ -44,6 +44,7 @@ import train_student
 import train_teacher
 import training
 from model import CHECKPOINT_FORMAT, SIZES, Encoder, Predictor, gather
+from tools import convert
 
 WARMUP = {False: 2, True: 4}  # steps before any timing: allocation; of compiled ones: compilation
 FIRST = max(WARMUP.values())  # step that is timed
@@ -91,7 +92,7 @@ class Ours:
 
     @classmethod
     def build(cls, kind, stage, args, weights=None, sharded=False):
-        """Networks and optimiser as this kind's training script makes them; freshly initialised without weights."""
+        """Networks and optimizer as this kind's training script makes them; freshly initialized without weights."""
         allocated_before = allocated(args)
         encoder, predictor, teacher, _ = stage
         with torch.device(args.device):
@@ -189,7 +190,7 @@ def hf_model(encoder, weights, predictor=None, predictor_weights=None):
 
 def drawn(args, number, g=0):
     """The masks of micro-batch g of a step, as the training scripts draw them."""
-    grid = training.clip_grid(args)
+    grid = cli.clip_grid(args)
     rng, sizes = training.generator(args.seed, number, g), training.generator(args.seed, number)
     return masking.sample_masks(args.mask, grid, args.micro_batch_size, rng, args.mask_truncation, sizes), grid
 
@@ -223,17 +224,17 @@ def one_step(runner, number, clips, mark=ignore):
     for g in range(micro_batches):
         training.last_micro_batch((runner.encoder, runner.predictor), g == micro_batches - 1)
         masks = [mask.to(args.device) for mask in drawn(args, number, g)[0]]
-        normalised = data.normalise(clips, torch.device(args.device))
+        normalized = data.normalize(clips, torch.device(args.device))
         autocast = torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16")
         with autocast:
-            wanted = targets(runner, normalised)
+            wanted = targets(runner, normalized)
         for i, mask in enumerate(masks):
             with autocast:
-                mask_loss = runner.loss(wanted, normalised, mask, i) / (len(masks) * micro_batches)
+                mask_loss = runner.loss(wanted, normalized, mask, i) / (len(masks) * micro_batches)
             mask_loss.backward()
             mark("rest")
             loss += mask_loss.detach()
-    mark("optimiser")
+    mark("optimizer")
     loss, norm = training.update(runner.optimizer, loss, args)
     if runner.kind == "ema":
         mark("moving average")
@@ -496,7 +497,7 @@ def sweep(own, args):
         if cost.seconds:
             last = time.perf_counter() - start, cost.flops * (FIRST + own.round_steps)
     if not any(cost.seconds for cost in costs.values()):
-        training.fail(
+        cli.fail(
             f"--time-budget {own.time_budget:g}: too little for any step; smaller --model, --batch-size, or longer"
         )
     print_growth(base, dict.fromkeys(growth), costs, args)
@@ -542,12 +543,12 @@ def count_compilations(kind, own, args):
             one_step(runner, number, clips)
             if number % 10 == 9:  # Run._watch
                 masks = [mask.to(args.device) for mask in drawn(args, training.HELD_OUT_SEED)[0]]
-                normalised = data.normalise(clips, torch.device(args.device))
+                normalized = data.normalize(clips, torch.device(args.device))
                 autocast = torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16")
                 with torch.no_grad(), autocast, torch.compiler.set_stance("force_eager"):
-                    wanted = targets(runner, normalised)
+                    wanted = targets(runner, normalized)
                     for i, mask in enumerate(masks):
-                        runner.loss(wanted, normalised, mask, i)
+                        runner.loss(wanted, normalized, mask, i)
     functions = {}
     for metrics in torch._dynamo.utils.get_compilation_metrics():
         if metrics.co_name and metrics.compile_id:
@@ -566,7 +567,7 @@ def count_compilations(kind, own, args):
 
 def training_args(own, words):
     """The training scripts' flags that a subcommand was given besides its own; a step of one micro-batch without."""
-    args = training.training_flags(__doc__, out="out", steps=160_000).parse_args(words)
+    args = cli.training_flags(__doc__, out="out", steps=160_000).parse_args(words)
     own.teacher_steps = 80_000  # flops.stages wants it; times do not depend on it
     if "--batch-size" not in words:
         args.batch_size = args.micro_batch_size or 24
@@ -576,7 +577,7 @@ def training_args(own, words):
 
 def run(own, words):
     """The subcommand: its own flags, and the words that are the training scripts'."""
-    training.require_at_least(own, 1, "rounds", "round_steps")
+    cli.require_at_least(own, 1, "rounds", "round_steps")
     args = training_args(own, words)
     kinds = list(dict.fromkeys(own.kind))
     try:
@@ -589,9 +590,9 @@ def run(own, words):
             else:
                 agreed = [time_kind(kind, own, args) for kind in kinds]
                 if not all(agreed):
-                    training.fail("others computed something else than ours: their times mean nothing", agreed=True)
+                    cli.fail("others computed something else than ours: their times mean nothing", agreed=True)
     except (ImportError, ValueError) as error:
-        training.fail(str(error))
+        cli.fail(str(error))
 
 
 @contextlib.contextmanager
@@ -612,3 +613,13 @@ def preferred(attention):
         return contextlib.nullcontext()
     others = [kernel for name, kernel in ATTENTION.items() if name != attention]
     return sdpa_kernel([ATTENTION[attention], *others, SDPBackend.MATH], set_priority=True)
+
+
+def main():
+    parser = cli.Parser(__doc__)
+    flags(parser)
+    run(*parser.parse_known_args())
+
+
+if __name__ == "__main__":
+    main()

@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import bench_step
+import cli
 import flops
-import training
+from bench import step as bench_step
 from model import SIZES
 
 KERNELS = {"torch's choice": None} | bench_step.ATTENTION | {"math": SDPBackend.MATH}
@@ -85,12 +85,12 @@ def milliseconds(shape, trained, padded, own, args):
 
 def run(own, words):
     """Print a table: a row for each shape and padding, a column for each kernel."""
-    training.require_at_least(own, 1, "rounds", "calls")
+    cli.require_at_least(own, 1, "rounds", "calls")
     args = bench_step.training_args(own, words)
     try:
         stage = flops.stages(own, args)["student"]
     except ValueError as error:
-        training.fail(str(error))
+        cli.fail(str(error))
     print("ms a call, and TFLOP/s; - where a kernel does not take the shape here\n")
     print(f"{'':18}{'B x heads x tokens x channels':>31}" + "".join(f"{name:>18}" for name in KERNELS))
     for who, (shape, trained) in shapes(stage, args).items():
@@ -101,3 +101,13 @@ def run(own, words):
             found = milliseconds(shape, trained, padded, own, args)
             cells = (f"{found[k]:.2f} {work / found[k] / 1e9:7.4g}" if k in found else "-" for k in KERNELS)
             print(f"{who:18}{size:>31}" + "".join(f"{cell:>18}" for cell in cells))
+
+
+def main():
+    parser = cli.Parser(__doc__)
+    flags(parser)
+    run(*parser.parse_known_args())
+
+
+if __name__ == "__main__":
+    main()

@@ -4,7 +4,7 @@
     python bench.py loader --data videos.csv --copies copies.csv  # yours, and what prepare.py transcode made of them
     python bench.py loader --memory 5000 --lines 3600000          # does a worker grow; a manifest of millions
 
-The peer is V-JEPA's way: `get_batch` on the same indices, float32 whole frames, crop, `interpolate`, normalise.
+The peer is V-JEPA's way: `get_batch` on the same indices, float32 whole frames, crop, `interpolate`, normalize.
 """
 
 import collections
@@ -22,8 +22,9 @@ import av
 import numpy as np
 import torch
 
+import cli
 import data
-import training
+import video
 
 
 def flags(parser):
@@ -41,23 +42,21 @@ def flags(parser):
 
 def run(args):
     """Time our clips against V-JEPA's, or measure memory."""
-    training.require_at_least(args, 1, "num_frames", "frame_step", "resolution", "clips")
+    cli.require_at_least(args, 1, "num_frames", "frame_step", "resolution", "clips")
     if bool(args.copies) > bool(args.data):
-        training.fail("--copies needs --data, the videos that they are copies of")
+        cli.fail("--copies needs --data, the videos that they are copies of")
     torch.set_num_threads(1)
     try:
         if args.lines:
             start_on_lines(args)
         sets = [] if args.lines and not args.memory else file_sets(args)
     except (OSError, ValueError) as error:
-        training.fail(str(error))
+        cli.fail(str(error))
     if args.memory:
         watch_memory(args, sets[0][1])
     elif sets:
         if not importlib.util.find_spec("decord"):
-            training.fail(
-                "the peer is missing: pip install decord (on Python or machines it has no wheel for, decord2)"
-            )
+            cli.fail("the peer is missing: pip install decord (on Python or machines it has no wheel for, decord2)")
         os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])  # one core
         for name, ours, theirs in sets:
             compare(args, name, ours, theirs)
@@ -127,18 +126,18 @@ def write(path, make_frames, options):
 
 def our_clip(args, path, rng):
     """A training clip, as `data.Manifest` makes them."""
-    place, crop = rng.random(), functools.partial(data.random_crop, rng)
-    return data.read_clips(path, args.num_frames, args.frame_step, [place], None, [crop], args.resolution)[0]
+    place, crop = rng.random(), functools.partial(video.random_crop, rng)
+    return video.read_clips(path, args.num_frames, args.frame_step, [place], None, [crop], args.resolution)[0]
 
 
 def their_clip(args, path, rng):
-    """The same as V-JEPA makes it: decord, whole frames as float32, crop, interpolate, normalise, on the CPU."""
+    """The same as V-JEPA makes it: decord, whole frames as float32, crop, interpolate, normalize, on the CPU."""
     import decord
 
-    video = decord.VideoReader(str(path), num_threads=1)
-    wanted = data.wanted_frames(rng.random(), args.num_frames, args.frame_step, len(video))
-    frames = torch.tensor(video.get_batch(wanted).asnumpy(), dtype=torch.float32).permute(3, 0, 1, 2)
-    top, left, height, width = data.random_crop(rng, *frames.shape[2:])
+    reader = decord.VideoReader(str(path), num_threads=1)
+    wanted = video.wanted_frames(rng.random(), args.num_frames, args.frame_step, len(reader))
+    frames = torch.tensor(reader.get_batch(wanted).asnumpy(), dtype=torch.float32).permute(3, 0, 1, 2)
+    top, left, height, width = video.random_crop(rng, *frames.shape[2:])
     clip = frames[:, :, top : top + height, left : left + width]
     clip = torch.nn.functional.interpolate(clip, (args.resolution, args.resolution), mode="bilinear")
     mean, std = (torch.tensor(x).view(3, 1, 1, 1) for x in (data.MEAN, data.STD))
@@ -150,7 +149,7 @@ def compare(args, name, ours, theirs):
     parts = {"av.open": "open", "_packets": "seek", "_frames": "decode", "_to_rgb": "convert and crop"}
     seconds, originals = collections.Counter(), {}
     for part in parts:
-        owner = data.av if part == "av.open" else data
+        owner = video.av if part == "av.open" else video
         function = originals[part] = getattr(owner, part.removeprefix("av."))
 
         def timed(*arguments, part=part, function=function, **options):
@@ -168,7 +167,7 @@ def compare(args, name, ours, theirs):
         if n < 0:
             seconds.clear()
     for part, function in originals.items():
-        setattr(data.av if part == "av.open" else data, part.removeprefix("av."), function)
+        setattr(video.av if part == "av.open" else video, part.removeprefix("av."), function)
     shares = ", ".join(f"{part} {1000 * seconds[part] / args.clips:.1f}" for part in parts.values())
     print(f"{name}: ours {args.clips / seconds['ours']:.1f} clips/s, theirs {args.clips / seconds['theirs']:.1f}, "
           f"ratio {seconds['theirs'] / seconds['ours']:.2f}; ours in ms: {shares}, "
@@ -180,7 +179,7 @@ def watch_memory(args, paths):
     for n in range(args.memory + 1):
         if n % max(1, args.memory // 10) == 0:
             print(f"after {n} clips: {memory('/proc/self/statm'):.1f} MB", flush=True)
-        with contextlib.suppress(data.BadVideo):  # broken files must not leak either
+        with contextlib.suppress(video.BadVideo):  # broken files must not leak either
             our_clip(args, str(paths[n % len(paths)]), np.random.default_rng(n))
         if n % 24 == 0:  # as loader processes do after a batch
             data.give_back_memory()
@@ -226,3 +225,13 @@ def proportional(pid):
     """Memory of a process in MB, with what it shares divided by how many share it, as Linux says."""
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1e3
+
+
+def main():
+    parser = cli.Parser(__doc__)
+    flags(parser)
+    run(parser.parse_args())
+
+
+if __name__ == "__main__":
+    main()

@@ -2,7 +2,7 @@
 # SALT against V-JEPA 2 (EMA) at equal executed FLOPs: three seeds, two budgets, built-in videos. About an hour on two
 # CPU cores. A table, a Pareto figure and the loss against the accuracy, in out/study.
 set -euo pipefail
-cd "$(dirname "$0")"
+cd "$(dirname "$0")/.."
 export PATH="$PWD/.venv/bin:$PATH"
 export OMP_NUM_THREADS=1 # SALT and EMA run side by side, a core each
 OUT=${1:-out/study}
@@ -74,7 +74,7 @@ for checkpoint in "$run"/student/checkpoint-*.pt; do
 done
 
 probes=("$OUT"/*/seed*/probe-{teacher,student,ema,ema-student} "$OUT"/untrained/*)
-python analyze.py table "${probes[@]}" --save "$OUT/table.md"
-python analyze.py pareto "${probes[@]}" --save "$OUT/pareto.png"
-python analyze.py correlate "$run"/course/* --against loss rankme --save "$OUT/course.png"
-python analyze.py correlate "$OUT"/*/seed*/probe-student --against loss teacher-loss teacher-rankme --save "$OUT/teachers.png"
+python -m tools.analyze table "${probes[@]}" --save "$OUT/table.md"
+python -m tools.analyze pareto "${probes[@]}" --save "$OUT/pareto.png"
+python -m tools.analyze correlate "$run"/course/* --against loss rankme --save "$OUT/course.png"
+python -m tools.analyze correlate "$OUT"/*/seed*/probe-student --against loss teacher-loss teacher-rankme --save "$OUT/teachers.png"

@@ -40,11 +40,12 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import bench_step
+import cli
 import data
 import flops
 import masking
 import training
+from bench import step as bench_step
 from model import CHECKPOINT_FORMAT, Encoder, Predictor, rope_table
 
 GIB = 2**30
@@ -235,12 +236,12 @@ def on_paper(own, args, stage, masks, checkpointing, peer=False):
             live.start_again()
 
             batch = torch.empty(clips_at_once, 3, args.num_frames, args.resolution, args.resolution, dtype=torch.uint8)
-            clips = data.normalise(batch, "cpu")
+            clips = data.normalize(batch, "cpu")
             del batch  # on a GPU the host has it, on the CPU a loader process's shared memory
             ids = [[torch.empty(clips_at_once, count, dtype=torch.long) for count in mask] for mask in masks]
             masks = [masking.Mask(*mask_ids, None, None) for mask_ids in ids]
             autocast = torch.autocast("cpu", torch.bfloat16, enabled=args.dtype == "bfloat16")
-            with ReadAs(math.prod(training.clip_grid(args))) if peer else contextlib.nullcontext():
+            with ReadAs(math.prod(cli.clip_grid(args))) if peer else contextlib.nullcontext():
                 for last in (False, True)[-micro_batches(own, args) :]:  # more of them change nothing
                     training.last_micro_batch(trained, last)
                     forward_and_backward(runner, clips, masks, autocast)
@@ -324,11 +325,11 @@ def gpu_peak(run):
 
 def in_truth(own, args, stage, flags):
     """Peak bytes of this process while the training script runs CHECKED_STEPS steps of at most two micro-batches."""
-    rank, world = training.rank_and_world()
+    rank, world = cli.rank_and_world()
     # one folder for the processes of a run
     folder = Path(tempfile.gettempdir(), f"salt-memory-{os.getppid() if world > 1 else os.getpid()}")
     folder.mkdir(exist_ok=True)
-    script = Path(__file__).with_name("train_ema_baseline.py" if own.kind == "ema" else f"train_{own.kind}.py")
+    script = Path(__file__).parents[1] / ("train_ema_baseline.py" if own.kind == "ema" else f"train_{own.kind}.py")
     argv = [
         str(script), *flags, f"--steps={CHECKED_STEPS}", "--warmup-steps=1", f"--batch-size={args.batch_size}",
         f"--micro-batch-size={args.micro_batch_size}", "--no-compile", "--log-every=1", f"--out={folder}/out",
@@ -350,11 +351,11 @@ def in_truth(own, args, stage, flags):
 
 def check(own, args, stage, grid, flags):
     """Compare, and say so; whether they agree."""
-    rank, world = training.rank_and_world()
+    rank, world = cli.rank_and_world()
     args.batch_size = min(args.batch_size, 2 * world * args.micro_batch_size)
     drawn = []
     for step in range(CHECKED_STEPS):
-        for g in training.micro_batch_indices(args):
+        for g in data.micro_batch_indices(args):
             rng, sizes = training.generator(args.seed, step, g), training.generator(args.seed, step)
             masks = masking.sample_masks(args.mask, grid, args.micro_batch_size, rng, args.mask_truncation, sizes)
             drawn.append([(mask.context_ids.shape[1], mask.target_ids.shape[1]) for mask in masks])
@@ -367,7 +368,7 @@ def check(own, args, stage, grid, flags):
 
 
 def main():
-    parser = training.Parser(__doc__)
+    parser = cli.Parser(__doc__)
     flag = parser.add_argument_group("which run (the training scripts' flags apply too, see theirs)").add_argument
     flag("--kind", choices=("teacher", "student", "ema"), default="student", help="which training script")
     flag("--teacher", metavar="SIZE|RUN|FILE", help="of a student; its own architecture without")
@@ -379,40 +380,40 @@ def main():
     flag("--check", action="store_true", help="run the script here (under torchrun for several processes) and compare")
     own, flags = parser.parse_known_args()
     own.teacher_steps = 0  # flops.stages counts steps, too
-    args = training.training_flags(__doc__, out="out", steps=160_000).parse_args(flags)
-    training.require_at_least(own, 1, "processes", "processes_per_node", "draws")
-    training.require_at_least(args, 1, "batch_size")
-    world = training.rank_and_world()[1] if own.check else own.processes
+    args = cli.training_flags(__doc__, out="out", steps=160_000).parse_args(flags)
+    cli.require_at_least(own, 1, "processes", "processes_per_node", "draws")
+    cli.require_at_least(args, 1, "batch_size")
+    world = cli.rank_and_world()[1] if own.check else own.processes
     args.compile = False
     if own.check:
-        training.resolve_device(args)
+        cli.resolve_device(args)
     args.device = args.device or "cuda"
     args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
     share = args.batch_size // world
     if args.batch_size % world:
-        training.fail(f"--batch-size {args.batch_size} is not divisible by {world} processes")
+        cli.fail(f"--batch-size {args.batch_size} is not divisible by {world} processes")
     if args.micro_batch_size is None:
-        args.micro_batch_size = training.default_micro_batch_size(share)
+        args.micro_batch_size = cli.default_micro_batch_size(share)
     if args.micro_batch_size < 1 or share % args.micro_batch_size:
-        training.fail(f"--micro-batch-size {args.micro_batch_size} does not divide {share} clips per process")
+        cli.fail(f"--micro-batch-size {args.micro_batch_size} does not divide {share} clips per process")
     if own.kind != "student" and (own.teacher or own.shard_teacher):
-        training.fail(f"--kind {own.kind} takes no --teacher: it has none that is frozen")
+        cli.fail(f"--kind {own.kind} takes no --teacher: it has none that is frozen")
     if own.peer and (own.check or own.processes > 1):
-        training.fail("--peer is for paper and one process: nothing shards it")
+        cli.fail("--peer is for paper and one process: nothing shards it")
     if own.check and own.processes > 1:
-        training.fail("--check runs on the processes that torchrun starts: --processes is for paper alone")
+        cli.fail("--check runs on the processes that torchrun starts: --processes is for paper alone")
     if own.check:
         own.processes, own.processes_per_node = world, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if args.parallel == "hybrid" and own.processes % own.processes_per_node:
-        training.fail(f"--hybrid: {own.processes} processes are not whole nodes of {own.processes_per_node}")
+        cli.fail(f"--hybrid: {own.processes} processes are not whole nodes of {own.processes_per_node}")
     try:
-        grid = training.clip_grid(args)
+        grid = cli.clip_grid(args)
         stage = flops.stages(own, args)[own.kind]
         if own.check:
             sys.exit(0 if check(own, args, stage, grid, flags) else 1)
         print_paper(own, args, stage, largest(flops.drawn_masks(args, grid, own.draws), stage))
     except (ImportError, OSError, ValueError) as error:
-        training.fail(str(error))
+        cli.fail(str(error))
 
 
 if __name__ == "__main__":

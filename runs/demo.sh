@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # SALT end to end on two CPU cores: teacher, student, three probed encoders, pictures and one table in out/demo.
 set -euo pipefail
-cd "$(dirname "$0")"
+cd "$(dirname "$0")/.."
 export PATH="$PWD/.venv/bin:$PATH"
 export OMP_NUM_THREADS=1 # two processes of one thread: slower than two threads where cores are idle, safe where they are shared
 OUT=${1:-out/demo}
@@ -24,7 +24,7 @@ python probe.py --checkpoint "$OUT/student" --untrained "${probing[@]}" --out "$
 python probe.py --checkpoint "$OUT/teacher" "${probing[@]}" --out "$OUT/probe-teacher"
 python probe.py --checkpoint "$OUT/student" "${probing[@]}" --out "$OUT/probe-student"
 echo "[4/4] pictures and the table"
-python analyze.py curves "$OUT/teacher" "$OUT/student" --save "$OUT/curves.png"
-python analyze.py reconstruct "$OUT/teacher" --save "$OUT/reconstruction.png"
-python analyze.py features "$OUT/student" --save "$OUT/features.png"
-python analyze.py table "$OUT/probe-untrained" "$OUT/probe-teacher" "$OUT/probe-student" --save "$OUT/table.md"
+python -m tools.analyze curves "$OUT/teacher" "$OUT/student" --save "$OUT/curves.png"
+python -m tools.analyze reconstruct "$OUT/teacher" --save "$OUT/reconstruction.png"
+python -m tools.analyze features "$OUT/student" --save "$OUT/features.png"
+python -m tools.analyze table "$OUT/probe-untrained" "$OUT/probe-teacher" "$OUT/probe-student" --save "$OUT/table.md"
