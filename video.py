@@ -1,10 +1,25 @@
-"""Clips out of one video file: what is decoded, cropped, scaled."""
+"""Read clips from a video file: find the frames, decode only what they need, crop and scale.
+
+A clip is defined by times. For each, it shows the nearest frame: the last one that starts at most half a frame later.
+
+Decoding is what costs time, so `read_clips` tries two ways to get the frames:
+
+1. Fast (`_read_needed`): packets, the compressed frames, carry time stamps and can be listed without decoding them. So
+   choose the frames first, then decode only these and the frames they depend on, from the keyframe before them. This
+   relies on what the file says about itself. If something does not add up (no time stamps, a seek to the wrong place,
+   a frame that does not come out), it returns None.
+2. Careful (`_read_all`): decode the whole video and choose among the frames that come out. Slow, but works for every
+   file that FFmpeg can decode. Used only if the fast way returns None or fails.
+
+Letters: T frames, H and W pixels. Time stamps are integers in the unit of the video stream (`_Timeline.unit` seconds).
+"""
 
 import itertools
 import math
 import re
 from fractions import Fraction
 from pathlib import Path
+from typing import NamedTuple
 
 import av
 import numpy as np
@@ -12,35 +27,35 @@ import torch
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png"}
 CROP_AREA, CROP_ASPECT = (0.3, 1.0), (0.75, 1.35)  # paper table 5
-MAX_REORDER = 16  # frames that are shown later but may be decoded earlier than another one, in any codec
+LONG_GAP = 10  # seconds between two wanted frames above which to seek rather than read on
+MAX_REORDER = 16  # in any codec, at most this many frames are decoded before a frame that is shown earlier
+# FFmpeg filters that turn a frame upright, by its rotation metadata in degrees.
 TURNS = {90: [("transpose", "cclock")], 180: [("hflip", None), ("vflip", None)], 270: [("transpose", "clock")]}
-# Antialiased, as all of FFmpeg's. What it does faster leaves rubbish at the right edge where 16 does not divide widths.
+# FFmpeg scales with antialiasing. Without these flags, its faster code leaves garbage at the right edge of frames whose
+# width is not a multiple of 16.
 SCALING = "bilinear+accurate_rnd+full_chroma_int+full_chroma_inp"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# real videos
-
-
 class BadVideo(ValueError):
-    """A video or image that gives no clip; the message names it and says why."""
+    """No clip can be read from a video or image. The message starts with its path and says why."""
 
 
 def read_clips(path, num_frames, frame_step, places, fps=None, crops=None, size=None):
-    """Clips of one video, opened once: for each of `places` one, uint8 (T, 3, H, W).
+    """Read several clips from one video, which is opened once: for each of `places` one, uint8 (T, 3, H, W).
 
-    A clip is num_frames frames, frame_step apart, or, with fps, 1 / fps seconds. A place in [0, 1] says where it lies
-    in the room that the video leaves: 0 first, 0.5 middle, 1 last. The last frame repeats if the video is short. Images
-    are videos of one frame; a folder of numbered images is a video too. Rotation metadata is honored, alpha dropped.
+    A clip has num_frames frames that are frame_step frames apart, or, with fps, 1 / fps seconds. A place in [0, 1]
+    positions the clip in the video: 0 first possible, 0.5 middle, 1 last. If the video is too short, its last frame
+    repeats. An image is a video of one frame; a folder of numbered images is a video, too. Frames are turned upright by
+    their rotation metadata. Alpha is dropped.
 
-    crops: for each clip a function of the frame's height and width that gives top, left, height and width of what is
-    cut out and scaled to size x size, antialiased bilinear; without, whole frames. Boxes in videos with subsampled
-    color are widened to even borders by the last pixel at most.
+    crops: one function per clip, (height, width) -> (top, left, height, width), the box that is cut out and scaled to
+    size x size (bilinear, antialiased). Default: whole frames in their own size. Where color is subsampled, as in most
+    videos, FFmpeg rounds the box down to even numbers.
 
-    BadVideo if there is nothing to decode.
+    BadVideo if nothing can be decoded.
     """
     crops = crops or [None] * len(places)
-    for careful in (False, True):
+    for read_video in (_read_needed, _read_all):
         try:
             if Path(path).is_dir():
                 clips = _read_folder(Path(path), num_frames, frame_step, places, fps)
@@ -49,26 +64,88 @@ def read_clips(path, num_frames, frame_step, places, fps=None, crops=None, size=
             elif Path(path).suffix.lower() in IMAGE_SUFFIXES:
                 clips = [[_read_image(path)] * num_frames] * len(places)
             else:
-                clips = _read_video(path, num_frames, frame_step, places, fps, careful)
+                clips = read_video(path, num_frames, frame_step, places, fps)
             if clips:
                 return [_to_rgb(frames, crop, size) for frames, crop in zip(clips, crops, strict=True)]
         except (av.FFmpegError, RuntimeError, OSError) as error:
-            if careful:
+            if read_video is _read_all:
                 reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
                 raise BadVideo(f"{path}: {reason}") from error
     raise BadVideo(f"{path}: no frame can be decoded")
 
 
 def read_clip(path, num_frames, frame_step, place, fps=None):
-    """The clip of `read_clips` at one place."""
+    """Read one clip of whole frames; see `read_clips`."""
     return read_clips(path, num_frames, frame_step, [place], fps)[0]
 
 
+def random_crop(rng, height, width):
+    """Draw a random box (top, left, height, width) with table 5's area and aspect ratio, as RandomResizedCrop does."""
+    low, high = CROP_ASPECT
+    for _ in range(10):
+        area = height * width * rng.uniform(*CROP_AREA)
+        aspect = math.exp(rng.uniform(math.log(low), math.log(high)))
+        h, w = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
+        if 0 < h <= height and 0 < w <= width:
+            return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
+    h, w = min(height, round(width / low)), min(width, round(height * high))  # for very tall or very wide frames
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def center_crop(height, width):
+    """The box (top, left, height, width) of the largest square in the middle."""
+    side = min(height, width)
+    return round((height - side) / 2), round((width - side) / 2), side, side
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# which frames a clip shows
+
+
 def wanted_frames(place, num_frames, step, length):
-    """Which frames a clip takes of a video of `length` frames; fractions of frames where step is no whole number."""
+    """The frame numbers of a clip (array of num_frames) in a video of `length` frames; fractional if `step` is."""
     room = max(0, math.floor(length - 1 - (num_frames - 1) * step))
     wanted = min(int(place * (room + 1)), room) + step * np.arange(num_frames)
     return wanted[np.minimum(np.arange(num_frames), (wanted < max(length - 0.5, 1)).sum() - 1)]
+
+
+class _Timeline(NamedTuple):
+    """When a video shows its frames."""
+
+    start: int  # time stamp of the first frame
+    duration: float  # average duration of a frame, in time-stamp units
+    length: int  # number of frames
+    unit: Fraction  # seconds per time-stamp unit; None if unknown
+
+    @classmethod
+    def from_time_stamps(cls, shown, unit):
+        start, length = min(shown), len(shown)
+        return cls(start, (max(shown) - start) / max(1, length - 1) or 1, length, unit)
+
+    def clip_times(self, path, num_frames, frame_step, places, fps):
+        """The time stamps at which each clip wants a frame: one array of num_frames per place."""
+        if fps and not self.unit:
+            raise BadVideo(f"{path}: no time stamps for --fps; --frame-step is needed")
+        step = 1 / (fps * self.duration * float(self.unit)) if fps else frame_step
+        return [self.start + self.duration * wanted_frames(place, num_frames, step, self.length) for place in places]
+
+
+def _video_stream(path, container):
+    if not container.streams.video:
+        raise BadVideo(f"{path}: no video stream")
+    stream = container.streams.video[0]
+    stream.codec_context.thread_count = 1  # the loader's workers are the parallelism
+    return stream
+
+
+def _clips_at(clip_times, times, frames):
+    """One list of frames per clip, from the frame at each of `times`."""
+    frames = dict(zip(times.tolist(), frames, strict=True))
+    return [[frames[time] for time in clip.tolist()] for clip in clip_times]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# images, and videos decoded as a whole
 
 
 def _read_image(path):
@@ -77,7 +154,7 @@ def _read_image(path):
 
 
 def _read_folder(folder, num_frames, frame_step, places, fps):
-    """The decoded frames of clips of a folder of numbered images."""
+    """The decoded frames of each clip of a folder of images, ordered by the last number in their names."""
     images = [(re.findall("[0-9]+", f.stem), f) for f in folder.iterdir() if f.suffix.lower() in IMAGE_SUFFIXES]
     images = sorted((int(numbers[-1]), f) for numbers, f in images if numbers)
     if not images:
@@ -89,76 +166,79 @@ def _read_folder(folder, num_frames, frame_step, places, fps):
     return [[frames[n] for n in clip.tolist()] for clip in clips]
 
 
-def _read_video(path, num_frames, frame_step, places, fps, careful):
-    """The decoded frames of clips of a video: those on screen at the wanted times, give or take half a frame.
+def _read_all(path, num_frames, frame_step, places, fps):
+    """The careful way: decode the whole video. Returns the decoded frames of each clip, None if there are no frames.
 
-    Which frames these are is read from the packets, so that only they, and what they refer to, are decoded. None where
-    that cannot be done; `careful` decodes everything.
+    Decodes twice, first for the time stamps, then for the wanted frames, because all frames may not fit in memory.
     """
-    # Without the option opening decodes the first frames, for what is not needed here: as long as half a short clip.
-    with av.open(str(path), options=None if careful else {"skip_frame": "all"}) as container:
-        if not container.streams.video:
-            raise BadVideo(f"{path}: no video stream")
-        stream = container.streams.video[0]
-        stream.codec_context.thread_count = 1  # parallelizm is the loader's
-        unit, rate = stream.time_base, stream.average_rate or stream.guessed_rate
-        start, length, shown = stream.start_time or 0, stream.frames, None
-        if careful:
-            shown = [frame.pts for frame in container.decode(stream)]
-            if None in shown or any(a >= b for a, b in itertools.pairwise(shown)):  # number the frames
-                shown, unit = range(len(shown)), 1 / rate if rate else None
-        elif not length or not rate:
-            shown = [packet.pts for packet in container.demux(stream) if packet.size]
-            if None in shown:
-                return None
-        if shown is None:
-            duration = float(1 / (rate * unit))  # of a frame, in the unit of time stamps
-        elif shown:
-            start, length = min(shown), len(shown)
-            duration = (max(shown) - start) / max(1, length - 1) or 1
-        else:
-            return None
-        if fps and not unit:
-            raise BadVideo(f"{path}: no time stamps for --fps; --frame-step is needed")
-        step = 1 / (fps * duration * float(unit)) if fps else frame_step
-        clips = [start + duration * wanted_frames(place, num_frames, step, length) for place in places]
-        times = np.unique(np.concatenate(clips))
-        if careful:
-            frames = _decode_all(path, np.array(shown), times + duration / 2)
-        else:
-            far = np.flatnonzero(np.diff(times) * unit > 10) + 1  # seconds that are jumped over, not read through
-            parts = [_decode(container, stream, part + duration / 2, duration) for part in np.split(times, far)]
-            if None in parts:
-                return None
-            frames = sum(parts, [])
-    frames = dict(zip(times.tolist(), frames, strict=True))
-    return [[frames[time] for time in clip.tolist()] for clip in clips]
-
-
-def _decode_all(path, shown, times):
-    """The last frame not after each of these times, of a video whose frames have the time stamps `shown`."""
-    chosen = np.searchsorted(shown, times, side="right") - 1
     with av.open(str(path)) as container:
-        container.streams.video[0].codec_context.thread_count = 1
-        frames = {n: frame for n, frame in enumerate(container.decode(video=0)) if n in set(chosen)}
-    return [frames[n] for n in chosen]
+        stream = _video_stream(path, container)
+        unit, rate = stream.time_base, stream.average_rate or stream.guessed_rate
+        shown = [frame.pts for frame in container.decode(stream)]
+    if not shown:
+        return None
+    if None in shown or any(a >= b for a, b in itertools.pairwise(shown)):  # useless time stamps: number the frames
+        shown, unit = range(len(shown)), 1 / rate if rate else None
+    timeline = _Timeline.from_time_stamps(shown, unit)
+    clip_times = timeline.clip_times(path, num_frames, frame_step, places, fps)
+    times = np.unique(np.concatenate(clip_times))
+    chosen = np.searchsorted(np.array(shown), times + timeline.duration / 2, side="right") - 1
+    wanted = set(chosen)
+    with av.open(str(path)) as container:
+        stream = _video_stream(path, container)
+        frames = {n: frame for n, frame in enumerate(container.decode(stream)) if n in wanted}
+    return _clips_at(clip_times, times, [frames[n] for n in chosen])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# videos of which only the needed packets are decoded
+
+
+def _read_needed(path, num_frames, frame_step, places, fps):
+    """The fast way: decode as few packets as possible. Returns the decoded frames of each clip, None if in doubt."""
+    # Opening a file decodes its first frames, for details that are not needed here, and takes half as long as reading a
+    # short clip. skip_frame avoids that.
+    with av.open(str(path), options={"skip_frame": "all"}) as container:
+        stream = _video_stream(path, container)
+        timeline = _packet_timeline(container, stream)
+        if timeline is None:
+            return None
+        clip_times = timeline.clip_times(path, num_frames, frame_step, places, fps)
+        times = np.unique(np.concatenate(clip_times))
+        frames = []
+        for part in np.split(times, np.flatnonzero(np.diff(times) * timeline.unit > LONG_GAP) + 1):
+            found = _decode(container, stream, part + timeline.duration / 2, timeline.duration)
+            if found is None:
+                return None
+            frames += found
+    return _clips_at(clip_times, times, frames)
+
+
+def _packet_timeline(container, stream):
+    """The timeline that the file's header states, else that of its packets. None if there are no time stamps."""
+    rate = stream.average_rate or stream.guessed_rate
+    if stream.frames and rate:
+        duration = float(1 / (rate * stream.time_base))
+        return _Timeline(stream.start_time or 0, duration, stream.frames, stream.time_base)
+    shown = [packet.pts for packet in container.demux(stream) if packet.size]
+    return _Timeline.from_time_stamps(shown, stream.time_base) if shown and None not in shown else None
 
 
 def _decode(container, stream, times, duration):
-    """The last frame not after each of these times (increasing), from as few packets as possible; None if unsure."""
+    """For each of these increasing times, decode the last frame that starts no later. None if in doubt."""
     packets = _packets(container, stream, times)
     if packets is None:
         return None
     shown = np.array(sorted(packet.pts for packet in packets if not packet.is_discard))
     if not len(shown) or shown[0] > times[0] or shown[-1] < times[-1] - 2 * duration:
-        return None  # the keyframe sought is another one, or the video ends before its time
+        return None  # the seek went too far, or the video ends too early
     chosen = shown[np.searchsorted(shown, times, side="right") - 1].tolist()
     frames = _frames(stream, packets, set(chosen))
     return [frames[pts] for pts in chosen] if len(frames) == len(set(chosen)) else None
 
 
 def _packets(container, stream, times):
-    """The packets, in decoding order, from the keyframe before the first of these times to the last time."""
+    """The packets from the keyframe before the first of these times to the last time, in decoding order."""
     container.seek(int(times[0]), stream=stream)
     packets, beyond = [], 0
     for packet in container.demux(stream):
@@ -167,17 +247,39 @@ def _packets(container, stream, times):
         if packet.pts is None:
             return None
         packets.append(packet)
-        beyond += packet.pts > times[-1]
+        if packet.pts > times[-1]:
+            beyond += 1
         if beyond > MAX_REORDER:
             break
     return packets
 
 
 def _frames(stream, packets, wanted):
-    """The frames with the time stamps `wanted`, {time stamp: frame}; some are missing if the video is an odd one."""
-    # From the last packet back: what follows the last wanted frame up to the next keyframe is not needed. Frames that
-    # are decoded after a keyframe but shown before it (open groups of pictures) refer to what is before it, too.
-    runs, run, earliest = [], [], math.inf
+    """Decode the frames with the time stamps `wanted`: {time stamp: frame}. Incomplete if the video is malformed."""
+    frames, codec, previous = {}, stream.codec_context, -math.inf
+    skips = codec.name == "h264"  # its headers mark frames that no other depends on; the decoder can skip these
+    codec.open(strict=False)
+    for run in _needed_runs(packets, wanted):
+        codec.flush_buffers()
+        for packet in (*run, None):  # None: the frames that the decoder still holds
+            codec.skip_frame = "NONREF" if skips and packet and packet.pts not in wanted else "DEFAULT"
+            for frame in codec.decode(packet):
+                if frame.pts is None or frame.pts <= previous:  # time stamps in decoding order, as in AVI files
+                    return {}
+                previous = frame.pts
+                if frame.pts in wanted:
+                    frames[frame.pts] = frame
+    return frames
+
+
+def _needed_runs(packets, wanted):
+    """Split off the packets to decode: runs that each start at a keyframe and end at a wanted frame, in decoding order.
+
+    Go backward: the packets between the last wanted frame and the next keyframe are not needed. A keyframe starts a run
+    only if no wanted frame of the run is shown before it. Such a frame, decoded after the keyframe but shown before it
+    (open group of pictures), also depends on packets before the keyframe.
+    """
+    runs, run, earliest = [], [], math.inf  # earliest: time stamp of the first wanted frame in this run
     for packet in reversed(packets):
         if packet.pts in wanted:
             earliest = min(earliest, packet.pts)
@@ -186,74 +288,52 @@ def _frames(stream, packets, wanted):
         if packet.is_keyframe and packet.pts <= earliest < math.inf:
             runs.append(run[::-1])
             run, earliest = [], math.inf
-    frames, codec = {}, stream.codec_context
-    skips = codec.name == "h264"  # its headers say which frames no other refers to; the decoder passes over these
-    codec.open(strict=False)
-    before = -math.inf
-    for run in reversed(runs):
-        codec.flush_buffers()
-        for packet in (*run, None):
-            codec.skip_frame = "NONREF" if skips and packet and packet.pts not in wanted else "DEFAULT"
-            for frame in codec.decode(packet):
-                if frame.pts is None or frame.pts <= before:  # AVI's time stamps are in decoding order
-                    return {}
-                before = frame.pts
-                if frame.pts in wanted:
-                    frames[frame.pts] = frame
-    return frames
+    return runs[::-1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# from decoded frames to RGB
 
 
 def _to_rgb(frames, crop, size):
-    """Decoded frames as RGB, uint8 (T, 3, H, W), upright; cut out and scaled in one pass over the decoder's pixels."""
-    turn = TURNS.get(frames[0].rotation % 360, ())
+    """Convert decoded frames to RGB, uint8 (T, 3, H, W), upright, cropped and scaled."""
     height, width = frames[0].height, frames[0].width
     if frames[0].rotation % 180:
         height, width = width, height
-    top, left, h, w = crop(height, width) if crop else (0, 0, height, width)
-    out = np.empty((len(frames), 3, size or h, size or w), np.uint8)
+    box = crop(height, width) if crop else (0, 0, height, width)
+    out = np.empty((len(frames), 3, size or box[2], size or box[3]), np.uint8)
     kind = None
     for t, frame in enumerate(frames):
         if t and frame is frames[t - 1]:
             out[t] = out[t - 1]
             continue
-        if kind != (frame.width, frame.height, frame.format.name):
-            resized = kind and kind[:2] != (frame.width, frame.height)  # size and format may change within a video
+        if kind != (frame.width, frame.height, frame.format.name):  # these may change within a video
             kind = frame.width, frame.height, frame.format.name
-            graph = av.filter.Graph()
-            chain = [
-                graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=Fraction(1))
-            ]
-            for name, value in (
-                *turn,
-                *([("scale", f"{width}:{height}")] if resized else []),
-                ("crop", f"{w}:{h}:{left}:{top}"),
-                ("scale", f"{out.shape[3]}:{out.shape[2]}:flags={SCALING}"),
-                ("format", "gbrp"),
-                ("buffersink", None),
-            ):
-                chain.append(graph.add(name, value))
-            graph.link_nodes(*chain).configure()
-        chain[0].push(frame)
-        for channel, plane in zip((1, 2, 0), (scaled := chain[-1].pull()).planes, strict=True):
+            graph = _filter_graph(frame, frames[0], (height, width), box, out.shape[2:])
+        graph.push(frame)
+        scaled = graph.pull()
+        for channel, plane in zip((1, 2, 0), scaled.planes, strict=True):  # green, blue, red
             pixels = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)
             out[t, channel] = pixels[: scaled.height, : scaled.width]
     return torch.from_numpy(out)
 
 
-def random_crop(rng, height, width):
-    """Top, left, height and width of a random part: table 5's area and aspect, as torchvision's RandomResizedCrop."""
-    low, high = CROP_ASPECT
-    for _ in range(10):
-        area = height * width * rng.uniform(*CROP_AREA)
-        aspect = math.exp(rng.uniform(math.log(low), math.log(high)))
-        h, w = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
-        if 0 < h <= height and 0 < w <= width:
-            return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
-    h, w = min(height, round(width / low)), min(width, round(height * high))  # for very long or very high frames
-    return (height - h) // 2, (width - w) // 2, h, w
+def _filter_graph(frame, first, upright, box, size):
+    """The FFmpeg filters that turn, crop, scale and convert frames like `frame`, in one pass over the decoder's pixels.
 
-
-def center_crop(height, width):
-    """Top, left, height and width of the square in the middle."""
-    side = min(height, width)
-    return round((height - side) / 2), round((width - side) / 2), side, side
+    first: the clip's first frame. A frame of another size is first scaled to that frame's upright (height, width).
+    """
+    top, left, height, width = box
+    filters = list(TURNS.get(first.rotation % 360, ()))
+    if (frame.width, frame.height) != (first.width, first.height):
+        filters.append(("scale", f"{upright[1]}:{upright[0]}"))
+    filters += [
+        ("crop", f"{width}:{height}:{left}:{top}"),
+        ("scale", f"{size[1]}:{size[0]}:flags={SCALING}"),
+        ("format", "gbrp"),
+        ("buffersink", None),
+    ]
+    graph = av.filter.Graph()
+    source = graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=Fraction(1))
+    graph.link_nodes(source, *(graph.add(name, value) for name, value in filters)).configure()
+    return graph
