@@ -1,6 +1,5 @@
-"""bench_step.py: that it times what it says, and that the peer computes the same."""
+"""bench/step.py: it times the steps of the training scripts, and the peer computes the same losses."""
 
-import argparse
 import itertools
 import math
 import shlex
@@ -8,7 +7,7 @@ import shlex
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import DEVICES, NO_GPU, randomize, refusal, run_script
+from conftest import DEVICES, NO_GPU, randomize, run_script
 from torch.distributed.tensor import DTensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -16,132 +15,129 @@ import cli
 import flops
 import training
 from bench import step as bench_step
+from bench.step import HuggingFace, Ours, Result, training_step
 
+# A constant learning rate, large enough for every step to depend on the gradients of the step before.
 TINY = shlex.split(
     "--width 24 --depth 2 --heads 2 --patch-size 8 --num-frames 4 --resolution 32 --predictor-width 16 "
-    "--predictor-depth 1 --predictor-heads 2 --lr 1e-3"
+    "--predictor-depth 1 --predictor-heads 2 --start-lr 1e-3 --lr 1e-3"
 )
 
 
-def tiny_args(*more, device="cpu"):
-    flags = [*TINY, "--device", device, *map(str, more)]
-    args = cli.training_flags("", out="out", steps=160_000).parse_args(flags)
+def tiny_args(*more, teacher=None, device="cpu"):
+    parser = cli.training_flags("", out="out", steps=160_000)
+    parser.set_defaults(teacher=teacher, teacher_steps=1)
+    args = parser.parse_args([*TINY, "--device", device, *map(str, more)])
     training.setup(args)
     torch.set_float32_matmul_precision("highest")
     return args
 
 
-def tiny_step(kind, args, teacher=None):
-    """Ours, with weights that all matter (mask tokens start at zero)."""
-    stages = flops.stages(argparse.Namespace(teacher=teacher, teacher_steps=1), args)
-    ours = bench_step.Ours.build(kind, stages[kind], args)
+def tiny_ours(kind, args):
+    """Ours, with random values in all weights (mask tokens are initialized to zero)."""
+    ours = Ours.build(kind, flops.stages(args)[kind], args)
     randomize(ours.encoder), randomize(ours.predictor)
     return ours
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("kind, teacher", [("teacher", None), ("student", None), ("student", "vit_ti"), ("ema", None)])
-def test_all_compute_the_same_steps_from_the_same_weights(kind, teacher, device):
+def test_ours_sharded_and_peer_take_the_same_steps(kind, teacher, device):
     pytest.importorskip("transformers")
-    args = tiny_args("--batch-size", 4, "--micro-batch-size", 2, "--dtype", "float32", "--no-compile", device=device)
-    ours = tiny_step(kind, args, teacher)
-    initial, kept, clips = ours.weights(), ours.weights(), bench_step.random_clips(args)
-    peer = bench_step.HuggingFace.build(ours, initial, compiled=False)
-    with bench_step.alone(args):
-        sharded = bench_step.Ours.build(kind, ours.stage, args, ours.weights(), sharded=True)
+    flags = ["--batch-size", 4, "--micro-batch-size", 2, "--dtype", "float32", "--no-compile"]
+    args = tiny_args(*flags, teacher=teacher, device=device)
+    ours = tiny_ours(kind, args)
+    weights, copies, clips = ours.weights(), ours.weights(), bench_step.random_clips(args)
+    peer = HuggingFace.build(ours, weights, compiled=False)
+    with bench_step.single_process_group(args):
+        sharded = Ours.build(kind, ours.stage, args, ours.weights(), sharded=True)
         assert all(isinstance(p, DTensor) for p in (*sharded.encoder.parameters(), *sharded.predictor.parameters()))
         assert not any(isinstance(p, DTensor) for p in ours.encoder.parameters())
-        for number in range(4):  # of which all but the first depend on the gradients, and for ema on the moving average
-            mine, *others = (bench_step.one_step(runner, number, clips) for runner in (ours, peer, sharded))
-            for theirs in others:
-                torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=0)
-    torch.testing.assert_close(initial, kept)  # for the next one
+        for step in range(4):  # all but the first depend on the gradients and, for ema, on the moving average
+            expected, *others = (training_step(runner, step, clips) for runner in (ours, peer, sharded))
+            for other in others:
+                torch.testing.assert_close(expected, other, rtol=1e-4, atol=0)
+    torch.testing.assert_close(weights, copies)  # the runners must not train the weights they were given
     if kind == "ema":
-        moved = bench_step.cpu_copy(ours.teacher)["norm.weight"], peer.teacher.layernorm.weight
+        moved = bench_step.cpu_weights(ours.teacher)["norm.weight"], peer.teacher.layernorm.weight
         torch.testing.assert_close(*moved, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype, rtol", [("float32", 1e-4), pytest.param("bfloat16", 2e-2, marks=NO_GPU)])
-def test_compiled_steps_are_the_eager_ones(dtype, rtol, device):
-    """By inductor, as --compile does; masks of several sizes. A minute on a CPU, hence not there in bfloat16."""
+def test_compiled_steps_equal_eager_steps(dtype, rtol, device):
+    """With inductor, as under --compile, and masks of several sizes. Takes a minute on a CPU, so no bfloat16 there."""
     flags = ["--batch-size", 2, "--dtype", dtype]
-    args, compiled = (tiny_args(*flags, f"--{no}compile", device=device) for no in ("no-", ""))
-    ours, clips = tiny_step("student", args), bench_step.random_clips(args)
-    theirs = bench_step.Ours.build("student", ours.stage, compiled, ours.weights())
-    for number in range(4):
-        mine, others = (bench_step.one_step(runner, number, clips) for runner in (ours, theirs))
-        torch.testing.assert_close(mine, others, rtol=rtol, atol=0)
+    args, compiled_args = (tiny_args(*flags, flag, device=device) for flag in ("--no-compile", "--compile"))
+    ours, clips = tiny_ours("student", args), bench_step.random_clips(args)
+    compiled = Ours.build("student", ours.stage, compiled_args, ours.weights())
+    for step in range(4):
+        expected, actual = (training_step(runner, step, clips) for runner in (ours, compiled))
+        torch.testing.assert_close(expected, actual, rtol=rtol, atol=0)
 
 
 @NO_GPU
 @pytest.mark.parametrize("kind", ["teacher", "student", "ema"])
-def test_steps_on_cuda_are_the_cpus_and_never_wait(kind):
-    args, gpu = (tiny_args("--batch-size", 4, "--dtype", "float32", "--no-compile", device=d) for d in ("cpu", "cuda"))
-    ours, clips = tiny_step(kind, args), bench_step.random_clips(args)
-    theirs = bench_step.Ours.build(kind, ours.stage, gpu, ours.weights())
-    for number in range(4):
-        mine = bench_step.one_step(ours, number, clips)
-        torch.cuda.set_sync_debug_mode("error" if number else "default")  # the first one allocates and makes tables
-        others = bench_step.one_step(theirs, number, clips.pin_memory())
+def test_cuda_steps_equal_cpu_steps_without_synchronization(kind):
+    flags = ["--batch-size", 4, "--dtype", "float32", "--no-compile"]
+    args, gpu_args = (tiny_args(*flags, device=device) for device in ("cpu", "cuda"))
+    ours, clips = tiny_ours(kind, args), bench_step.random_clips(args)
+    on_gpu = Ours.build(kind, ours.stage, gpu_args, ours.weights())
+    for step in range(4):
+        expected = training_step(ours, step, clips)
+        torch.cuda.set_sync_debug_mode("error" if step else "default")  # the first allocates and fills RoPE tables
+        actual = training_step(on_gpu, step, clips.pin_memory())
         torch.cuda.set_sync_debug_mode("default")
-        torch.testing.assert_close(mine, [x.cpu() for x in others], rtol=1e-3, atol=0)
+        torch.testing.assert_close(expected, [x.cpu() for x in actual], rtol=1e-3, atol=0)
 
 
-def test_a_peer_that_computes_something_else_is_refused_after_all_is_said(capfd, monkeypatch):
+def test_a_peer_with_another_loss_is_refused_after_everything_is_printed(capfd, monkeypatch):
     pytest.importorskip("transformers")
-    args = tiny_args("--batch-size", 2)
-    assert bench_step.agrees(1.00005, 1.0, 1.0, 1.0, args)
-    assert not any(bench_step.agrees(wrong, 1.0, 1.0, 1.0, args) for wrong in (1.001, math.nan))
-    loss = bench_step.HuggingFace.loss
-    monkeypatch.setattr(bench_step.HuggingFace, "loss", lambda *arguments: 1.001 * loss(*arguments))
-    monkeypatch.setattr(bench_step, "matmul_ceiling", lambda args: 5e10)
+    args, ours = tiny_args("--batch-size", 2), Result(1.0, 1.0, 0, [])
+    assert bench_step.same_loss(Result(1.00005, 1.0, 0, []), ours, args)
+    assert not any(bench_step.same_loss(Result(wrong, 1.0, 0, []), ours, args) for wrong in (1.001, math.nan))
+    loss = HuggingFace.loss
+    monkeypatch.setattr(HuggingFace, "loss", lambda *arguments: 1.001 * loss(*arguments))
+    monkeypatch.setattr(bench_step, "matmul_peak", lambda args: 5e10)
     with pytest.raises(SystemExit) as stop:
         run_script(bench_step, *TINY, "--device", "cpu", "--batch-size", 2, "--rounds", 1, "--peer", "hf")
     out, error = capfd.readouterr()
     assert stop.value.code == 2 and "computed something else" in error
-    assert "NOT THE SAME" in out and out.rstrip().splitlines()[-1].startswith("shares: ")
+    assert "NOT THE SAME" in out and out.rstrip().splitlines()[-1].startswith("parts of our step: ")
 
 
 @pytest.mark.parametrize("kind", ["teacher", "student", "ema"])
-def test_executed_flops_are_those_of_the_steps_that_are_timed(kind):
+def test_executed_flops_equal_torchs_count(kind):
     args = tiny_args("--batch-size", 4, "--micro-batch-size", 2)
-    ours, clips = tiny_step(kind, args), bench_step.random_clips(args)
+    ours, clips = tiny_ours(kind, args), bench_step.random_clips(args)
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        for number in (3, 4):
-            bench_step.one_step(ours, number, clips)
-    assert bench_step.executed(ours.stage, args, (3, 4)) == pytest.approx(counter.get_total_flops(), rel=0.01)
+        for step in (3, 4):
+            training_step(ours, step, clips)
+    assert bench_step.executed_flops(ours.stage, args, (3, 4)) == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
-def test_marks_split_a_step_into_its_parts_forward_and_backward():
+def test_marks_divide_a_step_into_its_parts_forward_and_backward():
     args, marks = tiny_args("--batch-size", 2), []
-    stamped = tiny_step("ema", args)
+    marked = tiny_ours("ema", args)
     for part in ("teacher", "encoder", "predictor"):
-        setattr(stamped, part, bench_step.Stamped(getattr(stamped, part), part, marks.append))
-    bench_step.one_step(stamped, 0, bench_step.random_clips(args), marks.append)
+        setattr(marked, part, bench_step.MarkedNetwork(getattr(marked, part), part, marks.append))
+    training_step(marked, 0, bench_step.random_clips(args), marks.append)
     mask = ["encoder", "rest", "predictor", "rest", "predictor", "encoder", "rest"]
     assert marks == ["teacher", "rest", *mask, *mask, "optimizer", "moving average", "rest"]
 
 
-def test_shares_add_up_to_the_step(monkeypatch):
+def test_parts_add_up_to_the_step(monkeypatch):
     args, clock = tiny_args("--batch-size", 2), itertools.count()
     monkeypatch.setattr(bench_step, "now", lambda args: next(clock))
-    parts = bench_step.shares(tiny_step("student", args), (0, 1), bench_step.random_clips(args))
-    # One second from each mark to the next, see above; one more mark begins a step.
+    parts = bench_step.seconds_by_part(tiny_ours("student", args), (0, 1), bench_step.random_clips(args))
+    # One second from each mark to the next, see the test above; another mark begins the step.
     assert parts == {"teacher": 1, "encoder": 4, "predictor": 4, "optimizer": 1, "rest": 8}
 
 
-def test_what_was_not_measured_costs_as_much_per_flop_as_the_nearest_that_was():
-    costs = [bench_step.Cost(1e9, 2.0), bench_step.Cost(1e12, 1000.0), bench_step.Cost(1e12)]
-    assert bench_step.extrapolated(bench_step.Cost(3e9), costs) == pytest.approx(6.0)
-    assert bench_step.extrapolated(bench_step.Cost(4e11), costs) == pytest.approx(400.0)
-    assert bench_step.extrapolated(costs[0], costs) == 2.0
-
-
-def test_the_command_prints_times_ratios_and_shares(capsys, monkeypatch):
+def test_prints_times_ratios_and_parts(capsys, monkeypatch):
     pytest.importorskip("transformers")
-    monkeypatch.setattr(bench_step, "matmul_ceiling", lambda args: 5e10)
+    monkeypatch.setattr(bench_step, "matmul_peak", lambda args: 5e10)
     flags = ["--batch-size", 2, "--rounds", 2, "--round-steps", 1, "--device", "cpu"]
     run_script(bench_step, *TINY, *flags, "--kind", "teacher", "--sharded")
     out = capsys.readouterr().out
@@ -149,32 +145,8 @@ def test_the_command_prints_times_ratios_and_shares(capsys, monkeypatch):
     assert not dist.is_initialized()
     run_script(bench_step, *TINY, *flags, "--kind", "student", "--peer", "hf", "--dtype", "bfloat16")
     out = capsys.readouterr().out
-    assert all(word in out for word in ("hf eager", "times as long as ours", "shares: ", "off ours", "TFLOP/s"))
-
-
-def test_the_sweep_measures_what_fits_and_marks_what_does_not(capsys, monkeypatch):
-    monkeypatch.setattr(bench_step, "matmul_ceiling", lambda args: 1e10)  # the paper's runs would take hours
-    flags = "--model vit_ti --patch-size 8 --num-frames 4 --resolution 32 --predictor-width 16 --predictor-depth 1 "
-    flags = shlex.split(flags + "--predictor-heads 2 --device cpu --batch-size 1 --sizes vit_ti --round-steps 1")
-    run_script(bench_step, *flags, "--sweep", "--time-budget", 5)
-    growth, paper = capsys.readouterr().out.split("whole runs of the paper")
-    first, *_ = [line.split() for line in growth.splitlines() if line.startswith("vit_ti")]
-    assert first[1:4] == ["4", "32", "1"] and "~" not in first
-    assert float(first[-2]) * 1e3 == pytest.approx(float(first[4]) * float(first[-3]), rel=0.02)  # TFLOP/s
-    assert len(paper.strip().splitlines()) == 2 + len(bench_step.PAPER_RUNS) and "~" in paper
-
-
-@pytest.mark.parametrize("peaks, memory", [((100, 300), 300), ((300, 300), None)])
-def test_a_cell_on_the_cpu_has_a_memory_if_the_process_never_needed_as_much(peaks, memory, monkeypatch):
-    peaks = iter(peaks)
-    monkeypatch.setattr(training, "peak_memory", lambda device: next(peaks))
-    own = argparse.Namespace(teacher=None, teacher_steps=1, round_steps=1)
-    cell = bench_step.Cell("teacher", "vit_ti", 4, 32, 1, "")
-    assert bench_step.measure(cell, own, tiny_args("--batch-size", 1), lambda work: True).memory == memory
-
-
-def test_mistakes_are_refused_in_one_line(capfd):
-    assert "--width" in refusal(capfd, bench_step, *TINY, "--device", "cpu", "--sweep")
+    expected = "hf eager", "times as long as ours", "parts of our step: ", "difference from ours", "TFLOP/s"
+    assert all(words in out for words in expected)
 
 
 @pytest.mark.slow
