@@ -1,4 +1,4 @@
-"""Intuitive physics by violation of expectation: of two videos, is the physically impossible one predicted worse?
+"""Violation of expectation: of a possible and an impossible video, is the prediction error larger for the impossible?
 
     python physics.py --checkpoint out/student                # built-in pairs, no files needed
     python physics.py --task intphys --data IntPhys/dev       # O1, O2, O3
