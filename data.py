@@ -1,11 +1,11 @@
-"""What a clip is and where it comes from: videos and images named in manifests, or the built-in synthetic videos.
+"""Sources of clips, and the loader that runs them in worker processes.
 
-A source answers `source.batch(numbers)`: sample number n of a run is determined by (seed, n) alone, so that workers,
-world size and restarts change nothing. `clip_loader` runs a source in worker processes. Clips travel as uint8 and are
-normalized on the training device by `normalize`.
+A source has `batch(numbers)`: sample number n of a run depends only on (seed, n), so the number of workers or processes
+and restarts change nothing. `Manifest` reads videos and images, `Synthetic` makes the built-in videos. Clips travel as
+uint8 and are normalized on the training device (`normalize`).
 
 Letters: B clips, T frames, H and W pixels. A manifest is V-JEPA's: one "path label" per line, separated by a space,
-paths relative to the manifest; the label may be left out for pretraining.
+with paths relative to the manifest. Pretraining needs no labels.
 """
 
 import array
@@ -17,6 +17,7 @@ import itertools
 import math
 import mmap
 import os
+import pickle
 import re
 import signal
 import weakref
@@ -38,15 +39,15 @@ INTEGER = re.compile(b"-?[0-9]+")
 
 class Batch(NamedTuple):
     clips: torch.Tensor  # (B, 3, T, H, W) uint8
-    labels: torch.Tensor  # (B, L) int64: one column per label of the source; -1 where there is none
-    skipped: list  # "path: reason" of every unreadable video that another one stands in for (training only)
-    names: list  # what each clip is from: a path, or the number of a built-in clip
+    labels: torch.Tensor  # (B, L) int64, one column per label of the source; -1: no label
+    skipped: list  # "path: reason" for each unreadable video that was replaced by another one (training only)
+    names: list  # where each clip comes from: a path, or the number of a built-in clip
 
 
 def normalize(clips, device):
-    """uint8 clips (B, 3, T, H, W) -> float32 on `device`, zero mean and unit variance per channel (ImageNet's).
+    """uint8 clips (B, 3, T, H, W) -> float32 on `device`, normalized with ImageNet's mean and standard deviation.
 
-    The constants are not made tensors of the device: to send them there would wait for all that a GPU has still to do.
+    The constants stay Python numbers: copying them to a GPU as tensors would wait for all work queued there.
     """
     clips = clips.to(device, non_blocking=True).float()  # a copy
     for channel, mean, std in zip(clips.unbind(1), MEAN, STD, strict=True):
@@ -61,14 +62,14 @@ def denormalize(clips):
 
 
 class Paths:
-    """The paths that manifests name, a sequence of strings that are read from the files as they are asked for.
+    """The paths of one or more manifests: a sequence of strings, read from the files on access.
 
-    The files are mapped into memory, once for all processes of a node; a list of millions of strings would be copied by
-    every one of them. So a manifest in use may be replaced (mv), but not overwritten.
+    The files are memory-mapped, once for all processes of a node, where each process would copy a list of millions of
+    strings. So replace a manifest that is in use with `mv`; never overwrite it.
     """
 
     def __init__(self, parts):
-        self.parts = parts  # of each manifest: folder, bytes, where its paths start in them, how long they are
+        self.parts = parts  # per manifest: folder, bytes, start and length of each path in these bytes
         self.ends = list(itertools.accumulate(len(starts) for _, _, starts, _ in parts))
 
     def __len__(self):
@@ -82,9 +83,9 @@ class Paths:
 
 
 def read_manifest(path, num_classes=None):
-    """(`Paths`, labels as an int32 array) of a manifest; label -1 where a line has none.
+    """Read a manifest: (`Paths`, int32 array of labels); the label is -1 where a line has none.
 
-    With num_classes every line must have a label in 0 .. num_classes - 1. OSError, or ValueError naming file and line.
+    With num_classes, each line needs a label from 0 to num_classes - 1. OSError; ValueError naming the file and line.
     """
     path = Path(path)
     if path.suffix.lower() in IMAGE_SUFFIXES | {".mp4", ".webm", ".mkv", ".avi", ".mov"}:
@@ -120,33 +121,39 @@ def read_manifest(path, num_classes=None):
     return Paths([(str(path.parent), text, starts, lengths)]), np.frombuffer(labels, np.int32)
 
 
-def shuffled(place, length, *key):
-    """Which of `length` things is at a place of the order that `key` (integers) stands for; every order has each once.
+def shuffled(position, length, *key):
+    """The element at a position of the permutation of range(length) that `key` (integers) determines.
 
-    Computed for this place alone (a Feistel network, walked until it ends within the range): an array of the order
-    would have to be made, and held, by every worker.
+    Computed for one position at a time, so that no worker has to hold the whole permutation. A Feistel network permutes
+    the next larger power of 4; applying it until the result is below `length` restricts it to the range.
     """
-    half = max(1, (length - 1).bit_length() + 1 >> 1)
-    keys = np.random.SeedSequence(key).generate_state(6, np.uint64).tolist()
+    half = max(1, ((length - 1).bit_length() + 1) // 2)  # bits of each half of a number
+    round_keys = np.random.SeedSequence(key).generate_state(6, np.uint64).tolist()
     while True:
-        left, right = place >> half, place & (1 << half) - 1
-        for k in keys:
-            mixed = (right ^ k) * 0x9E3779B97F4A7C15 & 2**64 - 1
-            mixed = (mixed ^ mixed >> 29) * 0xBF58476D1CE4E5B9 & 2**64 - 1
-            left, right = right, left ^ mixed >> 64 - half
-        place = left << half | right
-        if place < length:
-            return place
+        left, right = position >> half, position & ((1 << half) - 1)
+        for round_key in round_keys:
+            left, right = right, left ^ (_mix(right ^ round_key) >> (64 - half))
+        position = (left << half) | right
+        if position < length:
+            return position
+
+
+def _mix(x):
+    """Scramble a 64-bit integer (two rounds of splitmix64's multiply and xor-shift)."""
+    x = (x * 0x9E3779B97F4A7C15) & (2**64 - 1)
+    x = ((x ^ (x >> 29)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
+    return x ^ (x >> 29)
 
 
 class Manifest:
-    """Clips of the videos and images in manifests: augmented for training, centerd and in order for evaluation.
+    """Clips of the videos and images in manifests: augmented for training, center crops in order for evaluation.
 
-    Training (`train=True`): sample n is video n of an endless sequence of shuffled passes, or, with weights, of a
-    manifest drawn by weight; the clip's place, a random resized crop and a flip are drawn from (seed, n). With
-    clips_per_video k samples nk to nk + k - 1 are of one video, opened once if they are asked for together. An
-    unreadable video is replaced by the next one and reported. Evaluation: sample n is line n, middle clip, center crop;
-    an unreadable video is a BadVideo error.
+    Training (train=True): an endless sequence of shuffled passes over the videos, or, with weights, of videos from a
+    manifest drawn by weight. The position of a clip in its video, its random resized crop and its flip depend on
+    (seed, sample number). With clips_per_video = k, samples nk to nk + k - 1 come from one video, which is opened once.
+    An unreadable video is replaced by the next one and reported in `Batch.skipped`.
+
+    Evaluation: sample n is the middle clip of line n, center-cropped. An unreadable video raises BadVideo.
     """
 
     def __init__(self, manifests, num_frames, frame_step, resolution, seed=0, train=True, weights=None,
@@ -154,9 +161,9 @@ class Manifest:
         if weights and len(weights) != len(manifests):
             raise ValueError(f"{len(manifests)} manifests but {len(weights)} weights")
         if weights and (min(weights) < 0 or not 0 < sum(weights) < math.inf):
-            raise ValueError(f"weights {weights} are no shares: not negative, and not all 0")
+            raise ValueError(f"weights {weights}: none may be negative, and not all may be 0")
         if fps is not None and not 0 < fps < math.inf:
-            raise ValueError(f"--fps {fps}: frames per second are positive")
+            raise ValueError(f"--fps {fps}: must be positive")
         paths, labels = zip(*(read_manifest(m, num_classes) for m in manifests), strict=True)
         self.paths, self.labels = Paths([part for p in paths for part in p.parts]), np.concatenate(labels)
         self.weights = np.array(weights) / sum(weights) if weights else None
@@ -167,7 +174,7 @@ class Manifest:
         return len(self.paths)
 
     def line(self, number):
-        """Which line of the manifests (counted through) sample `number` is."""
+        """The line of sample `number`, counted over all manifests."""
         if not self.train:
             return number
         number //= self.clips_per_video
@@ -175,17 +182,17 @@ class Manifest:
             rng, ends = np.random.default_rng((self.seed, number)), self.paths.ends
             part = rng.choice(len(ends), p=self.weights)
             return int(rng.integers(ends[part - 1] if part else 0, ends[part]))
-        turn, place = divmod(number, len(self))
-        return shuffled(place, len(self), self.seed, turn)
+        epoch, position = divmod(number, len(self))
+        return shuffled(position, len(self), self.seed, epoch)
 
     def samples(self, numbers):
-        """Of samples that share a video, each: clip (3, T, H, W) uint8, label, skipped, path."""
+        """Samples of one video: [(clip (3, T, H, W) uint8, label, skipped, path), ...]."""
         line, skipped = self.line(numbers[0]), []
         rngs = [np.random.default_rng((self.seed, number, 1)) for number in numbers]
         crops = [functools.partial(random_crop, rng) if self.train else center_crop for rng in rngs]
         while True:
             places = [rng.random() if self.train else 0.5 for rng in rngs]
-            now_reading(line)
+            note_reading(line)
             try:
                 clips = video.read_clips(
                     self.paths[line], self.num_frames, self.frame_step, places, self.fps, crops, self.resolution
@@ -201,7 +208,7 @@ class Manifest:
         return [(clip.transpose(0, 1), int(self.labels[line]), skipped, self.paths[line]) for clip in clips]
 
     def batch(self, numbers):
-        """`Batch` of the samples with these numbers."""
+        """The `Batch` of the samples with these numbers."""
         groups = itertools.groupby(numbers, lambda number: number // self.clips_per_video)
         samples = [sample for _, group in groups for sample in self.samples(list(group))]
         clips, labels, skipped, paths = zip(*samples, strict=True)
@@ -210,7 +217,7 @@ class Manifest:
 
 
 class Synthetic:
-    """The built-in videos as a source of clips: an endless stream of different ones, or `length` of them."""
+    """The built-in videos as a source: an endless stream of different clips, or `length` of them."""
 
     def __init__(self, num_frames, resolution, seed=0, length=None):
         self.num_frames, self.resolution, self.seed, self.length = num_frames, resolution, seed, length
@@ -219,7 +226,7 @@ class Synthetic:
         return self.length
 
     def batch(self, numbers):
-        """`Batch` of the clips with these numbers."""
+        """The `Batch` of the clips with these numbers."""
         clips, labels = synthetic_clips(self.seed, torch.tensor(numbers), self.num_frames, self.resolution)
         return Batch(clips, labels, [], [f"built-in {n}" for n in numbers])
 
@@ -229,85 +236,98 @@ class Synthetic:
 
 
 class LoaderFailed(RuntimeError):
-    """A worker process died or hangs; the message says which and what it was reading."""
+    """A worker process died or hangs; the message names the files that the workers were reading."""
 
 
-_FETCHING = weakref.WeakSet()  # the loaders of this process
+_DATASETS = weakref.WeakSet()  # of the loaders of this process
 
 
-def loader_failed(error):
-    """One line about a DataLoader's error, which torch may raise anywhere, and what the workers were reading."""
-    read = [f.source.paths[line] for f in _FETCHING for line in f.reading.tolist() if line >= 0]
-    where = f"; its workers are reading {', '.join(read)}" if read else ""
-    return f"the loader failed: {str(error).strip().splitlines()[-1]}{where}"
-
-
-class _Fetch(torch.utils.data.Dataset):
-    """Lets DataLoader fetch a whole batch with one call."""
+class _Batches(torch.utils.data.Dataset):
+    """Lets DataLoader fetch a whole batch from a source with one call."""
 
     def __init__(self, source, workers):
         self.source = source
-        self.reading = torch.full((max(1, workers),), -1).share_memory_()  # the manifest line that each worker reads
-        _FETCHING.add(self)
+        self.reading = torch.full((max(1, workers),), -1).share_memory_()  # the manifest line each worker is reading
+        _DATASETS.add(self)
 
     def __getitems__(self, numbers):
         batch = self.source.batch(numbers)
-        if torch.utils.data.get_worker_info():  # the training process would only have to ask for it again
-            give_back_memory()
+        if torch.utils.data.get_worker_info():  # the training process would need that memory again at once
+            release_memory()
         return batch
 
 
-def give_back_memory():
-    """Return to the system what was freed: glibc keeps it in pieces, and a worker would grow by megabytes a minute."""
+def release_memory():
+    """Return freed memory to the system: glibc keeps fragments, and a worker would grow by megabytes per minute."""
     if hasattr(LIBC, "malloc_trim"):
         LIBC.malloc_trim(0)
 
 
-def now_reading(line):
-    """In a loader process: note the manifest line that it turns to, for `loader_failed`."""
+def note_reading(line):
+    """In a worker, record the manifest line it is about to read, for `loader_failed`."""
     worker = torch.utils.data.get_worker_info()
     if worker:
         worker.dataset.reading[worker.id] = line
 
 
-def _as_it_is(batch):
+def loader_failed(error):
+    """One line for an error of DataLoader, which torch may raise anywhere: what happened, and what was being read."""
+    reason = (str(error).strip().splitlines() or [f"a worker process died ({type(error).__name__})"])[-1]
+    files = [d.source.paths[line] for d in _DATASETS for line in d.reading.tolist() if line >= 0]
+    where = f"; its workers are reading {', '.join(files)}" if files else ""
+    return f"the loader failed: {reason}{where}"
+
+
+def is_dead_worker(error):
+    """Whether torch raised this error because a loader worker died or hangs. May be raised anywhere in a step."""
+    signs = ("timed out", "exited unexpectedly", "killed by signal")
+    return isinstance(error, RuntimeError) and "DataLoader worker" in str(error) and any(s in str(error) for s in signs)
+
+
+def _identity(batch):
     return batch
 
 
 def _start_worker(_):
-    """A signal that asks a whole job to stop is the training process's to answer; it still needs its workers then."""
+    """Leave termination signals to the training process, which still needs its workers to finish the step."""
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
 
 @atexit.register
 def end_workers():
-    """What Python does at exit, ask workers to end by SIGTERM and wait, would wait for ever for one that hangs."""
+    """Kill the workers. At exit, Python would send them SIGTERM and wait, forever if one hangs."""
     for worker in torch.multiprocessing.active_children():
         worker.kill()
 
 
 def clip_loader(source, batches, workers=0, pin_memory=False, timeout=0):
-    """Yields `Batch`es, one for each list of sample numbers in `batches`, made by worker processes.
+    """Yield a `Batch` for each list of sample numbers in `batches`, made by worker processes.
 
-    LoaderFailed if a worker dies, or gives nothing for `timeout` seconds (0: waits for ever).
+    LoaderFailed if a worker dies, or if a batch takes longer than `timeout` seconds (0: wait forever).
     """
-    dataset = _Fetch(source, workers)
     loader = torch.utils.data.DataLoader(
-        dataset, batch_sampler=batches, collate_fn=_as_it_is, num_workers=workers, pin_memory=pin_memory,
-        timeout=timeout if workers else 0, worker_init_fn=_start_worker,
+        _Batches(source, workers), batch_sampler=batches, collate_fn=_identity, num_workers=workers,
+        pin_memory=pin_memory, timeout=timeout if workers else 0, worker_init_fn=_start_worker,
         multiprocessing_context="fork" if workers else None,
     )  # fmt: skip
     try:
         yield from loader
-    except RuntimeError as error:
-        if not any(word in str(error) for word in ("timed out", "exited unexpectedly", "killed by signal")):
+    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+        # A worker that dies while it hands over a tensor breaks the connection: EOFError, ConnectionResetError,
+        # FileNotFoundError, ... Exceptions that a living worker raises say so in their message.
+        raised_by_worker = not workers or "in DataLoader worker process" in str(error)
+        if raised_by_worker or (isinstance(error, RuntimeError) and not is_dead_worker(error)):
             raise
         raise LoaderFailed(loader_failed(error)) from error
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# the training data of a run
+
+
 def clip_source(args):
-    """The training data that the flags name. Ends the script if a manifest cannot be used."""
+    """The training data that the flags name. Ends the script if a manifest cannot be read."""
     if not args.data:
         if rank_and_world()[0] == 0:
             print("no --data: training on the built-in synthetic videos")
@@ -322,13 +342,13 @@ def clip_source(args):
 
 
 def micro_batch_indices(args):
-    """Which of a step's micro-batches, counted over all processes, this process computes."""
+    """The micro-batches of a step that this process computes, numbered over all processes."""
     rank, world = rank_and_world()
     return range(rank, args.batch_size // args.micro_batch_size, world)
 
 
 def training_loader(source, args, start_step):
-    """An iterator over the `Batch`es of this process, from start_step to the end of the run."""
+    """An iterator over the `Batch`es of this process from start_step to the end of the run."""
     size = args.micro_batch_size
     numbers = (
         range(first, first + size)
@@ -339,10 +359,10 @@ def training_loader(source, args, start_step):
 
 
 def next_batch(loader):
-    """The loader's next `Batch`; ends the script where there is none to be had."""
+    """The loader's next `Batch`. Ends the script if there is none."""
     try:
         return next(loader)
-    except BadVideo as error:  # its last line; before it, a worker's traceback
-        fail(f"unreadable, and nothing stands in: {str(error).splitlines()[-1]}")
+    except BadVideo as error:  # a worker's traceback comes before the last line
+        fail(f"unreadable, and no other video to replace it: {str(error).splitlines()[-1]}")
     except LoaderFailed as error:
         fail(str(error))

@@ -1,16 +1,16 @@
-"""The networks of SALT: a ViT encoder with 3D RoPE, the predictor (also the pixel decoder) and the attentive probe.
+"""The networks of SALT: the ViT encoder with 3D RoPE, the predictor (also the pixel decoder) and the attentive probe.
 
-The architecture is V-JEPA 2's, number for number (paper appendix B, tables 3 and 4), so that weights can be exchanged
-with it (convert.py). Nothing here knows about masking strategies, losses or training.
+The architecture is exactly V-JEPA 2's (paper appendix B, tables 3 and 4), so weights can be exchanged with it
+(tools/convert.py). Nothing here depends on masking strategies, losses or training.
 
 Letters in shape comments:
     B  clips             T, H, W  frames, pixels down, pixels across
-    N  tokens of a clip  K        tokens of a subset (context or targets), named by their ids in 0 .. N-1
-    D  width             h, d     attention heads, channels per head      P  numbers of a tubelet (3*2*16*16 = 1536)
+    N  tokens of a clip  K        tokens of a subset (context or targets), given by their ids in 0 .. N-1
+    D  width             h, d     attention heads, channels per head      P  values in a tubelet (3*2*16*16 = 1536)
 
     from model import load_encoder
     encoder = load_encoder("out/student")     # a run folder or a checkpoint file
-    tokens = encoder(clips)                   # normalized float clips (B, 3, T, H, W) -> (B, N, D)
+    tokens = encoder(clips)                   # normalized clips (B, 3, T, H, W) float -> (B, N, D)
 """
 
 import functools
@@ -23,7 +23,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-# Paper table 3. mlp_ratio is given by the hidden widths 6144 (g) and 8192 (G). Ti and S are not in the paper.
+# Paper table 3. The mlp_ratio of g and G gives their hidden widths of 6144 and 8192. Ti and S are not in the paper.
 SIZES = {
     "vit_ti": dict(width=192, depth=12, heads=3, mlp_ratio=4.0),
     "vit_s": dict(width=384, depth=12, heads=6, mlp_ratio=4.0),
@@ -36,11 +36,11 @@ SIZES = {
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# tokens: where they are and what they hold
+# tokens
 
 
 def token_grid(clip_shape, tubelet_size, patch_size):
-    """The token grid (time, rows, columns) of a clip of shape (..., T, H, W). ValueError if it does not divide."""
+    """The token grid (time, rows, columns) of a clip of shape (..., T, H, W); ValueError if it does not divide."""
     T, H, W = clip_shape[-3:]
     if min(tubelet_size, patch_size) < 1:
         raise ValueError(f"tubelets of {tubelet_size} frames of {patch_size}x{patch_size} pixels: both are at least 1")
@@ -53,7 +53,7 @@ def token_grid(clip_shape, tubelet_size, patch_size):
 
 
 def tubelets(clips, tubelet_size, patch_size):
-    """Cut clips (B, 3, T, H, W) into tokens' worth of pixels (B, N, P); N in raster order, P in (c, t, h, w) order."""
+    """Cut clips (B, 3, T, H, W) into tubelets (B, N, P); N in raster order, P in (c, t, h, w) order."""
     B, C, T, H, W = clips.shape
     t, h, w = token_grid(clips.shape, tubelet_size, patch_size)
     x = clips.reshape(B, C, t, tubelet_size, h, patch_size, w, patch_size)
@@ -61,31 +61,31 @@ def tubelets(clips, tubelet_size, patch_size):
 
 
 def untubelets(x, grid, tubelet_size, patch_size):
-    """The inverse of `tubelets`: (B, N, P) on a token grid -> clips (B, 3, T, H, W)."""
+    """The inverse of `tubelets`: (B, N, P) on a token grid -> (B, 3, T, H, W)."""
     t, h, w = grid
     x = x.reshape(x.shape[0], t, h, w, -1, tubelet_size, patch_size, patch_size).permute(0, 4, 1, 5, 2, 6, 3, 7)
     return x.reshape(x.shape[0], -1, t * tubelet_size, h * patch_size, w * patch_size)
 
 
 def gather(tokens, ids):
-    """Pick tokens (B, N, D) by ids (B, K) -> (B, K, D)."""
+    """Select tokens (B, N, D) by ids (B, K) -> (B, K, D)."""
     return tokens.gather(1, ids.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 3D rotary position embedding, V-JEPA 2's way
+# 3D rotary position embedding (RoPE), as in V-JEPA 2
 
 
 @functools.cache
 def rope_table(grid, head_dim, device):
-    """cos and signed sin of every token on a grid, (2, 1, 1, N, d) float32; computed once per grid.
+    """Cosine and signed sine for every token of a grid: (2, 1, 1, N, d) float32. Computed once per grid.
 
-    The first 3 * s channels of a head are rotated, s of them for each of time, row and column; the rest are left alone
-    (cos 1, sin 0). A quirk that every released V-JEPA 2 weight has and Hugging Face keeps: channel c of an axis uses
-    frequency c mod s/2, although the rotation pairs *adjacent* channels. So do we, or weights would not carry over.
+    The first 3 * s channels of a head are rotated, s each for time, row and column. The rest stay as they are (cosine
+    1, sine 0). V-JEPA 2 has a quirk here, which all its released weights depend on: channel c of an axis uses frequency
+    c mod s/2, although the rotation pairs *adjacent* channels. We keep it so that weights can be exchanged.
     """
     s = 2 * (head_dim // 3 // 2)
-    # The table is shared by training and evaluation, so it must not be an inference tensor, whoever asks first.
+    # Training and evaluation share the table, so it must not become an inference tensor.
     with torch.inference_mode(False):
         axes = [torch.arange(n, device=device, dtype=torch.float32) for n in grid]
         positions = torch.cartesian_prod(*axes)  # (N, 3)
@@ -97,18 +97,18 @@ def rope_table(grid, head_dim, device):
 
 
 def rope_at(ids, grid, head_dim, device):
-    """The table's rows for token ids (B, K), or for the whole grid when ids is None: (2, B or 1, 1, K or N, d).
+    """The rows of `rope_table` for token ids (B, K), or all rows if ids is None: (2, B or 1, 1, K or N, d).
 
-    Not a view of anything: torch.compile would guard the shape of what it is a view of, too.
+    Never a view: torch.compile would also guard the shape of its base, and recompile more often.
     """
     table = rope_table(tuple(grid), head_dim, device)
     return table if ids is None else table[:, 0, 0, ids.unsqueeze(1)]
 
 
 def rotate(x, rope):
-    """Rotate queries or keys (B, h, K, d) by `rope_at`'s result; same shape and dtype."""
+    """Rotate queries or keys (B, h, K, d) by the result of `rope_at`; same shape and dtype."""
     cos, sin = rope
-    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)  # x1 x0 x3 x2 ...; the sign is in the sine
+    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)  # x1 x0 x3 x2 ...; the sine carries the sign
     return (x * cos + swapped * sin).to(x.dtype)
 
 
@@ -117,7 +117,7 @@ def rotate(x, rope):
 
 
 def attend(q, k, v):
-    """Attention of (B, h, K, d), in torch's fused kernels; on the CPU in float32, where that of bfloat16 is slower."""
+    """Fused attention, (B, h, K, d) each -> (B, h, K, d). In float32 on the CPU, where bfloat16 is slower."""
     if not q.is_cpu:
         return F.scaled_dot_product_attention(q, k, v)
     with torch.autocast("cpu", enabled=False):
@@ -128,7 +128,7 @@ class Attention(nn.Module):
     def __init__(self, width, heads):
         super().__init__()
         if heads < 1 or width % heads or width // heads % 2:
-            raise ValueError(f"width {width} does not divide into {heads} heads of even size")
+            raise ValueError(f"width {width} does not divide into {heads} heads with an even number of channels")
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
@@ -151,7 +151,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block; with `rope` when the tokens have places, without in the probe."""
+    """Pre-norm transformer block. The probe's blocks use no `rope`."""
 
     def __init__(self, width, heads, mlp_ratio=4.0, eps=1e-6):
         super().__init__()
@@ -165,13 +165,13 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-def run(block, x, rope, checkpointed):
-    """block(x, rope); checkpointed, its insides are computed again in the backward pass instead of being kept."""
+def apply_block(block, x, rope, checkpointed):
+    """block(x, rope). If `checkpointed`, recompute its activations in the backward pass instead of storing them."""
     return checkpoint(block, x, rope, use_reentrant=False) if checkpointed else block(x, rope)
 
 
 def init_weights(module, blocks):
-    """V-JEPA 2's initialization: truncated normal 0.02, zero biases, residual branches of block i over sqrt(2 i)."""
+    """As V-JEPA 2: truncated normal with std 0.02, zero biases; residual branches of block i divided by sqrt(2 i)."""
     for m in module.modules():
         if isinstance(m, nn.Linear):
             nn.init.trunc_normal_(m.weight, std=0.02)
@@ -187,13 +187,14 @@ def init_weights(module, blocks):
 
 
 class Encoder(nn.Module):
-    """Video ViT without class token or absolute positions (paper appendix B, V-JEPA 2).
+    """Video ViT without class token and absolute positions (paper appendix B, V-JEPA 2).
 
-    encoder(clips)               normalized clips (B, 3, T, H, W) -> tokens (B, N, D)
-    encoder(clips, context_ids)  the same, seeing only the tokens context_ids (B, K) -> (B, K, D)
+    encoder(clips)                      normalized clips (B, 3, T, H, W) -> tokens (B, N, D)
+    encoder(clips, context_ids)         encodes only the tokens context_ids (B, K) -> (B, K, D)
+    encoder.intermediate(clips, [6, 12])  tokens after blocks 6 and 12 -> [(B, N, D), (B, N, D)]
 
-    T, H, W may differ from the trained ones (RoPE extrapolates), as long as they divide into tubelets; else ValueError.
-    `num_frames` and `resolution` only record what the encoder was trained on.
+    Clips may be of another size than in training, if they divide into tubelets; ValueError if not. `num_frames` and
+    `resolution` only record what the encoder was trained on.
     """
 
     def __init__(
@@ -207,7 +208,7 @@ class Encoder(nn.Module):
         self.width, self.head_dim = width, width // max(1, heads)
         self.activation_checkpointing = False
         self.patch_size, self.tubelet_size = patch_size, tubelet_size
-        # Equal to V-JEPA 2's Conv3d with stride = kernel, and applied only to the tokens that are asked for.
+        # Equivalent to V-JEPA 2's Conv3d with stride = kernel, but applied only to the tokens that are needed.
         self.patch_embed = nn.Linear(3 * tubelet_size * patch_size**2, width)
         self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
@@ -217,26 +218,39 @@ class Encoder(nn.Module):
         """Token grid (time, rows, columns) of clips (B, 3, T, H, W)."""
         return token_grid(clips.shape, self.tubelet_size, self.patch_size)
 
-    def forward(self, clips, context_ids=None):
+    def embed(self, clips, context_ids=None):
+        """(token embeddings (B, K or N, D), their RoPE)."""
         x = tubelets(clips, self.tubelet_size, self.patch_size)
         if context_ids is not None:
             x = gather(x, context_ids)
-        x = self.patch_embed(x).clone()  # no view, or torch.compile (up to 2.14) would compile the first block twice
-        rope = rope_at(context_ids, self.grid(clips), self.head_dim, x.device)
+        x = self.patch_embed(x).clone()  # not a view, or torch.compile (up to 2.14) compiles the first block twice
+        return x, rope_at(context_ids, self.grid(clips), self.head_dim, x.device)
+
+    def forward(self, clips, context_ids=None):
+        x, rope = self.embed(clips, context_ids)
         for block in self.blocks:
-            x = run(block, x, rope, self.activation_checkpointing)
+            x = apply_block(block, x, rope, self.activation_checkpointing)
         return self.norm(x)
+
+    def intermediate(self, clips, layers):
+        """Tokens after the blocks `layers` (1 is the first), each through the final norm as in V-JEPA 2's probes."""
+        x, rope = self.embed(clips)
+        outputs = []
+        for number, block in enumerate(self.blocks, start=1):
+            x = block(x, rope)
+            if number in layers:
+                outputs.append(self.norm(x))
+        return outputs
 
 
 class Predictor(nn.Module):
     """Predicts the targets from the context: a narrow ViT over context and mask tokens (paper table 4).
 
-    out_width is the teacher's width to predict latents (stage 2), P to predict pixels (stage 1's decoder).
-
     predictor(context, context_ids, target_ids, grid, mask_index)
         context (B, Kc, in_width), context_ids (B, Kc), target_ids (B, Kt) -> (B, Kt, out_width)
 
-    `mask_index` says which mask the targets come from; each has its own mask token.
+    out_width is the teacher's width to predict latents (stage 2), or P to predict pixels (stage 1). mask_index is the
+    mask's number in the list of masks: each mask type has its own mask token.
     """
 
     def __init__(self, in_width, out_width, width=384, depth=12, heads=16, num_mask_tokens=2):
@@ -258,15 +272,15 @@ class Predictor(nn.Module):
         x = self.embed(context)
         mask_token = self.mask_tokens[mask_index].to(x.dtype).expand(*target_ids.shape, -1)
         x = torch.cat((x, mask_token), dim=1)
-        # V-JEPA 2 sorts the tokens by place first; attention does not care about order, so we do not.
+        # V-JEPA 2 sorts the tokens by position here. Attention does not depend on their order, so we do not.
         rope = rope_at(torch.cat((context_ids, target_ids), dim=1), grid, self.head_dim, x.device)
         for block in self.blocks:
-            x = run(block, x, rope, self.activation_checkpointing)
+            x = apply_block(block, x, rope, self.activation_checkpointing)
         return self.proj(self.norm(x[:, context_ids.shape[1] :]))
 
 
 class CrossAttention(nn.Module):
-    """x = q + attention(q, LN(tokens)) without output projection; x = x + MLP(LN(x)). As in V-JEPA 2's pooler."""
+    """V-JEPA 2's pooler: x = q + attention(q, LN(tokens)), without output projection, then x = x + MLP(LN(x))."""
 
     def __init__(self, width, heads, mlp_ratio=4.0, eps=1e-5):
         super().__init__()
@@ -287,9 +301,9 @@ class CrossAttention(nn.Module):
 
 
 class AttentiveProbe(nn.Module):
-    """Frozen-feature classifier: depth - 1 self-attention blocks, cross-attention from one learned query, linear layer.
+    """Classifier of frozen features: depth - 1 self-attention blocks, cross-attention from one query, a linear layer.
 
-    Paper appendix D: four blocks, as V-JEPA 2. tokens (B, N, D) -> logits (B, num_classes)
+    Paper appendix D and V-JEPA 2 use a depth of 4. tokens (B, N, D) -> logits (B, num_classes)
     """
 
     def __init__(self, width, num_classes, depth=4, heads=16, eps=1e-5):
@@ -311,17 +325,17 @@ class AttentiveProbe(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# checkpoints, as others read them
+# checkpoints
 
 CHECKPOINT_FORMAT = "salt-1"
 
 
 def load_checkpoint(path):
-    """Read checkpoint.pt (or the run folder that holds it) as a dictionary of plain tensors and values, on the CPU.
+    """Read a checkpoint.pt, or the one in a run folder, as a dictionary of plain tensors and values, on the CPU.
 
-    Keys: format, kind ("teacher", "student", "ema"), step, model {"encoder": {...}, "predictor": {...}}, encoder and
-    predictor (state dicts), encoder_is (the kind again: what `encoder` holds), args; an EMA run has student as well.
-    FileNotFoundError if there is none, ValueError if it is not one of ours or damaged.
+    Keys: format, kind ("teacher", "student" or "ema"), step, model {"encoder": config, "predictor": config}, encoder
+    and predictor (state dicts), encoder_is (the kind again), args. An EMA run also has student.
+    FileNotFoundError if there is no such file; ValueError if it is damaged or of another format.
     """
     file = Path(path)
     if file.is_dir():
@@ -333,12 +347,12 @@ def load_checkpoint(path):
     except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
         raise ValueError(f"{file} cannot be read as a checkpoint (damaged, or not made by torch.save)") from error
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
-        raise ValueError(f"{file} is not a {CHECKPOINT_FORMAT} checkpoint (for other formats see convert.py)")
+        raise ValueError(f"{file} is not a {CHECKPOINT_FORMAT} checkpoint (tools/convert.py reads other formats)")
     return checkpoint
 
 
 def build(cls, config, weights):
-    """cls(**config) holding `weights`; ValueError naming every tensor that is missing, extra or of another shape."""
+    """cls(**config) with these weights; ValueError naming every tensor that is missing, unexpected or misshapen."""
     with torch.device("meta"):
         module = cls(**config)
     check_state_dict(module.state_dict(), weights, cls.__name__)
@@ -347,7 +361,7 @@ def build(cls, config, weights):
 
 
 def check_state_dict(expected, weights, name):
-    """ValueError naming every tensor of `weights` that is missing, extra or of another shape than in `expected`."""
+    """ValueError naming every tensor of `weights` that is missing, unexpected or of another shape than expected."""
     problems = [f"missing {k}" for k in expected if k not in weights]
     problems += [f"unexpected {k}" for k in weights if k not in expected]
     problems += [
@@ -360,15 +374,15 @@ def check_state_dict(expected, weights, name):
 
 
 def load_encoder(path, weights="encoder"):
-    """The encoder of a run folder or checkpoint file, in eval mode, float32, on the CPU. Errors as load_checkpoint.
+    """Load the encoder of a run folder or checkpoint file: eval mode, float32, on the CPU. Errors: `load_checkpoint`'s.
 
-    weights: "encoder", or "student" for the student of an EMA run, whose encoder is the moving average.
+    weights: "encoder", or "student" for the student of an EMA run, whose encoder is the EMA teacher.
     """
     return _load_part(Encoder, path, "encoder", weights)
 
 
 def load_predictor(path):
-    """The predictor of a run folder or checkpoint file, likewise."""
+    """Load the predictor of a run folder or checkpoint file, likewise."""
     return _load_part(Predictor, path, "predictor", "predictor")
 
 

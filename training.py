@@ -1,16 +1,17 @@
-"""What every training script needs and no method depends on: flags, processes and devices, optimizer and schedules,
-checkpoints and resuming, logging. Plain functions, and one class, `Run`, for what has state.
+"""The training recipe that the three training scripts share: processes and sharding, AdamW, schedules, the update.
 
-A run is determined by its flags: sample n, the masks of micro-batch g of step s, and the initial weights depend on the
-seed and on n, g, s alone, so neither restarting nor spreading a run over more processes changes it.
+A run depends only on its flags. Sample n, the masks of micro-batch g of step s, and the initial weights are functions
+of the seed and of n, g and s. So neither a restart nor a different number of processes changes a run.
 """
 
+import contextlib
 import math
 import os
 import resource
 import sys
 import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,71 +24,52 @@ from torch.distributed.tensor import DTensor
 import data
 import masking
 from cli import clip_grid, default_micro_batch_size, fail, rank_and_world, require_at_least, resolve_device
-from data import next_batch
+
+# ---------------------------------------------------------------------------------------------------------------------
+# processes and sharding
 
 
 def setup(args):
-    """Resolve the flags that depend on the machine, in place; join torchrun's process group; say what it runs on."""
+    """Check the flags, fill in (in place) those that depend on the machine, and join torchrun's process group."""
     rank, world = rank_and_world()
     resolve_device(args)
     gpu = args.device == "cuda"
     args.compile = gpu if args.compile is None else args.compile
     args.workers = (8 if gpu else 1) if args.workers is None else args.workers
     args.start_lr = 0.32 * args.lr if args.start_lr is None else args.start_lr
+    args.schedule_steps = args.steps  # where the schedules end; V-JEPA stretches them beyond the last step
     if args.steps < 1 or args.batch_size < 1 or args.batch_size % world:
-        fail(f"--steps and --batch-size are at least 1, --batch-size divisible by the {world} processes")
+        fail(f"--steps and --batch-size must be at least 1, and --batch-size divisible by the {world} processes")
     require_at_least(args, 1, "save_every", "log_every", "frame_step", "keep", "loader_timeout", "clips_per_video")
     require_at_least(args, 0, "seed", "workers", "snapshot_every")
-    args.schedule_steps = args.steps  # where learning rate and weight decay end; V-JEPA's stretch moves it
     if args.warmup_steps >= args.steps:
         fail(f"--warmup-steps {args.warmup_steps} leaves nothing of --steps {args.steps}; a tenth of it is usual")
-    share = args.batch_size // world
+    clips = args.batch_size // world  # per process and step
     if args.micro_batch_size is None:
-        args.micro_batch_size = default_micro_batch_size(share)
-    if args.micro_batch_size < 1 or share % args.micro_batch_size:
+        args.micro_batch_size = default_micro_batch_size(clips)
+    if args.micro_batch_size < 1 or clips % args.micro_batch_size:
         fail(f"--micro-batch-size {args.micro_batch_size} does not divide {args.batch_size} clips / {world} processes")
     if world > 1:
         if gpu:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
-    sys.excepthook = _in_one_line
-    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # into which nobody writes
-    warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as it should be with one process
+    sys.excepthook = _exception_hook
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nobody writes into that view
+    warnings.filterwarnings("ignore", "torch.distributed is disabled")  # intended with a single process
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(args.seed)
     if rank == 0:
         name = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads (no GPU is used)"
-        print(f"on {world} x {name}, {args.dtype}, batch {args.batch_size} = {world} processes x "
-              f"{share // args.micro_batch_size} micro-batches x {args.micro_batch_size} clips")  # fmt: skip
+        print(f"running on {world} x {name}, {args.dtype}; batch of {args.batch_size} clips = {world} processes x "
+              f"{clips // args.micro_batch_size} micro-batches x {args.micro_batch_size} clips")  # fmt: skip
 
 
-def lost_a_process(error):
-    """Whether an error only says that another process of the run is gone."""
-    signs, kinds = ("closed by peer", "gloo", "nccl"), RuntimeError | dcp.api.CheckpointException
-    return isinstance(error, kinds) and any(sign in str(error).lower() for sign in signs)
+def compile_and_shard(network, args, sharded=True):
+    """Prepare a network for training, in place: compile its blocks and shard them over the processes (FSDP2).
 
-
-def _in_one_line(kind, error, traceback):
-    """What ends a process for reasons outside it is said in one line, not in a traceback of where it was just then."""
-    text = str(error).lower()
-    if isinstance(error, RuntimeError) and "dataloader worker" in text:  # torch raises this anywhere in the step
-        print(f"{Path(sys.argv[0]).name}: {data.loader_failed(error)}", file=sys.stderr, flush=True)
-    elif lost_a_process(error):
-        rank = rank_and_world()[0]
-        print(f"process {rank} ends: it lost another process, whose message says why", file=sys.stderr, flush=True)
-    else:
-        return sys.__excepthook__(kind, error, traceback)
-    data.end_workers()
-    os._exit(2)
-
-
-def prepare(network, args, sharded=True):
-    """Ready a network for training, in place: compile and checkpoint its blocks, share it among the processes (FSDP2).
-
-    Its blocks' parameters and optimizer state are sharded over all processes, or with --hybrid over those of a node.
-    Parameters and sums of gradients are float32; with --dtype bfloat16 the forward and backward pass gather and compute
-    in bfloat16. What is trained stays gathered until `last_micro_batch` says otherwise; what is not, for a forward pass
-    of a block. With --replicate every process keeps everything, and `update` averages the gradients.
+    By default parameters and optimizer state are sharded over all processes, with --hybrid over those of a node.
+    Parameters and gradients are float32; with --dtype bfloat16 both passes gather and compute in bfloat16. With
+    --replicate every process keeps everything, and `update` averages the gradients.
     """
     network.activation_checkpointing = args.activation_checkpointing
     if args.compile:
@@ -97,21 +79,21 @@ def prepare(network, args, sharded=True):
         world, local = dist.get_world_size(), int(os.environ["LOCAL_WORLD_SIZE"])
         shape = {"shard": (1, world), "hybrid": (world // local, local)}[args.parallel]
         mesh = init_device_mesh(args.device, shape, mesh_dim_names=("replicate", "shard"))
-        policy = MixedPrecisionPolicy(cast_forward_inputs=False)  # RoPE's tables stay float32
+        policy = MixedPrecisionPolicy(cast_forward_inputs=False)  # keeps the RoPE tables in float32
         if args.dtype == "bfloat16":
             policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
         frozen = not any(p.requires_grad for p in network.parameters())
-        for part in (*network.blocks, network):
-            fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=frozen)
+        for module in (*network.blocks, network):
+            fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=frozen)
     return network
 
 
-def last_micro_batch(networks, last):
-    """Say before a micro-batch whether it is the last one of a step, after which alone processes have to talk.
+def set_last_micro_batch(networks, last):
+    """Tell FSDP whether this is the step's last micro-batch, the only one that reduces gradients.
 
-    Before it, a process adds up its own gradients and keeps the weights that it has gathered: two gatherings and two
-    sums of gradients a step, one for each mask, instead of four and two a micro-batch. It costs the memory of weights
-    (in --dtype) and gradients (float32) that are not shards.
+    Until then each process accumulates its own gradients and keeps the weights it has gathered. A step then gathers
+    weights twice and reduces gradients twice (once per mask), instead of four times and twice per micro-batch. The
+    price is memory for unsharded weights (in --dtype) and gradients (float32).
     """
     for network in networks:
         if isinstance(network, FSDPModule):
@@ -119,8 +101,28 @@ def last_micro_batch(networks, last):
             network.set_reshard_after_backward(last)
 
 
+def lost_a_process(error):
+    """Whether an error only says that another process of the run is gone."""
+    signs, kinds = ("closed by peer", "gloo", "nccl"), RuntimeError | dcp.api.CheckpointException
+    return isinstance(error, kinds) and any(sign in str(error).lower() for sign in signs)
+
+
+def _exception_hook(kind, error, traceback):
+    """Report a lost peer or a dead loader worker in one line."""
+    if data.is_dead_worker(error):  # torch raises this anywhere in a step
+        print(f"{Path(sys.argv[0]).name}: {data.loader_failed(error)}", file=sys.stderr, flush=True)
+    elif lost_a_process(error):
+        rank, _ = rank_and_world()
+        print(f"process {rank} ends: it lost another process, whose message says why", file=sys.stderr, flush=True)
+    else:
+        sys.__excepthook__(kind, error, traceback)
+        return
+    data.end_workers()
+    os._exit(2)
+
+
 def generator(*key):
-    """A CPU random generator determined by a tuple of non-negative integers."""
+    """A CPU random generator that depends only on `key`, non-negative integers."""
     state = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state >> np.uint64(1)))
 
@@ -130,7 +132,7 @@ def generator(*key):
 
 
 def learning_rate(step, args):
-    """Linear from start_lr to lr over warmup_steps, then cosine to final_lr at the schedule's last step."""
+    """Linear from start_lr to lr over warmup_steps, then cosine to final_lr at the last step of the schedule."""
     if step < args.warmup_steps:
         return args.start_lr + (args.lr - args.start_lr) * step / args.warmup_steps
     progress = (step - args.warmup_steps) / max(1, args.schedule_steps - 1 - args.warmup_steps)
@@ -138,14 +140,14 @@ def learning_rate(step, args):
 
 
 def weight_decay(step, args):
-    """Cosine from weight_decay at step 0 to final_weight_decay at the schedule's last step."""
+    """Cosine from weight_decay at step 0 to final_weight_decay at the last step of the schedule."""
     progress = step / max(1, args.schedule_steps - 1)
     change = args.weight_decay - args.final_weight_decay
     return args.final_weight_decay + change * (1 + math.cos(math.pi * progress)) / 2
 
 
 def make_optimizer(modules, args):
-    """AdamW over the modules' parameters; no weight decay on biases, norms and mask tokens."""
+    """AdamW over the parameters of the modules. Biases, norms and mask tokens have no weight decay."""
     named = [item for module in modules for item in module.named_parameters()]
     decayed = [p for name, p in named if p.ndim > 1 and "mask_tokens" not in name]
     others = [p for name, p in named if p.ndim <= 1 or "mask_tokens" in name]
@@ -154,14 +156,15 @@ def make_optimizer(modules, args):
 
 
 def set_schedules(optimizer, step, args):
+    """Set the learning rate and weight decay of a step."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, args)
         if group["decayed"]:
             group["weight_decay"] = weight_decay(step, args)
 
 
-def average_gradients(params):
-    """The mean over all processes, in place; one sum of them all, which for small networks is what counts."""
+def _average_gradients(params):
+    """Average the gradients over all processes, in place, in a single all-reduce: faster for small networks."""
     mean = torch.cat([p.grad.flatten() for p in params])
     dist.all_reduce(mean)
     mean /= dist.get_world_size()
@@ -170,21 +173,21 @@ def average_gradients(params):
 
 
 def update(optimizer, loss, args):
-    """Clip the gradients and step, unless loss or gradients are not finite. Returns loss and norm before clipping.
+    """Clip the gradients and take an optimizer step, unless the loss or the gradient norm is not finite.
 
-    loss: this process's mean, a detached tensor; returned is the mean over all processes, the norm over all parameters.
-    Nothing here waits for the device.
+    loss: this process's mean over its micro-batches, a detached tensor. Returns the mean over all processes, and the
+    global gradient norm before clipping, both as tensors: nothing here waits for the device.
     """
     params = [p for group in optimizer.param_groups for p in group["params"]]
     if dist.is_initialized() and args.parallel == "replicate":
-        average_gradients(params)
+        _average_gradients(params)
     norm = torch.nn.utils.get_total_norm([p.grad for p in params])
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     if dist.is_initialized():
         dist.all_reduce(loss)
         loss /= dist.get_world_size()
     torch.nn.utils.clip_grads_with_norm_(params, args.clip_grad, norm)
-    # Where this is 1, fused AdamW changes nothing: torch's way for scaled gradients.
+    # Fused AdamW skips the step where found_inf is 1. Gradient scalers use the same mechanism.
     optimizer.found_inf = (~torch.isfinite(loss + norm)).float()
     optimizer.step()
     optimizer.zero_grad()
@@ -192,14 +195,21 @@ def update(optimizer, loss, args):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# what is watched
+# metrics of a fixed batch
+
+FIXED_BATCH_SEED = 2**30  # for built-in clips that no run trains on, as long as its --seed is smaller
 
 
-HELD_OUT_SEED = 2**30  # built-in clips that no run with a seed below this is trained on
+class FixedBatch(NamedTuple):
+    """One micro-batch, the same for every process at every step."""
+
+    clips: torch.Tensor  # (B, 3, T, H, W) uint8, on the CPU
+    masks: list  # of Mask, on the device
+    held_out: bool  # whether the run never trains on these clips
 
 
 def fixed_batch(source, args):
-    """(clips uint8, masks, whether never trained on) of one micro-batch, the same for every process at every step."""
+    """Load the `FixedBatch`: from --held-out if given, else from the training videos, else built-in clips."""
     numbers = range(args.micro_batch_size)
     if args.held_out:
         try:
@@ -210,25 +220,53 @@ def fixed_batch(source, args):
             fail(f"--held-out: {error}")
         numbers = np.linspace(0, len(source) - 1, len(numbers)).round().astype(int).tolist()
     elif not args.data:
-        source = data.Synthetic(args.num_frames, args.resolution, HELD_OUT_SEED)
-    clips = next_batch(data.clip_loader(source, [numbers], min(1, args.workers), timeout=args.loader_timeout)).clips
-    rng = generator(args.seed, HELD_OUT_SEED)
-    masks = masking.sample_masks(args.mask, clip_grid(args), len(clips), rng, args.mask_truncation)
-    return clips, masks, bool(args.held_out or not args.data)
+        source = data.Synthetic(args.num_frames, args.resolution, FIXED_BATCH_SEED)
+    try:
+        rng = generator(args.seed, FIXED_BATCH_SEED)
+        masks = masking.sample_masks(args.mask, clip_grid(args), len(numbers), rng, args.mask_truncation)
+    except ValueError as error:
+        fail(f"--mask {args.mask}: {error}")
+    loader = data.clip_loader(source, [numbers], min(1, args.workers), timeout=args.loader_timeout)
+    masks = [mask.to(args.device) for mask in masks]
+    return FixedBatch(data.next_batch(loader).clips, masks, bool(args.held_out or not args.data))
+
+
+@contextlib.contextmanager
+def evaluating(*networks):
+    """A context without gradients and compilation. Afterwards FSDP frees the weights it gathered."""
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        yield
+    for network in networks:
+        for module in network.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # otherwise done by the backward pass
+
+
+def collapse_metrics(predicted, targets):
+    """Early signs of representation collapse on a fixed batch: standard deviation and effective rank.
+
+    predicted, targets: (B, Kt, D), the predictor's outputs and what they should be. Returns a dictionary of floats.
+    """
+    metrics = {}
+    for name, x in (("prediction", predicted), ("target", targets)):
+        x = x.float().flatten(0, 1)
+        x = x[:: math.ceil(len(x) / 4096)]
+        metrics |= {f"{name}_std": x.std(0).mean().item(), f"{name}_rank": effective_rank(x)}
+    return metrics
 
 
 def effective_rank(x):
     """RankMe of vectors (M, D): the exponential of the entropy of the singular values (Garrido et al., 2023)."""
     if not x.isfinite().all():
         return math.nan
-    x = x.double()  # the matrix below squares the singular values
+    x = x.double()  # because x.T @ x squares the singular values
     sigma = torch.linalg.eigvalsh(x.T @ x).clamp(min=0).sqrt()
     p = sigma / sigma.sum() + 1e-7
     return (-(p * p.log()).sum()).exp().item()
 
 
 def peak_memory(device):
-    """Bytes that this process has needed at most: of the GPU's memory, of the machine's on the CPU."""
+    """The most bytes that this process has used so far: GPU memory, or resident memory on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -191,7 +191,7 @@ def spoilt(how, rank):
 
 def placed(shares, rank):
     """Checks, at the end, which share of each prepared network and of its optimizer state this process holds."""
-    prepared, prepare, finish = [], training.prepare, run.Run.finish
+    prepared, prepare, finish = [], training.compile_and_shard, run.Run.finish
 
     def remember(*args, **kwargs):
         prepared.append(prepare(*args, **kwargs))
@@ -211,7 +211,7 @@ def placed(shares, rank):
         finish(run)
         print("all is placed as it should be")
 
-    training.prepare, run.Run.finish = remember, check
+    training.compile_and_shard, run.Run.finish = remember, check
 
 
 def local(tensor):
@@ -309,7 +309,7 @@ def whole(teacher, tmp_path_factory):
         killed((1,), "run.dcp.save", 2),
         killed((0, 1), "run.dcp.save", 2, after=True),
         killed((0,), "run.checksum", 4),  # before the first one of the second save
-        killed((0,), "run.write_aside", 3),  # between a state and its checkpoint.pt
+        killed((0,), "run.write_atomically", 3),  # between a state and its checkpoint.pt
         killed((0,), "run.Run.finish", 1),
     ],
     ids=["one", "all", "one-saves", "all-saved", "checksums", "between-files", "finish"],
@@ -330,15 +330,15 @@ def test_a_killed_run_continues_as_if_nothing_had_happened(patch, whole, teacher
 
 
 def test_a_kill_between_the_last_state_and_its_checkpoint_loses_no_checkpoint(teacher, tmp_path):
-    """write_aside: args.json, then checkpoint.pt of steps 2, 4 and 6."""
+    """write_atomically: args.json, then checkpoint.pt of steps 2, 4 and 6."""
     flags = [*TINY, "--out", tmp_path / "run"]
-    assert end(start(1, train_teacher, *flags, patch=killed((0,), "run.write_aside", 4))) == [-signal.SIGKILL]
+    assert end(start(1, train_teacher, *flags, patch=killed((0,), "run.write_atomically", 4))) == [-signal.SIGKILL]
     assert same(train(1, train_teacher, *flags[:-2], out=tmp_path / "run"), teacher)
 
 
 def test_a_kill_loses_no_snapshot(tmp_path):
     flags = [*TINY, "--snapshot-every", 2, "--out", tmp_path / "run"]
-    assert end(start(1, train_teacher, *flags, patch=killed((0,), "run.write_aside", 5))) == [-signal.SIGKILL]
+    assert end(start(1, train_teacher, *flags, patch=killed((0,), "run.write_atomically", 5))) == [-signal.SIGKILL]
     train(1, train_teacher, *flags[:-2], out=tmp_path / "run")
     assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*.pt")) == [
         f"checkpoint-00000{step}.pt" for step in (2, 4, 6)
@@ -364,7 +364,7 @@ def test_a_signal_ends_a_run_after_its_step(world, ranks, number, whole, teacher
     undisturbed = whole if world == 2 else train(1, train_student, *flags, out=tmp_path / "whole")
     patch = functools.partial(signalled, number, ranks, "training.update", 3, False)
     out = train(world, train_student, *flags, out=tmp_path / "run", patch=patch)
-    line = f"{number.name}: saved and stopped after step 3 of 6; the same command continues\n"
+    line = f"{number.name}: saved and stopped after step 3 of 6; rerun the same command to continue\n"
     assert said(out, 0, "out").endswith(line) and said(out, 0) == ""
     assert load_checkpoint(out)["step"] == 3 and states(out) == ["step-00000002", "step-00000003"]
     assert metrics(out, "step") == [[1], [2], [3]]
@@ -424,7 +424,7 @@ def bad_video(path, *_):
     "patch, says",
     [
         ("killed((1,), 'training.update', 3)(1)", ["Signal 9 (SIGKILL)", "local_rank: 1"]),
-        ("video.read_clips = test_distributed.bad_video", ["unreadable, and nothing stands in"]),
+        ("video.read_clips = test_distributed.bad_video", ["unreadable, and no other video to replace it"]),
     ],
     ids=["killed", "bad-data"],
 )
@@ -548,7 +548,7 @@ def test_no_checkpoint_runs_code(teacher, tmp_path, capfd):
     for state in (run / "resume").iterdir():
         (state / ".metadata").write_bytes(pickle.dumps(Runs(tmp_path / "ran")))
     run_ends = start(1, train_teacher, *TINY, "--out", run)
-    assert end(run_ends) == [2] and "no whole state" in said(run, 0)
+    assert end(run_ends) == [2] and "no undamaged state" in said(run, 0)
     assert not (tmp_path / "ran").exists()
 
 

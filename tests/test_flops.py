@@ -1,12 +1,6 @@
-"""Compute accounting: the paper's numbers, the counter's numbers, and what the command says about a run."""
+"""flops.py: the paper's tables, the executed FLOPs against torch's counter, and the command line."""
 
-import contextlib
-import importlib
-import io
 import json
-import subprocess
-import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -23,7 +17,7 @@ from model import SIZES, Encoder, Predictor, load_checkpoint
 # ---------------------------------------------------------------------------------------------------------------------
 # the paper's tables
 
-# What method.md section 8 says: 1e21 FLOPs by its formula.
+# 1e21 FLOPs by the formula of docs/method.md, section 8.
 FORMULA = {
     "VideoMAEv2-g": 2.202,
     "V-JEPA 2 L, 240k steps at 256": 1.864,
@@ -49,12 +43,12 @@ FORMULA = {
     "student L, 220k steps": 1.3083,
     "two-step teacher L, 80k + 80k steps": 0.7180,
     "two-step teacher L, 40k + 80k steps": 0.5968,
-    # not in the section's table: the run at 256, shortened
+    # not in that table: shortened runs at 256
     "V-JEPA 2 L, 240k steps, as if at 256": 1.864,
     "V-JEPA 2 L, 160k steps, as if at 256": 1.864 * 160 / 240,
     "V-JEPA 2 L, 120k steps, as if at 256": 1.864 * 120 / 240,
 }
-# And what the paper says, in the same order; it prints a second number for SALT g (table 10).
+# What the paper prints, in the same order. It prints a second number for SALT g (table 10).
 PRINTED = [
     2.2, 1.9, 3.5, 5.3, 1.4, 2.6, 1.2, 1.5, 1.9, 2.6, 0.24, 0.061, 0.121, 0.241, 0.238, 0.476, 0.595, 0.714, 0.833,
     0.951, 1.190, 1.309, 0.717, 0.597, 1.9, 1.26, 0.951,
@@ -63,7 +57,7 @@ MISPRINT = ("SALT g, 80k + 160k steps", 1.8)
 DISAGREE = {MISPRINT, ("V-JEPA 2 L, 160k steps, as if at 256", 1.26), ("V-JEPA 2 L, 120k steps, as if at 256", 0.951)}
 
 
-def test_the_papers_numbers_are_ours_or_explained(capfd, monkeypatch):
+def test_our_counts_agree_with_the_paper_or_a_note_explains_why_not(capfd, monkeypatch):
     rows = flops.paper_rows()
     names = [(run, round(printed / 1e21, 6)) for _, run, _, printed, _ in rows]
     assert sorted(names) == sorted([*zip(FORMULA, PRINTED, strict=True), MISPRINT])
@@ -98,7 +92,7 @@ def test_agreement_is_one_percent_or_rounding(ours, printed, same):
 
 
 def test_the_papers_formula():
-    """6 N D for what is trained, on 10% of the tokens per mask; 2 N D for the teacher; the predictor on all tokens."""
+    """6 N D for the encoder on 10% of the tokens per mask and the predictor on all tokens; 2 N D for the teacher."""
     assert flops.paper_flops(1000, 7, 5) == 6 * 7 * 200 + 6 * 5 * 2000
     assert flops.paper_flops(1000, 7, 5, teacher=3, num_masks=1) == 6 * 7 * 100 + 2 * 3 * 1000 + 6 * 5 * 1000
     assert flops.paper_run("vit_l", 10, "vit_l") / flops.paper_run("vit_l", 10) == pytest.approx(0.2379 / 0.1211, 0.01)
@@ -133,14 +127,14 @@ TWO, ONE = [(9, 20), (3, 25)], [(4, 28)]
      [(60, 150), (20, 200)]),
     (VIT_B, predictor(768, 768, width=384, depth=12, heads=16), VIT_B, [(430, 900), (160, 1250)]),
 ])  # fmt: skip
-def test_the_formula_is_what_torch_counts(student, predict, teacher, masks):
+def test_the_formula_agrees_with_torchs_counter(student, predict, teacher, masks):
     tokens = student["num_frames"] // student["tubelet_size"] * (student["resolution"] // student["patch_size"]) ** 2
     counted = flops.counted_flops(student, predict, masks, teacher)
     assert flops.step_flops(student, predict, masks, teacher, tokens) == pytest.approx(counted, rel=1e-9)
 
 
-def wanted(*flags):
-    """What flops.py makes of training flags."""
+def parsed(*flags):
+    """The parsed training flags, with a micro-batch size."""
     args = cli.training_flags("", out="out", steps=160_000).parse_args([str(flag) for flag in flags])
     args.micro_batch_size = args.micro_batch_size or cli.default_micro_batch_size(args.batch_size)
     return args
@@ -149,14 +143,14 @@ def wanted(*flags):
 def test_masks_are_drawn_as_in_training():
     grid, draws = (2, 6, 6), 30
     for strategy, truncation in [(name, "random") for name in STRATEGIES] + [("multiblock", "raster")]:
-        args = wanted("--mask", strategy, "--batch-size", 12, "--seed", 7, "--mask-truncation", truncation)
+        args = parsed("--mask", strategy, "--batch-size", 12, "--seed", 7, "--mask-truncation", truncation)
         generator = torch.Generator().manual_seed(7)
         for counts in flops.drawn_masks(args, grid, draws):
             masks = sample_masks(strategy, grid, 12, generator, truncation)
             assert counts == [(m.context_ids.shape[1], m.target_ids.shape[1]) for m in masks]
-    contexts = []  # of the first mask; the more clips are cut to the shortest, the fewer tokens are left
+    contexts = []  # of the first mask; larger micro-batches keep fewer tokens of each clip
     for size in (1, 4, 12):
-        args = wanted("--batch-size", 12, "--micro-batch-size", size, "--mask-truncation", "raster")
+        args = parsed("--batch-size", 12, "--micro-batch-size", size, "--mask-truncation", "raster")
         contexts.append(sum(masks[0][0] for masks in flops.drawn_masks(args, grid, draws)) / draws)
     assert contexts[0] > 1.1 * contexts[1] > 1.2 * contexts[2]
 
@@ -174,7 +168,7 @@ def test_the_training_log_counts_the_same(teacher, student, ema):
     for run, other in targets_by.items():
         checkpoint = load_checkpoint(run)
         drawn = []
-        for step in range(6):  # of one micro-batch of four clips each
+        for step in range(6):  # each has one micro-batch of four clips
             masks = sample_masks(
                 "multiblock", (2, 4, 4), 4, training.generator(0, step, 0), sizes=training.generator(0, step)
             )
@@ -193,7 +187,7 @@ SMALL_STUDENT, SMALL_TEACHER = SIZES["vit_ti"] | SMALL_SHAPE | {"depth": 2}, SIZ
 
 
 def small_stages(steps):
-    """What --teacher vit_s makes of SMALL: kind, encoder, predictor, what makes the targets, steps."""
+    """The stages of SMALL with --teacher vit_s: kind, encoder, predictor, teacher, steps."""
     wide = dict(width=384, depth=2, heads=16)
     return [
         ("teacher", SMALL_TEACHER, predictor(384, 1536, **wide), None, steps[0]),
@@ -202,11 +196,11 @@ def small_stages(steps):
     ]
 
 
-def test_executed_says_what_a_step_costs(capfd):
+def test_executed_prints_the_cost_of_a_step(capfd):
     run_script(flops, "--executed", *SMALL, "--teacher", "vit_s", "--draws", 9, "--counted", 1,
                "--teacher-steps", 30, "--steps", 50)  # fmt: skip
     lines = capfd.readouterr().out.splitlines()
-    masks = flops.drawn_masks(wanted(*SMALL), (8, 4, 4), 9)
+    masks = flops.drawn_masks(parsed(*SMALL), (8, 4, 4), 9)
     for i in range(2):
         context, targets = (sum(counts[i][j] for counts in masks) / 9 / 128 for j in range(2))
         assert lines[i] == f"multiblock mask {i + 1}: context {context:.1%}, targets {targets:.1%} of 128 tokens"
@@ -223,7 +217,7 @@ def test_executed_says_what_a_step_costs(capfd):
 
 
 def by_the_paper(student, predict, teacher, tokens):
-    """Of stage 1 too: its decoder is charged as a predictor of latents."""
+    """FLOPs by the paper's convention; the pixel decoder of stage 1 counts as a predictor of latents."""
     predict = predict if teacher else predict | {"out_width": student["width"]}
     sizes = (sum(p.numel() for p in x.parameters()) for x in (Encoder(**student), Predictor(**predict)))
     charged = sum(p.numel() for p in Encoder(**teacher).parameters()) if teacher else 0
@@ -233,7 +227,7 @@ def by_the_paper(student, predict, teacher, tokens):
 def test_matched_steps_cost_the_same(capfd):
     run_script(flops, "--match", *SMALL, "--teacher", "vit_s", "--draws", 9, "--teacher-steps", 3000, "--steps", 5000)
     lines = [line.split() for line in capfd.readouterr().out.splitlines()]
-    masks = flops.drawn_masks(wanted(*SMALL), (8, 4, 4), 9)
+    masks = flops.drawn_masks(parsed(*SMALL), (8, 4, 4), 9)
     stages = [stage[1:4] for stage in small_stages((3000, 5000))]
     executed = [sum(flops.step_flops(*nets, counts, maker, 128) for counts in masks) / 9 for *nets, maker in stages]
     for line, (t, s, e) in zip(lines, (executed, [by_the_paper(*stage, 128) for stage in stages]), strict=True):
@@ -251,96 +245,23 @@ def test_the_papers_runs_matched(capfd):
     assert executed.endswith(f"by executed FLOPs: {executed.split()[-1]}") and float(executed.split()[-1]) > 1e21
 
 
-def test_a_run_tells_the_teachers_size(student, capfd):
+def test_the_teacher_can_be_a_run(student, capfd):
     run_script(flops, "--executed", *TINY, "--draws", 1, "--counted", 1, "--teacher", student)
     made = {line.split()[0]: float(line.split()[3]) for line in capfd.readouterr().out.splitlines()[-3:]}
     wide, narrow = (flops.encoder_flops(encoder(width=w, depth=1), 32, train=False) / 1e9 for w in (48, 32))
     assert made == pytest.approx({"teacher": 0, "student": wide, "ema": narrow}, rel=1e-3)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the command runs the scripts
-
-RUN = [*TINY[: TINY.index("--steps")], "--workers", "0", "--device", "cpu"]  # networks, clips, batches of 4
-
-
-def hours_of(capfd, monkeypatch, run, *flags):
-    """What --hours prints, and of each kind the lines of its log and its model. run: in place of subprocess.run."""
-    logs = {}
-
-    def watched(command, **rest):
-        done = run(command, **rest)
-        out = next(Path(str(flag)[6:]) for flag in command if str(flag).startswith("--out="))
-        logs[out.name] = *map(json.loads, (out / "metrics.jsonl").read_text().splitlines()), load_checkpoint(out)
-        return done
-
-    monkeypatch.setattr(flops, "subprocess", types.SimpleNamespace(run=watched))
-    capfd.readouterr()
-    run_script(flops, "--hours", *flags)
-    return capfd.readouterr().out.splitlines(), logs
-
-
-def in_this_process(command, **rest):
-    """The training script, run for real with the flags it is given, but without importing torch once more."""
-    _, script, *flags = command
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as errors:
-        try:
-            run_script(importlib.import_module(Path(script).stem), *flags)
-        except SystemExit as stop:
-            return subprocess.CompletedProcess(command, stop.code, "", f"Traceback\n{errors.getvalue()}")
-    return subprocess.CompletedProcess(command, 0, "", "")
-
-
-def test_hours_are_those_of_the_measured_speed(student, capfd, monkeypatch):
-    flags = ["--teacher-steps", 90_000, "--steps", 150_000, "--batch-size", 48, "--micro-batch-size", 4]
-    flags += ["--teacher", student, "--dollars-per-hour", 250]
-    (first, *lines, salt), logs = hours_of(capfd, monkeypatch, in_this_process, *RUN, *flags)
-    assert first == "20 steps of 4 clips each, on one CPU, 1 threads"
-    hours = {}
-    for (kind, log), steps, line in zip(logs.items(), (90_000, 150_000, 240_000), lines, strict=True):
-        warm, timed, checkpoint = log
-        assert (warm["step"], timed["step"], checkpoint["kind"]) == (20, 40, kind)  # the first 20 steps do not count
-        hours[kind] = steps * 48 / timed["clips_per_s"] / 3600
-        assert line.split()[0] == kind and f" {timed['clips_per_s']:.3g} clips/s {timed['tflops']:8.3g} TFLOP/s" in line
-        assert line.endswith(f"{steps} steps of 48 {hours[kind]:,.4g} device hours = {250 * hours[kind]:,.2f} dollars")
-    both = hours["teacher"] + hours["student"]
-    assert salt == f"SALT, teacher and student: {both:,.4g} device hours = {250 * both:,.2f} dollars"
-    models = {kind: checkpoint["model"] for kind, (*_, checkpoint) in logs.items()}
-    sizes = {kind: (model["encoder"]["width"], model["predictor"]["out_width"]) for kind, model in models.items()}
-    assert sizes == {"teacher": (48, 384), "student": (32, 48), "ema": (32, 32)}
-
-
-def test_hours_of_one_script_in_a_process_of_its_own(capfd, monkeypatch):
-    lines, logs = hours_of(capfd, monkeypatch, subprocess.run, "student", *RUN, "--steps", "1000")
-    assert list(logs) == ["student"] and len(lines) == 2  # no sum without the teacher
-    rate = logs["student"][1]["clips_per_s"]
-    assert lines[1].endswith(f"1000 steps of 4 {1000 * 4 / rate / 3600:.4g} device hours")
-
-
-def test_a_script_that_fails_ends_in_one_line(capfd, monkeypatch):
-    monkeypatch.setattr(flops, "subprocess", types.SimpleNamespace(run=in_this_process))
-    error = refusal(capfd, flops, "--hours", "ema", *RUN, "--data", "nowhere.csv")
-    assert "train_ema_baseline.py failed: " in error and "nowhere.csv" in error and "Traceback" not in error
-
-
-def test_a_script_that_is_killed_ends_in_one_line(tmp_path, capfd, monkeypatch):
-    (tmp_path / "python").write_text("#!/bin/sh\nkill -9 $$\n")
-    (tmp_path / "python").chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
-    assert "train_teacher.py failed: killed" in refusal(capfd, flops, "--hours", "teacher", *RUN)
-
-
 @pytest.mark.parametrize(
     "flags, says",
     [
         ("--executed --match", "not allowed with argument --executed"),
-        ("--model vit_l", "no other flags"),
-        ("--teacher vit_l", "no other flags"),
+        ("--model vit_l", "other flags need --executed or --match"),
+        ("--teacher vit_l", "other flags need --executed or --match"),
         ("--executed --model vit_x", "vit_x"),
         ("--executed --teacher vit_x", "no checkpoint at vit_x"),
         ("--match --teacher text.pt", "cannot be read as a checkpoint"),
         ("--executed --heads 3", "3 heads"),
-        ("--hours --heads 3", "3 heads"),
         ("--match --predictor-heads 5", "predictor: "),
         ("--executed --resolution 30", "30x30"),
         ("--match --patch-size 0", "0x0 pixels"),
@@ -351,9 +272,8 @@ def test_a_script_that_is_killed_ends_in_one_line(tmp_path, capfd, monkeypatch):
         ("--match --steps 0", "--steps 0"),
         ("--match --batch-size 0", "--batch-size 0"),
         ("--match --micro-batch-size 0", "--micro-batch-size 0"),
-        ("--teacher-steps 5", "no other flags"),
+        ("--teacher-steps 5", "other flags need --executed or --match"),
         ("--executed --micro-batch-size -1", "--micro-batch-size -1"),
-        ("--hours pretrain", "pretrain"),
         ("--executd", "--executd"),
         ("everything", "everything"),
     ],
@@ -364,6 +284,6 @@ def test_wrong_flags_end_in_one_line(flags, says, tmp_path, monkeypatch, capfd):
     assert says in refusal(capfd, flops, *flags.split())
 
 
-def test_a_teacher_of_other_tubelets_does_not_do(teacher, capfd):
+def test_a_teacher_with_other_tubelets_is_refused(teacher, capfd):
     error = refusal(capfd, flops, "--executed", "--model", "vit_ti", "--resolution", 64, "--teacher", teacher)
     assert "tubelets of another size" in error

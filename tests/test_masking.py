@@ -24,7 +24,7 @@ def blocks_hide(frame, clips, rng, truncation="raster", **mask):
 
 def strategy(name, grid, batch, seed=0, truncation="random"):
     rng = generator(seed)
-    return [visible for visible, _ in masking.STRATEGIES[name](grid, batch, rng, rng, truncation)]
+    return [visible for visible, _ in masking.STRATEGIES[name].draw(grid, batch, rng, rng, truncation)]
 
 
 def is_context(mask, grid):
@@ -151,7 +151,7 @@ def test_context_targets_and_lost_are_everything(name, truncation):
     for seed in range(5):
         visible = strategy(name, GRID, BATCH, seed, truncation)
         masks = sample_masks(name, GRID, BATCH, generator(seed), truncation)
-        assert len(masks) == len(visible) == masking.NUM_MASKS[name]
+        assert len(masks) == len(visible) == masking.STRATEGIES[name].num_masks
         for mask, seen in zip(masks, visible, strict=True):
             wanted = (mask.context_ids, mask.context_lost, seen), (mask.target_ids, mask.target_lost, ~seen)
             for ids, lost, pool in wanted:

@@ -23,12 +23,12 @@ import cli
 import data
 import flops
 import masking
-import run
 import train_ema_baseline
 import train_student
 import train_teacher
 import training
 from model import Encoder, Predictor, gather, load_checkpoint, load_encoder
+from run import Run
 
 GRID = (2, 4, 4)
 
@@ -322,15 +322,15 @@ def test_an_interrupted_run_continues_as_if_nothing_had_happened(script, teacher
     flags = [*TINY, *own_flags(script, teacher), "--micro-batch-size", "2", "--predictor-depth", "2"]
     run_script(script, *flags, "--out", tmp_path / "whole")
     with monkeypatch.context() as patch:
-        end_step = run.Run.end_step
+        end_step = Run.end_step
 
-        def stop_after_four(run, step, *rest):
+        def stop_after_four(run, step, **metrics):
             if step == 4:
                 run.lock.close()  # as the end of the process would
                 raise KeyboardInterrupt
-            end_step(run, step, *rest)
+            end_step(run, step, **metrics)
 
-        patch.setattr(run.Run, "end_step", stop_after_four)
+        patch.setattr(Run, "end_step", stop_after_four)
         with pytest.raises(KeyboardInterrupt):
             run_script(script, *flags, "--out", tmp_path / "cut", "--save-every", "3")
     assert load_checkpoint(tmp_path / "cut")["step"] == 3
@@ -434,7 +434,7 @@ def test_every_mask_trains(mask, tmp_path):
     flags = ["--mask", mask, "--mask-truncation", "raster", "--resolution", "16", "--patch-size", "2"]
     run_script(train_teacher, *TINY, *flags, "--steps", 3, "--out", tmp_path)
     tokens = load_checkpoint(tmp_path)["predictor"]["mask_tokens"]
-    assert len(tokens) == masking.NUM_MASKS[mask] and (tokens.abs().max(1).values > 0).all()
+    assert len(tokens) == masking.STRATEGIES[mask].num_masks and (tokens.abs().max(1).values > 0).all()
 
 
 def test_bfloat16(tmp_path):
@@ -452,13 +452,13 @@ def test_training_on_videos(tmp_path):
 
 
 def test_snapshots_are_what_the_checkpoint_was(tmp_path, monkeypatch):
-    save, were = run.Run.save, {}
+    save, were = Run.save, {}
 
-    def save_and_look(run, step, *rest):
-        save(run, step, *rest)
+    def save_and_look(run, step, snapshot):
+        save(run, step, snapshot)
         were[step] = load_checkpoint(tmp_path)
 
-    monkeypatch.setattr(run.Run, "save", save_and_look)
+    monkeypatch.setattr(Run, "save", save_and_look)
     run_script(train_teacher, *TINY, "--save-every", 3, "--snapshot-every", 2, "--steps", 7, "--out", tmp_path)
     assert list(were) == [2, 3, 4, 6, 7]
     snapshots = {2: "checkpoint-000002.pt", 4: "checkpoint-000004.pt", 6: "checkpoint-000006.pt"}
@@ -479,7 +479,7 @@ def test_follow_is_the_moving_average():
     teacher, student = randomize(some_teacher()), networks(1, 48)[0]
     before = {name: x.clone() for name, x in teacher.state_dict().items()}
     now = {name: x.clone() for name, x in student.state_dict().items()}
-    train_ema_baseline.follow(teacher, student, 0.7)
+    train_ema_baseline.update_teacher(teacher, student, 0.7)
     for name, x in teacher.state_dict().items():
         torch.testing.assert_close(x, 0.7 * before[name] + 0.3 * now[name])
     assert equal(student.state_dict(), now) and not any(p.requires_grad for p in teacher.parameters())
@@ -527,7 +527,7 @@ def ema_args(steps, **changes):
 
 
 def test_momentum_is_constant_or_linear():
-    momentum = train_ema_baseline.momentum
+    momentum = train_ema_baseline.ema_momentum
     assert all(momentum(step, ema_args(20_000)) == 0.9 for step in (0, 1, 10_000, 19_999))
     ramp = ema_args(20_000, ema_momentum=0.998, final_ema_momentum=1.0)  # V-JEPA's: 1 would be reached one step later
     found = [momentum(step, ramp) for step in (0, 5000, 10_000, 20_000)]
@@ -538,7 +538,7 @@ def test_the_stretch_cuts_longer_schedules_off():
     stretched, longer = (
         ema_args(steps, schedule_steps=25_000, ema_momentum=0.998, final_ema_momentum=1.0) for steps in (20_000, 25_000)
     )
-    for schedule in (training.learning_rate, training.weight_decay, train_ema_baseline.momentum):
+    for schedule in (training.learning_rate, training.weight_decay, train_ema_baseline.ema_momentum):
         assert [schedule(step, stretched) for step in range(0, 20_000, 999)] == [
             schedule(step, longer) for step in range(0, 20_000, 999)
         ]
@@ -547,8 +547,8 @@ def test_the_stretch_cuts_longer_schedules_off():
 
 def test_the_baselines_schedules(ema, tmp_path, monkeypatch):
     """What the script makes of its flags: nothing is stretched and momentum constant by default; all three stretch."""
-    momenta, follow = [], train_ema_baseline.follow
-    monkeypatch.setattr(train_ema_baseline, "follow", lambda *a: momenta.append(a[2]) or follow(*a))
+    momenta, follow = [], train_ema_baseline.update_teacher
+    monkeypatch.setattr(train_ema_baseline, "update_teacher", lambda *a: momenta.append(a[2]) or follow(*a))
     run_script(train_ema_baseline, *TINY, "--out", tmp_path / "plain")
     assert momenta == [0.99925] * 6
     assert metrics(tmp_path / "plain", *FIGURES) == metrics(ema, *FIGURES)
@@ -686,7 +686,7 @@ def test_a_damaged_state_gives_way_to_the_one_before(change, teacher, tmp_path, 
     run_script(train_teacher, *TINY, "--out", run)
     said = capfd.readouterr()
     assert "at step 4 of 6" in said.out and said.err.count("\n") == 1
-    assert said.err.startswith(f"{newest} is damaged (") and said.err.endswith("); trying the one before\n")
+    assert said.err.startswith(f"{newest} is damaged (") and said.err.endswith("); trying the previous one\n")
     assert same_weights(run, teacher) and metrics(run, *FIGURES) == metrics(teacher, *FIGURES)
     run_script(train_teacher, *TINY, "--out", run)  # what was damaged has been replaced
     assert capfd.readouterr().err == ""
@@ -702,7 +702,7 @@ def test_a_run_without_a_whole_state_is_not_continued(change, teacher, tmp_path,
         run_script(train_teacher, *TINY, "--out", run)
     *found, last = capfd.readouterr().err.splitlines()
     assert stop.value.code == 2 and [line.split()[0][-8:] for line in found] == ["00000006", "00000004"]
-    assert last == f"train_teacher.py: {run} holds a run, but no whole state to continue it from; --fresh starts anew"
+    assert last == f"train_teacher.py: {run} holds a run, but no undamaged state to continue from; --fresh starts over"
     assert before == ((run / "checkpoint.pt").read_bytes(), metrics(run))
 
 
@@ -778,7 +778,7 @@ def test_nothing_but_unreadable_videos(workers, tmp_path, capfd):
     (tmp_path / "m.csv").write_text("".join(f"{n}.mp4\n" for n in range(12)))
     flags = [*TINY, "--workers", workers, "--data", tmp_path / "m.csv", "--out", tmp_path / "run"]
     error = refusal(capfd, train_teacher, *flags)
-    assert "unreadable, and nothing stands in: " in error and ".mp4: no such file" in error
+    assert "unreadable, and no other video to replace it: " in error and ".mp4: no such file" in error
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, capfd):
@@ -831,7 +831,7 @@ def test_a_step_does_not_wait_for_the_device(script):
             loss.backward()
             loss, norm = training.update(optimizer, loss.detach(), args)
             if script is train_ema_baseline:
-                script.follow(copy.deepcopy(encoder), encoder, 0.9)
+                script.update_teacher(copy.deepcopy(encoder), encoder, 0.9)
     assert loss.is_meta and norm.is_meta
 
 
@@ -851,7 +851,7 @@ def test_the_fixed_batch_is_watched(script, teacher, tmp_path):
     assert len({line["held_out_loss"] for line in lines}) == len(lines) == 6
     source = data.Manifest([held_out], 4, 4, 32, train=False)
     clips = data.normalize(source.batch([0, 1, 1, 2]).clips, "cpu")  # four clips, spread over three lines
-    masks = masking.sample_masks("multiblock", GRID, 4, training.generator(0, training.HELD_OUT_SEED))
+    masks = masking.sample_masks("multiblock", GRID, 4, training.generator(0, training.FIXED_BATCH_SEED))
     for step, line in enumerate(lines, start=1):
         checkpoint = load_checkpoint(tmp_path / "run" / f"checkpoint-{step:06}.pt")
         learner = "student" if script is train_ema_baseline else "encoder"
@@ -889,7 +889,7 @@ def test_what_is_held_out_must_be_readable(tmp_path, capfd):
     (tmp_path / "m.csv").write_text("gone.mp4\n")
     flags = [*TINY, "--out", tmp_path / "run", "--held-out"]
     error = refusal(capfd, train_teacher, *flags, tmp_path / "m.csv")
-    assert "unreadable, and nothing stands in: " in error and "gone.mp4: no such file" in error
+    assert "unreadable, and no other video to replace it: " in error and "gone.mp4: no such file" in error
     assert "nowhere.csv" in refusal(capfd, train_teacher, *flags, tmp_path / "nowhere.csv")
 
 
