@@ -1,4 +1,4 @@
-"""What analyze.py says of runs: costs and ranks as computed by hand, one row per experiment, honest pictures."""
+"""tools/analyze.py and tools/pictures.py against costs, ranks, correlations and pictures computed by hand."""
 
 import json
 import math
@@ -23,7 +23,7 @@ import train_student
 import train_teacher
 from masking import sample_masks
 from model import Encoder, Predictor, load_checkpoint, load_encoder, tubelets, untubelets
-from tools import analyze
+from tools import analyze, pictures
 from training import generator
 
 QUICK = shlex.split(
@@ -36,7 +36,7 @@ TASKS = ("synthetic-motion", "synthetic-shape")
 
 @pytest.fixture(scope="session")
 def runs(teacher, student):
-    """A folder of tiny runs; student and teacher have relatives here that differ in their seed, or in more."""
+    """A folder of tiny runs: teacher, student, EMA run, a student of the student, other seeds, snapshots."""
     folder = teacher.parent
     wide, snapshots = ["--width", 48], ["--log-every", 5, "--snapshot-every", 2]
     run_script(train_ema_baseline, *TINY, *wide, "--ema-momentum", 0.5, "--out", folder / "ema")
@@ -55,7 +55,7 @@ def runs(teacher, student):
 
 @pytest.fixture(scope="session")
 def record(student, tmp_path_factory):
-    """The results.json of a real probe, with two seeds."""
+    """The results.json of a real probe with two seeds."""
     out = tmp_path_factory.mktemp("probe")
     run_script(probe, *QUICK, "--checkpoint", student, "--out", out)
     return json.loads((out / "results.json").read_text())
@@ -63,7 +63,7 @@ def record(student, tmp_path_factory):
 
 @pytest.fixture
 def probe_of(record, tmp_path):
-    """Makes a folder as probe.py leaves it, of a checkpoint, with made-up accuracies."""
+    """A function that writes a folder like probe.py's for a checkpoint, with made-up accuracies."""
 
     def make(checkpoint, top1, weights="encoder", spread=None):
         folder = tmp_path / f"probe-{len(list(tmp_path.iterdir()))}"
@@ -82,9 +82,10 @@ def probe_of(record, tmp_path):
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The figures that a command would have saved."""
+    """The figures that commands draw, instead of files."""
     figures = []
-    monkeypatch.setattr(analyze, "save", lambda figure, path: figures.append(figure))
+    for module in (analyze, pictures):
+        monkeypatch.setattr(module, "save", lambda figure, path: figures.append(figure))
     yield figures
     plt.close("all")
 
@@ -93,7 +94,7 @@ def log(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def last(run):
+def last_line(run):
     return log(run)[-1]
 
 
@@ -111,7 +112,7 @@ def test_effective_rank_of_orthonormal_rows(rank):
 
 
 def test_effective_rank_of_unequal_directions():
-    """Singular values 3 and 1 are shares of 3/4 and 1/4, and rows that are all equal have one direction."""
+    """Singular values 3 and 1 have shares of 3/4 and 1/4; rows that are all equal have rank 1."""
     entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
     assert analyze.effective_rank(torch.diag(torch.tensor([1.0, 3.0]))) == pytest.approx(math.exp(entropy), rel=1e-5)
     assert analyze.effective_rank(torch.randn(1, 16).expand(50, 16)) == pytest.approx(1, abs=1e-4)
@@ -127,19 +128,19 @@ def test_rankme_of_runs(teacher, student, tmp_path, capfd):
     file = tmp_path / "new" / "rank.json"
     run_script(analyze, "rankme", teacher, student / "checkpoint.pt", "--clips", 110, "--first", 7, "--save", file,
                "--device", "cpu")  # fmt: skip
-    clips = data.Synthetic(4, 32, analyze.CLIP_SEED).batch(range(7, 117)).clips
-    found, said = json.loads(file.read_text()), capfd.readouterr().out
+    clips = data.Synthetic(4, 32, pictures.CLIP_SEED).batch(range(7, 117)).clips
+    found, printed = json.loads(file.read_text()), capfd.readouterr().out
     assert list(found) == [str(teacher), str(student / "checkpoint.pt")]
     for (run, values), width in zip(found.items(), (32, 48), strict=True):
         assert (values["width"], values["clips"]) == (width, 110)
         assert values["rankme"] == pytest.approx(rankme_by_hand(load_encoder(run), clips), rel=1e-3)
         assert 1 < values["rankme"] < width
-        assert f"{run}: RankMe {values['rankme']:.1f} of {width}, 110 clips" in said
+        assert f"{run}: RankMe {values['rankme']:.1f} of {width}, 110 clips" in printed
 
 
 @pytest.fixture(scope="session")
 def videos(tmp_path_factory):
-    """A manifest of three videos, different ones."""
+    """A manifest of three different videos."""
     folder = tmp_path_factory.mktemp("videos")
     for n in range(3):
         write_video(folder / f"{n}.mp4", [numbered(20 * n + i, 40) for i in range(12)])
@@ -147,7 +148,7 @@ def videos(tmp_path_factory):
     return folder / "list.csv"
 
 
-def test_rankme_of_ones_own_clips(teacher, videos, tmp_path):
+def test_rankme_on_data(teacher, videos, tmp_path):
     file = tmp_path / "rank.json"
     own = ["--data", videos, "--frame-step", 2, "--clips", 3]
     run_script(analyze, "rankme", teacher, *own, "--device", "cpu", "--save", file)
@@ -157,7 +158,7 @@ def test_rankme_of_ones_own_clips(teacher, videos, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# ranks, correlation
+# ranks and correlation
 
 
 @pytest.mark.parametrize(
@@ -173,8 +174,8 @@ def test_ranks(numbers, ranks):
     [
         ([1, 2, 3, 4], [3, 5, 7, 9], 1, 1),
         ([1, 2, 3, 4], [9, 7, 5, 3], -1, -1),
-        ([1, 2, 3], [1, 2, 9], 8 / math.sqrt(76), 1),  # monotone, not straight
-        # Anscombe's quartet (1973), the first and the last, which has ties: R² is 0.67 in all four
+        ([1, 2, 3], [1, 2, 9], 8 / math.sqrt(76), 1),  # monotone but not linear
+        # the first and last sets of Anscombe's quartet (1973), the last with ties; R² is 0.67 in all four
         ([10, 8, 13, 9, 11, 14, 6, 4, 12, 7, 5],
          [8.04, 6.95, 7.58, 8.81, 8.33, 9.96, 7.24, 4.26, 10.84, 4.82, 5.68], 0.81642, 0.81818),
         ([8] * 7 + [19] + [8] * 3, [6.58, 5.76, 7.71, 8.84, 8.47, 7.04, 5.25, 12.5, 5.56, 7.91, 6.89], 0.81652, 0.5),
@@ -187,11 +188,11 @@ def test_correlation(x, y, pearson, spearman):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# lineage: what a checkpoint cost
+# lineage: the cost of a checkpoint
 
 
 def paper_flops_by_hand(run, steps, teacher=None):
-    """6 N D of the paper's appendix F, from the parameters in the checkpoints; 32 tokens, 4 clips a step, 2 masks."""
+    """The paper's appendix F (6 N D), from the checkpoints' parameters; 32 tokens, 4 clips per step, 2 masks."""
     config = load_checkpoint(run)["model"]
     latents = Predictor(**config["predictor"] | {"out_width": (teacher or load_encoder(run)).width})
     encoder, predictor, target = (
@@ -204,52 +205,52 @@ def paper_flops_by_hand(run, steps, teacher=None):
 
 def test_lineage_of_three_stages(runs, teacher, student):
     stages = analyze.lineage(runs / "third")
-    assert [(stage["kind"], stage["path"], stage["step"]) for stage in stages] == [
+    assert [(stage.kind, stage.path, stage.step) for stage in stages] == [
         ("student", runs / "third", 2), ("student", student, 6), ("teacher", teacher, 6),
     ]  # fmt: skip
     for stage in stages:
-        line = last(stage["path"])
-        assert line["step"] == stage["step"] and stage["encoder"] == load_encoder(stage["path"]).config
-        assert {name: line[name] for name in ("loss", "seconds", "flops")}.items() <= stage.items()
+        line = last_line(stage.path)
+        assert line["step"] == stage.step and stage.encoder == load_encoder(stage.path).config
+        assert (stage.loss, stage.seconds, stage.flops) == (line["loss"], line["seconds"], line["flops"])
     makers = load_encoder(student), load_encoder(teacher), None
     for stage, maker in zip(stages, makers, strict=True):
-        expected = paper_flops_by_hand(stage["path"], stage["step"], maker)
-        assert stage["paper_flops"] == pytest.approx(expected, rel=1e-9)
-    for name in ("flops", "paper_flops", "seconds"):
-        assert analyze.total(stages, name) == sum(stage[name] for stage in stages)
-    assert analyze.total(stages[1:], "flops") == last(student)["flops"] + last(teacher)["flops"]
+        expected = paper_flops_by_hand(stage.path, stage.step, maker)
+        assert stage.paper_flops == pytest.approx(expected, rel=1e-9)
+    assert analyze.total_flops(stages) == sum(stage.flops for stage in stages)
+    assert analyze.total_flops(stages, "paper_flops") == sum(stage.paper_flops for stage in stages)
+    assert analyze.total_flops(stages[1:]) == last_line(student)["flops"] + last_line(teacher)["flops"]
 
 
 def test_lineage_of_an_ema_run(runs):
-    """Its teacher is made in the run: one stage, but the paper charges it."""
+    """The EMA teacher is part of the run: a single stage, for which the paper counts a teacher."""
     (stage,) = analyze.lineage(runs / "ema")
-    assert (stage["kind"], stage["step"], stage["loss"]) == ("ema", 6, last(runs / "ema")["loss"])
+    assert (stage.kind, stage.step, stage.loss) == ("ema", 6, last_line(runs / "ema")["loss"])
     expected = paper_flops_by_hand(runs / "ema", 6, load_encoder(runs / "ema"))
-    assert stage["paper_flops"] == pytest.approx(expected, rel=1e-9)
+    assert stage.paper_flops == pytest.approx(expected, rel=1e-9)
 
 
 def test_lineage_of_a_snapshot(runs, teacher):
-    """Its figures are those of its own step, which is logged although --log-every would not."""
+    """Its costs are those of its own step, which is logged although --log-every would skip it."""
     run = runs / "student-snapshots"
     line = next(line for line in log(run) if line["step"] == 4)
     stages = analyze.lineage(run / "checkpoint-000004.pt")
-    assert stages[0]["step"] == 4 and [stage["kind"] for stage in stages] == ["student", "teacher"]
-    assert {name: line[name] for name in ("loss", "seconds", "flops")}.items() <= stages[0].items()
+    assert stages[0].step == 4 and [stage.kind for stage in stages] == ["student", "teacher"]
+    assert (stages[0].loss, stages[0].seconds, stages[0].flops) == (line["loss"], line["seconds"], line["flops"])
     expected = paper_flops_by_hand(run, 4, load_encoder(teacher))
-    assert stages[0]["paper_flops"] == pytest.approx(expected, rel=1e-9)
-    assert analyze.lineage(run)[0]["step"] == 12
+    assert stages[0].paper_flops == pytest.approx(expected, rel=1e-9)
+    assert analyze.lineage(run)[0].step == 12
 
 
 def test_lineage_of_a_checkpoint_without_its_log(student, teacher, tmp_path):
     shutil.copy(student / "checkpoint.pt", tmp_path / "alone.pt")
     own, before = analyze.lineage(tmp_path / "alone.pt")
-    assert [own[name] for name in ("loss", "seconds", "flops")] == [None] * 3
-    assert own["paper_flops"] == analyze.lineage(student)[0]["paper_flops"]
-    assert before["flops"] == last(teacher)["flops"] and analyze.total([own, before], "flops") is None
+    assert (own.loss, own.seconds, own.flops) == (None, None, None)
+    assert own.paper_flops == analyze.lineage(student)[0].paper_flops
+    assert before.flops == last_line(teacher)["flops"] and analyze.total_flops([own, before]) is None
     checkpoint = load_checkpoint(student)
-    torch.save(checkpoint | {"args": {}}, tmp_path / "converted.pt")  # as convert.py leaves it
+    torch.save(checkpoint | {"args": {}}, tmp_path / "converted.pt")  # like the output of tools/convert.py
     (stage,) = analyze.lineage(tmp_path / "converted.pt")
-    assert "paper_flops" not in stage and analyze.total([stage], "paper_flops") is None
+    assert stage.paper_flops is None and analyze.total_flops([stage], "paper_flops") is None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -257,7 +258,7 @@ def test_lineage_of_a_checkpoint_without_its_log(student, teacher, tmp_path):
 
 
 def table_of(tmp_path, *folders):
-    """The rows that `table` writes, as dictionaries."""
+    """The rows that `table` writes, as a list of dictionaries."""
     run_script(analyze, "table", *folders, "--save", tmp_path / "new" / "t.md")
     lines = (tmp_path / "new" / "t.md").read_text().splitlines()
     head, rule, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
@@ -277,31 +278,31 @@ def test_table_of_real_probes(record, student, teacher, tmp_path):
     assert [row["encoder"] for row in rows] == ["untrained", "teacher", "student"] and "runs" not in rows[0]
     assert list(rows[0])[0] == "encoder" and list(rows[0])[-5:-1] == ["loss", "steps", "time", "FLOPs"]
     assert [row["steps"] for row in rows] == ["0", "6", "6"] and [row[MOTION] for row in rows[:2]] == ["-", "-"]
-    assert {rows[0][name] for name in ("loss", "time", "FLOPs", "with its teachers")} == {"-"}
+    assert {rows[0][name] for name in ("loss", "time", "FLOPs", "incl. teachers")} == {"-"}
     for row, name in zip(rows, ("untrained", "teacher", "student"), strict=True):
         found = json.loads((tmp_path / name / "results.json").read_text())["tasks"]["synthetic-shape"]
         spread = f" ± {found['spread']:.1f}" if name == "student" else ""
         assert row[SHAPE] == f"{found['top1']:.1f}{spread}"
-    own = [last(teacher), last(student)]
+    own = [last_line(teacher), last_line(student)]
     assert [row["loss"] for row in rows[1:]] == [f"{line['loss']:.3f}" for line in own]
     assert [row["FLOPs"] for row in rows[1:]] == [f"{line['flops']:.2g}" for line in own]
     both = f"{own[0]['flops'] + own[1]['flops']:.2g}"
-    assert [row["with its teachers"] for row in rows[1:]] == [rows[1]["FLOPs"], both]
+    assert [row["incl. teachers"] for row in rows[1:]] == [rows[1]["FLOPs"], both]
 
 
 def test_runs_that_differ_in_their_seed_share_a_row(runs, student, probe_of, tmp_path):
-    """With mean and standard deviation over the runs; the spread of the probe's seeds is for single runs."""
+    """It shows mean and standard deviation over the runs. A single run shows the spread over its probe's seeds."""
     folders = student, runs / "student-1", runs / "student-2"
     probes = [probe_of(run, top1, spread=9.0) for run, top1 in zip(folders, (20.0, 30.0, 25.0), strict=True)]
     (row,) = table_of(tmp_path, *probes)
     assert (row["runs"], row["steps"], row[SHAPE]) == ("3", "6", "25.0 ± 5.0")
-    assert row["loss"] == f"{statistics.mean(last(run)['loss'] for run in folders):.3f}"
-    assert row["FLOPs"] == f"{statistics.mean(last(run)['flops'] for run in folders):.2g}"
+    assert row["loss"] == f"{statistics.mean(last_line(run)['loss'] for run in folders):.3f}"
+    assert row["FLOPs"] == f"{statistics.mean(last_line(run)['flops'] for run in folders):.2g}"
     (row,) = table_of(tmp_path, probes[0])
     assert "runs" not in row and row[SHAPE] == "20.0 ± 9.0"
-    (group,) = analyze.probed(probes[:2])
-    assert [stages[0]["path"] for stages in group["stages"]] == list(folders[:2]) and group["runs"] == 2
-    assert group["tasks"]["synthetic-shape"]["spread"] == pytest.approx(math.sqrt(50))
+    (experiment,) = analyze.experiments(probes[:2])
+    assert [stages[0].path for stages in experiment.lineages] == list(folders[:2]) and experiment.runs == 2
+    assert experiment.accuracies["synthetic-shape"].spread == pytest.approx(math.sqrt(50))
 
 
 def test_rows_of_every_kind(runs, student, probe_of, tmp_path):
@@ -315,7 +316,7 @@ def test_rows_of_every_kind(runs, student, probe_of, tmp_path):
     assert [row["encoder"] for row in rows] == names and "runs" not in rows[0]
     assert [row[SHAPE] for row in rows] == ["40.0", "50.0", "60.0", "65.0", "70.0", "10.0"]
     assert [row["steps"] for row in rows] == ["6", "6", "6", "4", "2", "0"]
-    assert rows[0]["loss"] == rows[1]["loss"] == f"{last(runs / 'ema')['loss']:.3f}"
+    assert rows[0]["loss"] == rows[1]["loss"] == f"{last_line(runs / 'ema')['loss']:.3f}"
 
 
 def test_untrained_encoders_of_one_architecture_share_a_row(student, probe_of, tmp_path):
@@ -323,20 +324,20 @@ def test_untrained_encoders_of_one_architecture_share_a_row(student, probe_of, t
     assert (row["encoder"], row["runs"], row[SHAPE], row["steps"]) == ("untrained", "2", "15.0 ± 7.1", "0")
 
 
-def test_untrained_encoders_of_two_architectures_do_not(student, teacher, probe_of, tmp_path):
+def test_untrained_encoders_of_two_architectures_have_two_rows(student, teacher, probe_of, tmp_path):
     rows = table_of(tmp_path, probe_of(student, 10.0, "untrained"), probe_of(teacher, 20.0, "untrained"))
     assert [row[SHAPE] for row in rows] == ["10.0", "20.0"]
 
 
 @pytest.mark.parametrize("flags", [["--mask", "tube"], ["--lr", "1e-2"], ["--batch-size", "8"]])
-def test_runs_that_differ_in_more_than_seeds_do_not_merge(flags, teacher, probe_of, tmp_path):
+def test_runs_that_differ_in_more_than_their_seed_have_two_rows(flags, teacher, probe_of, tmp_path):
     run_script(train_teacher, *TINY, *flags, "--out", tmp_path / "other")
     rows = table_of(tmp_path, probe_of(teacher, 10.0), probe_of(tmp_path / "other", 20.0))
     assert [row[SHAPE] for row in rows] == ["10.0", "20.0"]
 
 
-def test_seeds_of_both_stages(runs, student, probe_of, tmp_path):
-    """A whole pipeline run again with another seed is one more run of the same experiment."""
+def test_pipelines_that_differ_in_all_seeds_share_a_row(runs, student, probe_of, tmp_path):
+    """Teacher and student trained again with another seed are one more run of the same experiment."""
     run_script(train_teacher, *TINY, "--seed", 1, "--out", tmp_path / "teacher")
     again = ["--width", 48, "--seed", 1, "--teacher", tmp_path / "teacher", "--out", tmp_path / "student"]
     run_script(train_student, *TINY, *again)
@@ -344,7 +345,7 @@ def test_seeds_of_both_stages(runs, student, probe_of, tmp_path):
     assert row["runs"] == "2"
 
 
-def test_students_of_teachers_with_other_masks_do_not_merge(student, probe_of, tmp_path):
+def test_students_of_teachers_with_different_masks_have_two_rows(student, probe_of, tmp_path):
     run_script(train_teacher, *TINY, "--mask", "tube", "--out", tmp_path / "teacher")
     other = ["--width", 48, "--teacher", tmp_path / "teacher", "--out", tmp_path / "student"]
     run_script(train_student, *TINY, *other)
@@ -352,42 +353,42 @@ def test_students_of_teachers_with_other_masks_do_not_merge(student, probe_of, t
     assert [row[SHAPE] for row in rows] == ["10.0", "20.0"]
 
 
-def test_students_of_a_teachers_snapshots_do_not_merge(runs, probe_of, tmp_path):
+def test_students_of_different_snapshots_of_a_teacher_have_a_row_each(runs, probe_of, tmp_path):
     rows = table_of(tmp_path, *(probe_of(runs / f"of-{step}", top1) for step, top1 in ((2, 1.0), (4, 2.0), (6, 3.0))))
     assert [row[SHAPE] for row in rows] == ["1.0", "2.0", "3.0"]
     flops = [next(line["flops"] for line in log(runs / "teacher-snapshots") if line["step"] == n) for n in (2, 4, 6)]
-    own = [last(runs / f"of-{step}")["flops"] for step in (2, 4, 6)]
-    assert [row["with its teachers"] for row in rows] == [f"{a + b:.2g}" for a, b in zip(flops, own, strict=True)]
+    own = [last_line(runs / f"of-{step}")["flops"] for step in (2, 4, 6)]
+    assert [row["incl. teachers"] for row in rows] == [f"{a + b:.2g}" for a, b in zip(flops, own, strict=True)]
 
 
-def test_tasks_in_folders_of_their_own_are_all_shown(student, probe_of, tmp_path):
+def test_tasks_probed_in_separate_folders_are_all_shown(student, probe_of, tmp_path):
     probes = probe_of(student, {TASKS[0]: 10.0}), probe_of(student, {TASKS[1]: 20.0})
     rows = table_of(tmp_path, *probes)
     cells = [cell for row in rows for cell in row.values()]
     assert "10.0" in cells and "20.0" in cells
 
 
-def test_table_of_checkpoints_whose_log_is_not_there(student, teacher, probe_of, tmp_path):
-    """A file in a run has the run's log; one elsewhere, or a run that has not logged, shows dashes."""
+def test_table_of_checkpoints_without_a_log(student, teacher, probe_of, tmp_path):
+    """A file in a run folder has the run's log. A file elsewhere, or a run with an empty log, shows dashes."""
     shutil.copy(student / "checkpoint.pt", tmp_path / "alone.pt")
     run = shutil.copytree(teacher, tmp_path / "run")
     (run / "metrics.jsonl").write_text("")
     probes = probe_of(student / "checkpoint.pt", 10.0), probe_of(tmp_path / "alone.pt", 20.0), probe_of(run, 30.0)
     (inside,), (alone,), (silent,) = (table_of(tmp_path, folder) for folder in probes)
-    assert inside["loss"] == f"{last(student)['loss']:.3f}" and inside["encoder"] == alone["encoder"] == "student"
+    assert inside["loss"] == f"{last_line(student)['loss']:.3f}" and inside["encoder"] == alone["encoder"] == "student"
     for row in (alone, silent):
-        assert {row[name] for name in ("loss", "time", "FLOPs", "with its teachers")} == {"-"} and row["steps"] == "6"
+        assert {row[name] for name in ("loss", "time", "FLOPs", "incl. teachers")} == {"-"} and row["steps"] == "6"
 
 
-def test_a_teacher_without_a_log(runs, student, teacher, probe_of, tmp_path):
-    """Then the student's own cost is known, the sum is not."""
+def test_table_of_a_student_whose_teacher_has_no_log(runs, student, teacher, probe_of, tmp_path):
+    """The student's own cost is known, but the sum is not."""
     shutil.copy(teacher / "checkpoint.pt", tmp_path / "teacher.pt")
     run = shutil.copytree(student, tmp_path / "run")
     checkpoint = load_checkpoint(student)
     checkpoint["args"]["teacher"] = str(tmp_path / "teacher.pt")
     torch.save(checkpoint, run / "checkpoint.pt")
     (row,) = table_of(tmp_path, probe_of(run, 10.0))
-    assert row["FLOPs"] == f"{last(student)['flops']:.2g}" and row["with its teachers"] == "-"
+    assert row["FLOPs"] == f"{last_line(student)['flops']:.2g}" and row["incl. teachers"] == "-"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -395,7 +396,7 @@ def test_a_teacher_without_a_log(runs, student, teacher, probe_of, tmp_path):
 
 
 def points(ax):
-    """{label: [(x, y, half of the error bar)]}"""
+    """The points with error bars: {label: [(x, y, half the bar's length), ...]}."""
     found = {}
     for container in ax.containers:
         (bars,) = container[2]
@@ -418,7 +419,7 @@ def test_pareto(runs, student, teacher, probe_of, drawn):
     axes = {ax.get_title(): ax for ax in drawn[0].axes}
     assert list(axes) == list(TASKS) and {ax.get_xscale() for ax in axes.values()} == {"log"}
     seeds = "student", "student-1", "student-2"
-    own = {name: last(runs / name)["flops"] for name in (*seeds, "teacher", "ema", "third")}
+    own = {name: last_line(runs / name)["flops"] for name in (*seeds, "teacher", "ema", "third")}
     three = statistics.mean(own[name] for name in seeds) + own["teacher"]
     all_stages = own["third"] + own["student"] + own["teacher"]
     motion, shape = (points(ax) for ax in axes.values())
@@ -442,8 +443,8 @@ TABLE_1 = {
 }
 
 
-def test_pareto_as_the_paper_counts(student, teacher, probe_of, drawn, tmp_path):
-    """Which needs no log."""
+def test_pareto_with_flops_as_the_paper_counts_them(student, teacher, probe_of, drawn, tmp_path):
+    """This needs no log."""
     shutil.copy(student / "checkpoint.pt", tmp_path / "alone.pt")
     run_script(analyze, "pareto", probe_of(tmp_path / "alone.pt", {"k400": 30.0, TASKS[0]: 20.0}), "--paper")
     expected = paper_flops_by_hand(student, 6, load_encoder(teacher)) + paper_flops_by_hand(teacher, 6)
@@ -457,17 +458,17 @@ def test_pareto_as_the_paper_counts(student, teacher, probe_of, drawn, tmp_path)
             assert list(zip(x, y, strict=True)) == [pytest.approx((1e21 * row[0], row[column])) for row in rows]
     run_script(analyze, "pareto", probe_of(student, {"k400": 30.0}))
     (ax,) = drawn[1].axes
-    executed = last(student)["flops"] + last(teacher)["flops"]
+    executed = last_line(student)["flops"] + last_line(teacher)["flops"]
     assert points(ax) == {"student": [pytest.approx((executed, 30, 0))]} and not set(TABLE_1) & set(lines(ax))
 
 
-def test_pareto_of_nothing(tmp_path, capfd):
+def test_pareto_without_probes(tmp_path, capfd):
     assert "pareto: give folders" in refusal(capfd, analyze, "pareto", "--save", tmp_path / "x.png")
     run_script(analyze, "pareto", "--paper", "--save", tmp_path / "new" / "x.png")
     assert ink(tmp_path / "new" / "x.png") > 5
 
 
-def test_pareto_refuses_runs_of_unknown_cost(student, probe_of, tmp_path, capfd):
+def test_pareto_refuses_checkpoints_of_unknown_cost(student, probe_of, tmp_path, capfd):
     shutil.copy(student / "checkpoint.pt", tmp_path / "alone.pt")
     error = refusal(capfd, analyze, "pareto", probe_of(tmp_path / "alone.pt", 20.0), "--save", tmp_path / "x.png")
     assert f"FLOPs of {tmp_path / 'alone.pt'}" in error and not (tmp_path / "x.png").exists()
@@ -478,12 +479,12 @@ def test_pareto_refuses_runs_of_unknown_cost(student, probe_of, tmp_path, capfd)
 
 
 def by_hand(x, y):
-    """R², Pearson and Spearman (no ties) as printed."""
+    """R², Pearson and Spearman (without ties), as printed."""
     mx, my, n = statistics.mean(x), statistics.mean(y), len(x)
     cov = sum((a - mx) * (b - my) for a, b in zip(x, y, strict=True))
     pearson = cov / math.sqrt(sum((a - mx) ** 2 for a in x) * sum((b - my) ** 2 for b in y))
-    places = [[sorted(values).index(v) for v in values] for values in (x, y)]
-    spearman = 1 - 6 * sum((a - b) ** 2 for a, b in zip(*places, strict=True)) / (n * (n * n - 1))
+    ranks = [[sorted(values).index(v) for v in values] for values in (x, y)]
+    spearman = 1 - 6 * sum((a - b) ** 2 for a, b in zip(*ranks, strict=True)) / (n * (n * n - 1))
     return f"R² {pearson**2:.3f}, Pearson {pearson:+.3f}, Spearman {spearman:+.3f}, {n} checkpoints"
 
 
@@ -510,34 +511,34 @@ def test_correlate_with_the_loss(runs, probe_of, drawn, capfd):
         assert ax.get_xlabel() == "training loss" and task in ax.get_ylabel()
 
 
-def test_correlate_with_rankme_and_with_the_teachers(runs, probe_of, tmp_path, capfd):
+def test_correlate_with_rankme_and_the_teachers_quantities(runs, probe_of, tmp_path, capfd):
     top1, steps = [50.0, 20.0, 30.0], (2, 4, 6)
     probes = [probe_of(runs / f"of-{step}", x) for step, x in zip(steps, top1, strict=True)]
     capfd.readouterr()
     run_script(analyze, "correlate", *probes, "--against", "rankme", "teacher-loss", "teacher-rankme", "--clips", 60,
                "--save", tmp_path / "new" / "x.png", "--device", "cpu")  # fmt: skip
-    clips = data.Synthetic(4, 32, analyze.CLIP_SEED).batch(range(60)).clips
+    clips = data.Synthetic(4, 32, pictures.CLIP_SEED).batch(range(60)).clips
     teachers = [runs / f"teacher-snapshots/checkpoint-{step:06}.pt" for step in steps]
     found = {
         "RankMe": [rankme_by_hand(load_encoder(runs / f"of-{step}"), clips) for step in steps],
         "training loss of the teacher": [x["loss"] for x in log(runs / "teacher-snapshots") if x["step"] in steps],
         "RankMe of the teacher": [rankme_by_hand(load_encoder(teacher), clips) for teacher in teachers],
     }
-    *said, _ = capfd.readouterr().out.splitlines()
+    *printed, _ = capfd.readouterr().out.splitlines()
     number = re.compile(r"[-+]?\d\.\d{3}")
-    for line, (name, values) in zip(said, found.items(), strict=True):
+    for line, (name, values) in zip(printed, found.items(), strict=True):
         assert line.startswith(f"synthetic-shape against {name}: R² ")
         expected = [float(x) for x in number.findall(by_hand(values, top1))]
         assert [float(x) for x in number.findall(line)] == pytest.approx(expected, abs=0.003)
     assert ink(tmp_path / "new" / "x.png") > 5
 
 
-def test_correlate_looks_at_the_weights_that_were_probed(runs, student, probe_of, monkeypatch, drawn):
+def test_correlate_uses_the_weights_that_were_probed(runs, student, probe_of, monkeypatch, drawn):
     seen = []  # embeddings
     monkeypatch.setattr(analyze, "effective_rank", lambda x: seen.append(x) or float(len(seen)))
     probes = probe_of(runs / "ema", 10.0, "student"), probe_of(runs / "ema", 20.0), probe_of(student, 35.0)
     run_script(analyze, "correlate", *probes, "--against", "rankme", "--clips", 4, "--first", 3, "--device", "cpu")
-    clips = data.normalize(data.Synthetic(4, 32, analyze.CLIP_SEED).batch(range(3, 7)).clips, "cpu")
+    clips = data.normalize(data.Synthetic(4, 32, pictures.CLIP_SEED).batch(range(3, 7)).clips, "cpu")
     for x, (run, weights) in zip(seen, ((runs / "ema", "student"), (runs / "ema", "encoder"), (student, "encoder")),
                                  strict=True):  # fmt: skip
         torch.testing.assert_close(x, load_encoder(run, weights)(clips).mean(1), atol=1e-4, rtol=1e-4)
@@ -545,34 +546,35 @@ def test_correlate_looks_at_the_weights_that_were_probed(runs, student, probe_of
 
 
 def test_correlate_refuses(runs, student, teacher, probe_of, tmp_path, capfd):
-    def says(*flags):
+    def error_of(*flags):
         return refusal(capfd, analyze, "correlate", *flags, "--clips", 4, "--save", tmp_path / "x.png")
 
     good = [probe_of(runs / name, x) for name, x in (("student", 10.0), ("student-1", 20.0), ("student-2", 5.0))]
     first = probe_of(teacher, 30.0)
-    assert "a correlation of 2 checkpoints" in says(*good[:2])
+    assert "a correlation of 2 checkpoints" in error_of(*good[:2])
     for against in ("teacher-loss", "teacher-rankme"):
-        assert f"{teacher} has no teacher: --against {against}" in says(*good, first, "--against", against)
+        assert f"{teacher} has no teacher: --against {against}" in error_of(*good, first, "--against", against)
     shutil.copy(student / "checkpoint.pt", tmp_path / "alone.pt")
     alone = probe_of(tmp_path / "alone.pt", 20.0)
-    assert f"the loss of {tmp_path / 'alone.pt'} is not known" in says(*good, alone)
-    assert "accuracy" in says(*good, "--against", "accuracy")
+    assert f"the loss of {tmp_path / 'alone.pt'} is unknown" in error_of(*good, alone)
+    assert "accuracy" in error_of(*good, "--against", "accuracy")
     assert not (tmp_path / "x.png").exists()
 
 
 @pytest.mark.parametrize("against", ["loss", "rankme", "teacher-loss", "teacher-rankme"])
 def test_correlate_refuses_untrained_encoders(against, runs, student, probe_of, tmp_path, capfd):
-    """The checkpoint that the folder names has a loss, but not the encoder that was probed."""
+    """The checkpoint named in the folder has a loss, but the encoder that was probed has none."""
     good = [probe_of(runs / name, x) for name, x in (("student", 10.0), ("student-1", 20.0), ("student-2", 5.0))]
     floor = probe_of(student, 9.0, "untrained")
     flags = ["--against", against, "--clips", 4, "--save", tmp_path / "x.png"]
     assert "untrained" in refusal(capfd, analyze, "correlate", *good, floor, *flags)
 
 
-def test_correlate_refuses_what_does_not_vary(runs, probe_of, tmp_path, capfd):
-    """Students of one teacher say nothing about teachers."""
+def test_correlate_refuses_constant_quantities(runs, probe_of, tmp_path, capfd):
+    """The teacher's loss, for students of one teacher."""
     good = [probe_of(runs / name, x) for name, x in (("student", 10.0), ("student-1", 20.0), ("student-2", 5.0))]
-    refusal(capfd, analyze, "correlate", *good, "--against", "teacher-loss", "--save", tmp_path / "x.png")
+    flags = ["--against", "teacher-loss", "--save", tmp_path / "x.png"]
+    assert "nothing to correlate" in refusal(capfd, analyze, "correlate", *good, *flags)
 
 
 def test_correlate_refuses_folders_of_different_tasks(runs, probe_of, tmp_path, capfd):
@@ -586,7 +588,7 @@ def test_correlate_refuses_folders_of_different_tasks(runs, probe_of, tmp_path, 
 
 
 def ink(path):
-    """The standard deviation of a picture's pixels, which are at least 100 x 100."""
+    """The standard deviation of the pixels of a picture, which must have at least 100 x 100."""
     image = np.asarray(PIL.Image.open(path).convert("RGB"))
     assert min(image.shape[:2]) > 100
     return image.std()
@@ -603,7 +605,9 @@ def test_pictures(command, runs, teacher, student, videos, tmp_path):
 
 def test_curves(runs, teacher, student, drawn):
     run_script(analyze, "curves", teacher, student, runs / "student-1", runs / "ema")
-    assert [ax.get_title() for ax in drawn[0].axes] == ["teacher", "student", "ema"]
+    assert [ax.get_title() for ax in drawn[0].axes] == [
+        "teacher (SALT stage 1)", "student (SALT stage 2)", "EMA baseline (V-JEPA 2)",
+    ]  # fmt: skip
     for ax, folders in zip(drawn[0].axes, ([teacher], [student, runs / "student-1"], [runs / "ema"]), strict=True):
         for line, run in zip(ax.lines, folders, strict=True):
             expected = [[x[name] for x in log(run)] for name in ("step", "loss")]
@@ -611,16 +615,16 @@ def test_curves(runs, teacher, student, drawn):
 
 
 def rows_of(figure, per_row):
-    """The images of a figure of pictures, as (rows, columns, H, W, 3)."""
+    """The images in the rows of a figure: a list of (per_row, H, W, 3)."""
     images = [ax.images[0].get_array() for ax in figure.axes]
     return [np.stack(images[i : i + per_row]) for i in range(0, len(images), per_row)]
 
 
 def test_features_are_principal_components(runs, teacher, student, drawn):
-    """Of all tokens of all clips together, each encoder for itself; signs are arbitrary."""
+    """Of the tokens of all clips together, separately for each encoder; signs are arbitrary."""
     run_script(analyze, "features", teacher, runs / "ema", "--first", 5, "--clips", 2)
-    clips = data.Synthetic(4, 32, analyze.CLIP_SEED).batch([5, 6]).clips
-    rows = rows_of(drawn[0], 2)  # two token times
+    clips = data.Synthetic(4, 32, pictures.CLIP_SEED).batch([5, 6]).clips
+    rows = rows_of(drawn[0], 2)  # the token grid has two time steps
     for b in range(2):
         assert np.array_equal(rows[3 * b], clips[b, :, ::2].permute(1, 2, 3, 0).numpy())
     for r, run in ((1, teacher), (2, runs / "ema")):
@@ -636,8 +640,8 @@ def test_features_are_principal_components(runs, teacher, student, drawn):
 
 
 @pytest.mark.parametrize("suffix", ["gif", "mp4"])
-def test_moving_features(suffix, runs, teacher, student, tmp_path):
-    """Four frames of the clip, whose features change every second one; a video repeats them."""
+def test_features_as_a_movie(suffix, runs, teacher, student, tmp_path):
+    """The clip has four frames, and its features change at every second one. An mp4 plays four times."""
     file = tmp_path / "new" / f"x.{suffix}"
     snapshot = runs / "student-snapshots" / "checkpoint-000002.pt"
     run_script(analyze, "features", teacher, student, snapshot, "--clips", 2, "--save", file)
@@ -658,11 +662,12 @@ def test_moving_features(suffix, runs, teacher, student, tmp_path):
     assert all(np.abs(a.astype(int) - b).mean() > 1 for a, b in zip(frames[:3], frames[1:4], strict=True))
 
 
-def test_every_row_of_a_moving_picture_plays_at_its_own_pace(tmp_path):
+def test_videos_of_different_lengths_play_together(tmp_path):
     def gray(*values):
         return torch.tensor(values, dtype=torch.uint8).view(1, 1, -1, 1, 1).expand(1, 3, -1, 8, 8)
 
-    analyze.play([gray(20, 80, 160, 240), gray(50, 200)], ["clip", "run"], "a title", tmp_path / "x.gif")
+    videos = [("clip", gray(20, 80, 160, 240)), ("run", gray(50, 200))]
+    pictures.write_movie(pictures.render(videos, "a title"), tmp_path / "x.gif")
     image, found = PIL.Image.open(tmp_path / "x.gif"), []
     for n in range(image.n_frames):
         image.seek(n)
@@ -670,15 +675,15 @@ def test_every_row_of_a_moving_picture_plays_at_its_own_pace(tmp_path):
     assert np.abs(np.array(found) - [(20, 50), (80, 50), (160, 200), (240, 200)]).max() < 8
 
 
-def test_nothing_hidden_shows_in_a_reconstruction(teacher, drawn, monkeypatch):
-    """Whatever brightness, contrast and content the hidden tubelets have, the teacher fills in the same."""
+def test_reconstruction_does_not_depend_on_hidden_pixels(teacher, drawn, monkeypatch):
+    """Whatever the brightness, contrast and content of hidden tubelets, context and predictions stay the same."""
     clips = data.Synthetic(4, 32, 1).batch(range(2)).clips
     mask = sample_masks(load_checkpoint(teacher)["args"]["mask"], (2, 4, 4), 2, generator(0), "random")[0]
     seen = torch.zeros(2, 32, dtype=torch.bool).scatter(1, mask.context_ids, True)
     pixels = tubelets(clips, 2, 8)
     pixels[~seen] = (pixels[~seen] * 0.4 + 120).to(torch.uint8)
     for shown in (clips, untubelets(pixels, (2, 4, 4), 2, 8)):
-        monkeypatch.setattr(analyze, "some_clips", lambda *_, shown=shown: shown)
+        monkeypatch.setattr(pictures, "load_clips", lambda *_, shown=shown: shown)
         run_script(analyze, "reconstruct", teacher, "--clips", 2)
     before, after = (np.stack(rows_of(figure, 4)).reshape(2, 3, 4, 32, 32, 3) for figure in drawn)
     assert np.abs(before[:, 0].astype(int) - after[:, 0]).mean() > 10
@@ -694,13 +699,13 @@ def test_nothing_hidden_shows_in_a_reconstruction(teacher, drawn, monkeypatch):
     assert filled[asked].float().std(1).min() > 0
 
 
-def test_a_reconstruction_is_what_the_teacher_predicts(teacher, drawn, monkeypatch):
-    """In the units of its neighbors: where all that is visible is alike, predictions are scaled and shifted by it."""
+def test_reconstruction_undoes_the_normalization_of_pixels(teacher, drawn, monkeypatch):
+    """Predictions are scaled and shifted by the context's standard deviation and mean, here the same everywhere."""
     bright, dark = (torch.arange(2 * 64) % 2 * 100 + offset for offset in (100, 20))
-    tubelet = torch.cat((bright, dark, dark)).to(torch.uint8)  # (P,), the same everywhere
+    tubelet = torch.cat((bright, dark, dark)).to(torch.uint8)  # (P,)
     clips = untubelets(tubelet.expand(1, 32, -1), (2, 4, 4), 2, 8)
-    monkeypatch.setattr(analyze, "some_clips", lambda *_: clips)
-    monkeypatch.setattr(analyze, "load_predictor", lambda _: lambda x, c, t, *_: torch.full((*t.shape, 384), 0.5))
+    monkeypatch.setattr(pictures, "load_clips", lambda *_: clips)
+    monkeypatch.setattr(pictures, "load_predictor", lambda _: lambda x, c, t, *_: torch.full((*t.shape, 384), 0.5))
     run_script(analyze, "reconstruct", teacher, "--clips", 1)
     filled = np.stack(rows_of(drawn[0], 4)[2]).reshape(-1, 3).astype(int)
     std = torch.tensor([0.0, 100]).repeat(64).std().item()
@@ -709,12 +714,12 @@ def test_a_reconstruction_is_what_the_teacher_predicts(teacher, drawn, monkeypat
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# what cannot be done
+# errors
 
 
 @pytest.fixture(scope="module")
 def broken(teacher, tmp_path_factory):
-    """Folders with something wrong, by name."""
+    """A folder of broken run folders."""
     folder = tmp_path_factory.mktemp("broken")
     (folder / "empty").mkdir()
     for name, text in {"cut": '{"weights": "enc', "other": "{}", "list": "[1, 2]", "blank": ""}.items():
@@ -730,14 +735,14 @@ COMMANDS = ["curves", "reconstruct", "features", "rankme", "table", "pareto", "c
 @pytest.mark.parametrize("name", ["missing", "empty", "cut", "other", "list", "blank"])
 @pytest.mark.parametrize("command", COMMANDS)
 def test_wrong_runs_end_in_one_line(command, name, broken, tmp_path, capfd):
-    """Which says where."""
+    """The line names the folder."""
     error = refusal(capfd, analyze, command, broken / name, "--save", tmp_path / "x")
     assert str(broken / name) in error and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("command", ["table", "pareto", "correlate"])
-def test_probes_of_what_is_gone(command, student, probe_of, tmp_path, capfd):
-    """The checkpoint, or its teacher."""
+def test_probes_of_missing_checkpoints(command, student, probe_of, tmp_path, capfd):
+    """The checkpoint is gone, or its teacher is."""
     checkpoint = load_checkpoint(student)
     checkpoint["args"]["teacher"] = str(tmp_path / "gone")
     torch.save(checkpoint, tmp_path / "orphan.pt")
@@ -746,16 +751,16 @@ def test_probes_of_what_is_gone(command, student, probe_of, tmp_path, capfd):
         assert f"no checkpoint at {tmp_path / 'gone'}" in error and not (tmp_path / "x.png").exists()
 
 
-def test_a_damaged_log(student, tmp_path):
-    """A killed run may leave half a line; the lines before it count."""
+def test_log_with_an_incomplete_last_line(student, tmp_path):
+    """A killed run may leave half a line; the lines before it are read."""
     run = shutil.copytree(student, tmp_path / "run")
     with open(run / "metrics.jsonl", "a") as file:
         file.write('{"step": 7, "lo')
-    assert analyze.lineage(run)[0]["loss"] == last(student)["loss"]
+    assert analyze.lineage(run)[0].loss == last_line(student)["loss"]
 
 
 @pytest.mark.parametrize(
-    "flags, says",
+    "flags, message",
     [
         (["reconstruct", "STUDENT"], "holds student weights; only a teacher predicts pixels"),
         (["reconstruct", "EMA"], "holds ema weights; only a teacher predicts pixels"),
@@ -769,9 +774,11 @@ def test_a_damaged_log(student, tmp_path):
         (["show", "STUDENT"], "show"),
     ],
 )
-def test_wrong_flags_end_in_one_line(flags, says, runs, tmp_path, capfd):
+def test_wrong_flags_end_in_one_line(flags, message, runs, tmp_path, capfd):
     flags = [str(runs / f.lower()) if f.isupper() else f for f in flags]
-    assert says in refusal(capfd, analyze, *flags, *["--save", tmp_path / "x.png"] * (flags[0] != "show"))
+    if flags[0] in COMMANDS:
+        flags += ["--save", tmp_path / "x.png"]
+    assert message in refusal(capfd, analyze, *flags)
     assert not (tmp_path / "x.png").exists()
 
 
