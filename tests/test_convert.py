@@ -1,4 +1,4 @@
-"""Weights carried over compute the same: our networks against Hugging Face's VJEPA2, and V-JEPA 2's own file format."""
+"""tools/convert.py: converted weights compute the same as Hugging Face's VJEPA2 and as V-JEPA 2's own files."""
 
 import os
 import re
@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import randomize
+from conftest import randomize, refusal, run_script
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from model import AttentiveProbe, Encoder, Predictor, build, gather, load_checkpoint, load_encoder, load_predictor
 from tools import convert
 
@@ -30,10 +29,10 @@ def hf_config(**changes):
 
 @pytest.fixture
 def hf(tmp_path):
-    """A random VJEPA2Model, its folder, and our checkpoint of it, converted by the command line."""
+    """A random VJEPA2Model, its folder, and a run folder with the checkpoint converted from it."""
     model = randomize(transformers.VJEPA2Model(hf_config()))
     model.save_pretrained(tmp_path / "hf")
-    convert.main(["from-hf", str(tmp_path / "hf"), str(tmp_path / "run")])
+    run_script(convert, "from-hf", tmp_path / "hf", tmp_path / "run")
     return model, tmp_path / "hf", tmp_path / "run"
 
 
@@ -51,26 +50,15 @@ def clips():
 
 
 def some_ids():
-    """Context and target ids, unsorted, other ones for each clip."""
+    """Unsorted context and target ids that differ between clips."""
     order = torch.rand(2, N, generator=torch.Generator().manual_seed(2)).argsort(1)
     return order[:, :7], order[:, 7:15]
 
 
-def same(a, b):
+def assert_same(a, b):
     assert a.keys() == b.keys()
     for k in a:
         assert torch.equal(a[k], b[k]), k
-
-
-def fails(capsys, *argv):
-    """Run the command line, which must refuse in one line; returns it."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        convert.main([str(a) for a in argv])
-    error = capsys.readouterr().err
-    assert stop.value.code == 2
-    assert error.startswith("convert: ") and error.count("\n") == 1
-    return error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -106,17 +94,17 @@ def test_predictor_agrees_with_hf(hf):
     tokens = torch.randn(2, N, WIDTH)
     expected = model.predictor(tokens, [context_ids], [target_ids]).last_hidden_state
     context = gather(tokens, context_ids)
-    # Hugging Face always takes the second mask token.
+    # Hugging Face always uses the second mask token.
     torch.testing.assert_close(predictor(context, context_ids, target_ids, GRID, mask_index=1), expected, **CLOSE)
     assert not torch.allclose(predictor(context, context_ids, target_ids, GRID, mask_index=0), expected, atol=1e-3)
 
 
-def test_hf_to_ours_to_hf_is_bitwise(hf, tmp_path):
+def test_hf_to_ours_to_hf_is_exact(hf, tmp_path):
     model, _, run = hf
-    convert.main(["to-hf", str(run), str(tmp_path / "again")])
+    run_script(convert, "to-hf", run, tmp_path / "again")
     again, loading = transformers.VJEPA2Model.from_pretrained(tmp_path / "again", output_loading_info=True)
     assert not loading["missing_keys"] and not loading["unexpected_keys"]
-    same(again.state_dict(), model.state_dict())
+    assert_same(again.state_dict(), model.state_dict())
     fields = hf_config().to_dict().keys() & {k for k in hf_config().to_dict() if re.search("size|num_|ratio|eps", k)}
     for k in fields - {"num_pooler_layers"}:
         assert getattr(again.config, k) == getattr(model.config, k), k
@@ -127,38 +115,38 @@ def test_hf_to_ours_to_hf_is_bitwise(hf, tmp_path):
 def test_ours_to_hf_to_ours(tmp_path, file):
     ours = our_checkpoint()
     torch.save(ours, tmp_path / "checkpoint.pt")
-    convert.main(["to-hf", str(tmp_path / "checkpoint.pt" if file else tmp_path), str(tmp_path / "hf")])
+    run_script(convert, "to-hf", tmp_path / "checkpoint.pt" if file else tmp_path, tmp_path / "hf")
     assert {"config.json", "model.safetensors"} <= set(os.listdir(tmp_path / "hf"))
     model = transformers.VJEPA2Model.from_pretrained(tmp_path / "hf").eval()
     x = clips()
     tokens = model(x.transpose(1, 2), skip_predictor=True).last_hidden_state
     torch.testing.assert_close(load_encoder(tmp_path)(x), tokens, **CLOSE)
 
-    convert.main(["from-hf", str(tmp_path / "hf"), str(tmp_path / "back.pt")])
+    run_script(convert, "from-hf", tmp_path / "hf", tmp_path / "back.pt")
     back = load_checkpoint(tmp_path / "back.pt")
     assert back["model"] == ours["model"]
-    same(back["encoder"], ours["encoder"])
-    same(back["predictor"], ours["predictor"])
+    assert_same(back["encoder"], ours["encoder"])
+    assert_same(back["predictor"], ours["predictor"])
 
 
 @pytest.mark.parametrize("out_width", [1536, 40])
-def test_predictor_of_another_width_is_left_out_and_said(tmp_path, capsys, out_width):
+def test_predictor_of_another_width_is_left_out_with_a_message(tmp_path, capsys, out_width):
     ours = our_checkpoint(out_width)
     torch.save(ours, tmp_path / "checkpoint.pt")
-    convert.main(["to-hf", str(tmp_path), str(tmp_path / "hf")])
+    run_script(convert, "to-hf", tmp_path, tmp_path / "hf")
     assert f"predictor: left out (it predicts {out_width}" in capsys.readouterr().out
     _, loading = transformers.VJEPA2Model.from_pretrained(tmp_path / "hf", output_loading_info=True)
     assert loading["missing_keys"] and all(k.startswith("predictor.") for k in loading["missing_keys"])
 
-    convert.main(["from-hf", str(tmp_path / "hf"), str(tmp_path / "back")])
+    run_script(convert, "from-hf", tmp_path / "hf", tmp_path / "back")
     assert "the encoder alone" in capsys.readouterr().out
-    same(load_encoder(tmp_path / "back").state_dict(), ours["encoder"])
+    assert_same(load_encoder(tmp_path / "back").state_dict(), ours["encoder"])
     assert "predictor" not in load_checkpoint(tmp_path / "back")
 
 
 def test_matched_tensors_are_counted(hf, capsys, tmp_path):
     model, folder, _ = hf
-    convert.main(["from-hf", str(folder), str(tmp_path / "counted.pt")])
+    run_script(convert, "from-hf", folder, tmp_path / "counted.pt")
     counts = {name: len(getattr(model, name).state_dict()) for name in ("encoder", "predictor")}
     lines = capsys.readouterr().out.splitlines()
     assert lines[:2] == [f"{name}: {n} of {n} tensors matched" for name, n in counts.items()]
@@ -171,10 +159,10 @@ def test_hf_ratio_survives_truncation():
     assert convert.hf_ratio(6144, 1408) == 48 / 11 and convert.hf_ratio(8192, 1664) == 64 / 13
 
 
-def test_half_precision_hf_weights_come_as_float32(hf, tmp_path):
+def test_half_precision_hf_weights_become_float32(hf, tmp_path):
     model, _, _ = hf
     model.to(torch.bfloat16).save_pretrained(tmp_path / "half")
-    convert.main(["from-hf", str(tmp_path / "half"), str(tmp_path / "half.pt")])
+    run_script(convert, "from-hf", tmp_path / "half", tmp_path / "half.pt")
     assert {p.dtype for p in load_encoder(tmp_path / "half.pt").parameters()} == {torch.float32}
 
 
@@ -184,7 +172,7 @@ def test_half_precision_hf_weights_come_as_float32(hf, tmp_path):
 
 @torch.no_grad()
 def test_probe_agrees_with_hf_both_ways():
-    # An epsilon so large that a LayerNorm with another one would show.
+    # With so large an epsilon, a LayerNorm with another epsilon would give other values.
     model = randomize(transformers.VJEPA2ForVideoClassification(hf_config(layer_norm_eps=0.1)))
     theirs = {k: v for k, v in model.state_dict().items() if not k.startswith("vjepa2.")}
     ours = convert.probe_from_hf(model.state_dict())
@@ -192,7 +180,7 @@ def test_probe_agrees_with_hf_both_ways():
     probe = build(AttentiveProbe, config, ours).eval()
     tokens = torch.randn(4, N, WIDTH)
     torch.testing.assert_close(probe(tokens), model.classifier(model.pooler(tokens)), **CLOSE)
-    same(convert.probe_to_hf(ours), theirs)
+    assert_same(convert.probe_to_hf(ours), theirs)
     del theirs["pooler.cross_attention_layer.cross_attn.k_proj.bias"]
     with pytest.raises(ValueError, match=r"missing pooler\.cross_attention_layer\.cross_attn\.k_proj\.bias$"):
         convert.probe_from_hf(theirs)
@@ -203,7 +191,7 @@ def test_probe_agrees_with_hf_both_ways():
 
 
 def vjepa2_file(checkpoint):
-    """What V-JEPA 2 would have saved, renamed by hand: independent of convert.py's tables."""
+    """The file that V-JEPA 2 would have saved, renamed by hand, without the tables in tools/convert.py."""
     encoder, predictor = dict(checkpoint["encoder"]), dict(checkpoint["predictor"])
     encoder["patch_embed.proj.weight"] = encoder.pop("patch_embed.weight").reshape(-1, 3, 2, 16, 16)
     encoder["patch_embed.proj.bias"] = encoder.pop("patch_embed.bias")
@@ -232,7 +220,7 @@ FLAGS = ("--heads", 3, "--predictor-heads", 2)
 
 
 def from_vjepa2(path, out, *flags):
-    convert.main([str(a) for a in ("from-vjepa2", path, out, *flags)])
+    run_script(convert, "from-vjepa2", path, out, *flags)
 
 
 @torch.no_grad()
@@ -254,16 +242,16 @@ def test_vjepa2_file(released, tmp_path, capsys):
     assert (checkpoint["kind"], checkpoint["step"], checkpoint["args"]) == ("vjepa2", 0, {})
 
 
-def test_vjepa2_key_and_recorded_sizes(released, tmp_path):
+def test_vjepa2_flags_for_key_frames_and_resolution(released, tmp_path):
     ours, _, path = released
     from_vjepa2(path, tmp_path / "a.pt", *FLAGS, "--key", "encoder", "--num-frames", 16, "--resolution", 224)
     encoder = load_encoder(tmp_path / "a.pt")
-    same(encoder.state_dict(), {k: v + 1 for k, v in ours["encoder"].items()})
+    assert_same(encoder.state_dict(), {k: v + 1 for k, v in ours["encoder"].items()})
     assert (encoder.config["num_frames"], encoder.config["resolution"]) == (16, 224)
 
 
 def test_heads_of_vit_g():
-    # Only shapes are needed, so nothing of the giant is allocated.
+    # Only shapes are needed, so nothing is allocated.
     shapes = {"patch_embed.proj.weight": (1408, 3, 2, 16, 16), "blocks.39.norm1.bias": (1408,),
               "blocks.0.mlp.fc1.weight": (6144, 1408)}  # fmt: skip
     weights = {k: torch.empty(v, device="meta") for k, v in shapes.items()}
@@ -276,14 +264,14 @@ def test_heads_of_vit_g():
 
 @torch.no_grad()
 @pytest.mark.parametrize("heads", [16, 22])
-def test_heads_reach_hf_and_the_computation(tmp_path, heads):
-    # A ViT-g of one narrowed block: both head counts divide 704.
+def test_number_of_heads_reaches_hf_and_the_computation(tmp_path, heads):
+    # One block of half a ViT-g's width, 704, which both numbers of heads divide.
     ours = our_checkpoint(width=704, depth=1, heads=heads, mlp_ratio=0.25, out_width=704)
     torch.save(ours, tmp_path / "checkpoint.pt")
-    convert.main(["to-hf", str(tmp_path), str(tmp_path / "hf")])
+    run_script(convert, "to-hf", tmp_path, tmp_path / "hf")
     model, x = transformers.VJEPA2Model.from_pretrained(tmp_path / "hf").eval(), clips()
     assert model.config.num_attention_heads == heads
-    # Looser than elsewhere: with weights this large the sums over 1536 pixels and 704 channels round at 1e-5.
+    # Looser than elsewhere: sums over 1536 pixels and 704 channels of such large weights have rounding errors of 1e-5.
     torch.testing.assert_close(
         load_encoder(tmp_path)(x), model(x.transpose(1, 2), skip_predictor=True).last_hidden_state, atol=1e-4, rtol=1e-4
     )
@@ -293,11 +281,11 @@ def test_heads_reach_hf_and_the_computation(tmp_path, heads):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# refusals
+# errors
 
 
 @pytest.mark.parametrize("part", ["target_encoder", "predictor"])
-@pytest.mark.parametrize("problem", ["missing", "unexpected", "wrongly shaped"])
+@pytest.mark.parametrize("problem", ["missing", "unexpected", "misshapen"])
 def test_vjepa2_file_that_does_not_fit(released, tmp_path, capsys, part, problem):
     _, file, path = released
     stem = "predictor_" if part == "predictor" else ""
@@ -313,19 +301,19 @@ def test_vjepa2_file_that_does_not_fit(released, tmp_path, capsys, part, problem
         weights["module.backbone." + key] = torch.zeros(5, 6)
         message = f"{key} is (5, 6), not"
     torch.save(file, path)
-    error = fails(capsys, "from-vjepa2", path, tmp_path / "run", *FLAGS)
+    error = refusal(capsys, convert, "from-vjepa2", path, tmp_path / "run", *FLAGS)
     assert message in error and error.count(";") == 0
     assert not (tmp_path / "run").exists()
 
 
-def test_vjepa2_file_with_a_lost_mask_token(released, tmp_path, capsys):
+def test_vjepa2_file_without_its_first_mask_token(released, tmp_path, capsys):
     _, file, path = released
     del file["predictor"]["module.backbone.mask_tokens.0"]
     torch.save(file, path)
-    assert "missing mask_tokens.0" in fails(capsys, "from-vjepa2", path, tmp_path / "run", *FLAGS)
+    assert "missing mask_tokens.0" in refusal(capsys, convert, "from-vjepa2", path, tmp_path / "run", *FLAGS)
 
 
-@pytest.mark.parametrize("problem", ["missing", "unexpected", "wrongly shaped"])
+@pytest.mark.parametrize("problem", ["missing", "unexpected", "misshapen"])
 def test_hf_folder_that_does_not_fit(hf, tmp_path, capsys, problem):
     from safetensors.torch import load_file, save_file
 
@@ -339,7 +327,7 @@ def test_hf_folder_that_does_not_fit(hf, tmp_path, capsys, problem):
     else:
         weights[key] = torch.zeros(WIDTH + 1)
     save_file(weights, file, metadata={"format": "pt"})
-    error = fails(capsys, "from-hf", hf[1], tmp_path / "refused.pt")
+    error = refusal(capsys, convert, "from-hf", hf[1], tmp_path / "refused.pt")
     expected = dict(missing=f"missing {key}", unexpected="unexpected encoder.layer.1.extra").get(
         problem, f"{key} is (49,)"
     )
@@ -347,15 +335,15 @@ def test_hf_folder_that_does_not_fit(hf, tmp_path, capsys, problem):
     assert not (tmp_path / "refused.pt").exists()
 
 
-def test_hf_config_we_cannot_compute(hf, tmp_path, capsys):
+def test_hf_config_that_our_networks_cannot_have(hf, tmp_path, capsys):
     model, folder, _ = hf
     model.config.layer_norm_eps = 1e-5
     model.config.save_pretrained(folder)
-    assert "layer_norm_eps" in fails(capsys, "from-hf", folder, tmp_path / "refused")
+    assert "layer_norm_eps" in refusal(capsys, convert, "from-hf", folder, tmp_path / "refused")
     transformers.ViTConfig().save_pretrained(folder)
-    assert "vit" in fails(capsys, "from-hf", folder, tmp_path / "refused")
+    assert "vit" in refusal(capsys, convert, "from-hf", folder, tmp_path / "refused")
     (folder / "config.json").write_text("{")
-    fails(capsys, "from-hf", folder, tmp_path / "refused")
+    refusal(capsys, convert, "from-hf", folder, tmp_path / "refused")
 
 
 class RunsCode:
@@ -363,7 +351,7 @@ class RunsCode:
         return os.mkdir, (os.environ["CONVERT_TEST_TRAP"],)
 
 
-def test_files_that_are_no_checkpoints(tmp_path, capsys, monkeypatch):
+def test_files_that_are_not_checkpoints(tmp_path, capsys, monkeypatch):
     trap = tmp_path / "trap"
     monkeypatch.setenv("CONVERT_TEST_TRAP", str(trap))
     text, pickled, number, empty = (tmp_path / name for name in ("text.pt", "pickled.pt", "number.pt", "empty.pt"))
@@ -373,26 +361,26 @@ def test_files_that_are_no_checkpoints(tmp_path, capsys, monkeypatch):
     torch.save(5, number)
     for command in ("from-vjepa2", "to-hf"):
         for file in (text, pickled, number, empty):
-            assert str(file) in fails(capsys, command, file, tmp_path / "out")
-        assert "no" in fails(capsys, command, tmp_path / "nowhere", tmp_path / "out")
+            assert str(file) in refusal(capsys, convert, command, file, tmp_path / "out")
+        assert "no" in refusal(capsys, convert, command, tmp_path / "nowhere", tmp_path / "out")
     torch.save({"target_encoder": {"a": 1}, "predictor": {}}, number)
-    assert "no state dict 'target_encoder'" in fails(capsys, "from-vjepa2", number, tmp_path / "out")
-    fails(capsys, "from-hf", tmp_path / "nowhere", tmp_path / "out")
-    fails(capsys, "from-hf", tmp_path, tmp_path / "out")
+    assert "no state dict 'target_encoder'" in refusal(capsys, convert, "from-vjepa2", number, tmp_path / "out")
+    refusal(capsys, convert, "from-hf", tmp_path / "nowhere", tmp_path / "out")
+    refusal(capsys, convert, "from-hf", tmp_path, tmp_path / "out")
     assert not trap.exists() and not (tmp_path / "out").exists()
 
 
 def test_damaged_safetensors(hf, tmp_path, capsys):
     (hf[1] / "model.safetensors").write_bytes(b"\0" * 64)
-    assert "cannot be read" in fails(capsys, "from-hf", hf[1], tmp_path / "refused")
+    assert "cannot be read" in refusal(capsys, convert, "from-hf", hf[1], tmp_path / "refused")
 
 
-def test_nothing_is_overwritten_and_nothing_half_written_stays(hf, released, tmp_path, capsys, monkeypatch):
+def test_nothing_is_overwritten_and_no_incomplete_file_remains(hf, released, tmp_path, capsys, monkeypatch):
     _, folder, run = hf
     before = (run / "checkpoint.pt").read_bytes()
-    assert "exists already" in fails(capsys, "from-vjepa2", released[2], run, *FLAGS)
-    assert "exists already" in fails(capsys, "from-hf", folder, run)
-    assert "exists already" in fails(capsys, "to-hf", run, folder)
+    assert "exists already" in refusal(capsys, convert, "from-vjepa2", released[2], run, *FLAGS)
+    assert "exists already" in refusal(capsys, convert, "from-hf", folder, run)
+    assert "exists already" in refusal(capsys, convert, "to-hf", run, folder)
     assert (run / "checkpoint.pt").read_bytes() == before
 
     def full_disk(checkpoint, path):
@@ -400,17 +388,17 @@ def test_nothing_is_overwritten_and_nothing_half_written_stays(hf, released, tmp
         raise OSError("disk full")
 
     monkeypatch.setattr(torch, "save", full_disk)
-    assert "disk full" in fails(capsys, "from-hf", folder, tmp_path / "new")
+    assert "disk full" in refusal(capsys, convert, "from-hf", folder, tmp_path / "new")
     assert not list((tmp_path / "new").iterdir())
 
 
 def test_unknown_width_and_impossible_heads(released, tmp_path, capsys):
     path = released[2]
-    assert "--heads" in fails(capsys, "from-vjepa2", path, tmp_path / "run")
-    assert "7 heads" in fails(capsys, "from-vjepa2", path, tmp_path / "run", "--heads", 7)
+    assert "--heads" in refusal(capsys, convert, "from-vjepa2", path, tmp_path / "run")
+    assert "7 heads" in refusal(capsys, convert, "from-vjepa2", path, tmp_path / "run", "--heads", 7)
 
 
 def test_without_transformers(hf, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    assert "pip install transformers" in fails(capsys, "to-hf", hf[2], tmp_path / "x")
-    assert "pip install transformers" in fails(capsys, "from-hf", hf[1], tmp_path / "x")
+    assert "pip install transformers" in refusal(capsys, convert, "to-hf", hf[2], tmp_path / "x")
+    assert "pip install transformers" in refusal(capsys, convert, "from-hf", hf[1], tmp_path / "x")

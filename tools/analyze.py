@@ -506,7 +506,8 @@ def parse_args():
     flag = add_command(pareto, "png", probes, nargs="*")
     flag("--paper", action="store_true", help="count FLOPs as the paper does, and add the points of its table 1")
     flag = add_command(correlate, "png", probes)
-    flag("--against", nargs="+", choices=AGAINST, default=["loss"], help="what to correlate the accuracy with")
+    flag("--against", nargs="+", metavar="NAME", choices=AGAINST, default=["loss"],
+         help=f"what to correlate the accuracy with: {', '.join(AGAINST)}")  # fmt: skip
     add_embedding_flags(flag)
     return parser.parse_args()
 

@@ -86,7 +86,7 @@ def reconstruct(args):
     for b in range(len(clips)):
         rows += [("clip", clips[b]), ("context", context[b]), ("predicted", predicted[b])]
     title = (
-        f"{run}\nTop to bottom: clip, the context that the teacher sees, context and predicted pixels.\n"
+        f"{run}\nTop to bottom: the clip, the context (all that the encoder sees), context and predicted pixels.\n"
         "Left to right: time. Gray: neither context nor predicted.\n"
         "Brightness and contrast of the predictions are estimated from nearby context."
     )
