@@ -1,5 +1,6 @@
-"""What several tests need: small videos whose frames carry their number, the scripts run in this process, tiny runs."""
+"""Shared by several test files: small videos with numbered frames, and tiny training runs in this process."""
 
+import json
 import os
 import shlex
 import sys
@@ -12,10 +13,12 @@ import PIL.Image
 import pytest
 import torch
 
+from model import load_checkpoint
+
 os.environ["OMP_NUM_THREADS"] = "1"  # for loader workers and subprocesses
 torch.set_num_threads(1)
 
-# For tests that a machine with a GPU runs on it as well: `pytest -k cuda`.
+# For tests that run on the CPU, and also on a GPU if there is one: `pytest -k cuda`.
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU")
 DEVICES = ["cpu", pytest.param("cuda", marks=NO_GPU)]
 
@@ -27,23 +30,28 @@ TINY = shlex.split(
     "--predictor-depth 1 --predictor-heads 2 --batch-size 4 --steps 6 --warmup-steps 2 --workers 0 --device cpu "
     "--log-every 1 --save-every 2 --clip-grad 1 --lr 3e-3"
 )
+# The metrics of a log line that do not depend on how fast the machine is.
+EXACT_METRICS = "step loss grad_norm lr weight_decay context_kept context_lost target_kept flops".split()
+
+# ---------------------------------------------------------------------------------------------------------------------
+# videos and images
 
 
 def numbered(n, size=32):
-    """A gray frame that carries n < 256: its low four bits in the brightness of the left half, the high ones right."""
+    """A gray frame that encodes n < 256 as brightness: the low four bits in its left half, the high four in its right."""
     frame = np.empty((size, size, 3), np.uint8)
     frame[:, : size // 2], frame[:, size // 2 :] = n % 16 * 16 + 8, n // 16 * 16 + 8
     return frame
 
 
 def frame_numbers(frames):
-    """What `numbered` put into the frames of a clip (T, 3, H, W)."""
+    """The numbers that `numbered` encoded in the frames of a clip (T, 3, H, W)."""
     low, high = (half.float().mean((1, 2, 3)).div(16).floor().int() for half in frames.chunk(2, dim=3))
     return (low + 16 * high).tolist()
 
 
 def write_video(path, frames, gop=12, bframes=0, rate=25, codec="libx264", start=0, pts=None):
-    """Encode frames (an iterable of (H, W, 3) arrays); `start` shifts the time stamps, pts gives them, in frames."""
+    """Encode frames, an iterable of (H, W, 3) arrays, with time stamps `start` + `pts` (default 0, 1, 2, ...), in frames."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=rate)
         stream.time_base = 1 / Fraction(rate)
@@ -62,6 +70,7 @@ def write_video(path, frames, gop=12, bframes=0, rate=25, codec="libx264", start
 
 
 def flat(value, size=32):
+    """A frame of a single gray value."""
     return np.full((size, size, 3), value, np.uint8)
 
 
@@ -70,8 +79,12 @@ def write_image(image, path):
     PIL.Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# networks and scripts
+
+
 def randomize(module):
-    """Give every parameter, zero-initialized ones too, values that matter; deterministic."""
+    """Set every parameter, even those initialized to zero, to fixed random values. Returns the module in eval mode."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, p in module.named_parameters():
@@ -80,14 +93,14 @@ def randomize(module):
 
 
 def run_script(module, *flags):
-    """Call a script's main() with these flags."""
+    """Run a script's main() with these flags, in this process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [module.__file__, *map(str, flags)])
         module.main()
 
 
 def refusal(capfd, module, *flags):
-    """Run a script that must refuse: exit status 2 and one line on stderr, which is returned."""
+    """Run a script that must exit with status 2 and a one-line error. Returns that line."""
     capfd.readouterr()
     with pytest.raises(SystemExit) as stop:
         run_script(module, *flags)
@@ -95,6 +108,15 @@ def refusal(capfd, module, *flags):
     assert stop.value.code == 2
     assert error.startswith(f"{Path(module.__file__).name}: ") and error.count("\n") == 1, error
     return error
+
+
+def extra_flags(script, teacher):
+    """The flags of a training script beyond those that all of them have. The EMA teacher moves visibly."""
+    return {
+        "train_teacher": (),
+        "train_student": ("--teacher", teacher),
+        "train_ema_baseline": ("--ema-momentum", 0.9, "--final-ema-momentum", 1, "--ema-stretch", 1.5),
+    }[script.__name__]
 
 
 @pytest.fixture(scope="session")
@@ -109,9 +131,51 @@ def teacher(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def student(teacher):
-    """The folder of a finished tiny stage-2 run, of another width than its teacher."""
+    """The folder of a finished tiny stage-2 run. The student is wider than its teacher."""
     import train_student
 
     out = teacher.parent / "student"
     run_script(train_student, *TINY, "--width", 48, "--out", out, "--teacher", teacher)
     return out
+
+
+@pytest.fixture(scope="session")
+def ema(tmp_path_factory):
+    """The folder of a finished tiny run of the baseline, with the default EMA flags."""
+    import train_ema_baseline
+
+    out = tmp_path_factory.mktemp("runs") / "ema"
+    run_script(train_ema_baseline, *TINY, "--out", out)
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what a run leaves behind
+
+
+def read_metrics(out, *names):
+    """The lines of a run's metrics.jsonl: dictionaries, or lists of the named metrics."""
+    lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    return [[line[name] for name in names] for line in lines] if names else lines
+
+
+def saved_states(out):
+    """The names of everything in a run's resume/ folder, sorted."""
+    return sorted(path.name for path in (out / "resume").iterdir())
+
+
+def same_tensors(a, b):
+    """Whether two state dicts hold the same tensors, to the last bit."""
+    return a.keys() == b.keys() and all(torch.equal(x, b[name]) for name, x in a.items())
+
+
+def same_checkpoints(a, b):
+    """Whether two runs saved the same step and the same weights, to the last bit."""
+    a, b = load_checkpoint(a), load_checkpoint(b)
+    networks = {"encoder", "predictor", "student"} & a.keys()
+    return a["step"] == b["step"] and a.keys() == b.keys() and all(same_tensors(a[name], b[name]) for name in networks)
+
+
+def truncate(path, size=3000):
+    """Cut a file to its first `size` bytes."""
+    path.write_bytes(path.read_bytes()[:size])
