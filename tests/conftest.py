@@ -31,14 +31,14 @@ TINY = shlex.split(
     "--log-every 1 --save-every 2 --clip-grad 1 --lr 3e-3"
 )
 # The metrics of a log line that do not depend on how fast the machine is.
-EXACT_METRICS = "step loss grad_norm lr weight_decay context_kept context_lost target_kept flops".split()
+EXACT_METRICS = shlex.split("step loss grad_norm lr weight_decay context_kept context_lost target_kept flops")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # videos and images
 
 
 def numbered(n, size=32):
-    """A gray frame that encodes n < 256 as brightness: the low four bits in its left half, the high four in its right."""
+    """A gray frame that encodes n < 256 as brightness: the low four bits on the left, the high four on the right."""
     frame = np.empty((size, size, 3), np.uint8)
     frame[:, : size // 2], frame[:, size // 2 :] = n % 16 * 16 + 8, n // 16 * 16 + 8
     return frame
@@ -51,7 +51,7 @@ def frame_numbers(frames):
 
 
 def write_video(path, frames, gop=12, bframes=0, rate=25, codec="libx264", start=0, pts=None):
-    """Encode frames, an iterable of (H, W, 3) arrays, with time stamps `start` + `pts` (default 0, 1, 2, ...), in frames."""
+    """Encode frames, (H, W, 3) arrays. Frame i has time stamp start + pts[i], or start + i without pts, in frames."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=rate)
         stream.time_base = 1 / Fraction(rate)
