@@ -63,19 +63,26 @@ def test_kinetics_finds_files_by_each_of_their_possible_names_and_counts_them(tm
         ("abseiling, tandem", "-aaaaaaaaaa", 12, 22),  # annotated twice
         ("air drumming", "_bbbbbbbbbb", 30, 40),  # the same file again
         ("air drumming", "validation0", 1, 11),  # also in the validation set
-    ]  # fmt: skip
+    ]
     annotations = kinetics_files(tmp_path / "k", train, [("only in val", "validation0", 1, 11)], "validate.csv")
     videos = touch(
-        tmp_path / "v", "train/washing hands/-aaaaaaaaaa_000012_000022.mp4", "train/air_drumming/_bbbbbbbbbb.mkv.webm",
-        "fixed/air drumming/corrupted00_000007_000017.mp4", "val/validation0_000001_000011.MP4",
+        tmp_path / "v",
+        "train/washing hands/-aaaaaaaaaa_000012_000022.mp4",
+        "train/air_drumming/_bbbbbbbbbb.mkv.webm",
+        "fixed/air drumming/corrupted00_000007_000017.mp4",
+        "val/validation0_000001_000011.MP4",
         "replacement/replacement_for_corrupted_k400/corrupted00_000007_000017.mp4",
-        "notes/gone0000000_000005_000015.txt", "train/gone0000000_000005_000015.mp4.part",
-    )  # fmt: skip
+        "notes/gone0000000_000005_000015.txt",
+        "train/gone0000000_000005_000015.mp4.part",
+    )
     run_script(prepare, "k400", "--annotations", annotations, "--videos", videos, "--out", tmp_path / "out")
     text = capfd.readouterr().out
     assert (tmp_path / "out" / "classes.txt").read_text().splitlines() == [
-        "abseiling, tandem", "air drumming", "only in val", "washing hands",
-    ]  # fmt: skip
+        "abseiling, tandem",
+        "air drumming",
+        "only in val",
+        "washing hands",
+    ]
     assert manifest(tmp_path / "out", videos) == [
         ("train/washing hands/-aaaaaaaaaa_000012_000022.mp4", 3),
         ("train/air_drumming/_bbbbbbbbbb.mkv.webm", 1),
@@ -96,15 +103,16 @@ def test_kinetics_finds_files_by_each_of_their_possible_names_and_counts_them(tm
 
 def test_k710_merges_three_sets_without_duplicates_and_without_videos_of_any_validation_set(tmp_path, capfd):
     sets = [
-        kinetics_files(tmp_path / "400", [("Old name", "a", 0, 10), ("massaging person's head", "b", 0, 10)],
-                       [("x", "v4", 0, 10)]),
+        kinetics_files(
+            tmp_path / "400", [("Old name", "a", 0, 10), ("massaging person's head", "b", 0, 10)], [("x", "v4", 0, 10)]
+        ),
         kinetics_files(tmp_path / "600", [("new name", "a", 0, 10), ("x", "a", 50, 60)], [("x", "v6", 0, 10)]),
         kinetics_files(
             tmp_path / "700",
             [("new name", "a", 0, 10), ("massaging persons head", "c", 3, 13), ("x", "v4", 0, 10), ("x", "v6", 70, 80)],
             [("x", "v7", 0, 10), ("x", "v4", 0, 10)],
         ),
-    ]  # fmt: skip
+    ]
     clips = ["a_000000_000010", "a_000050_000060", "b_000000_000010", "c_000003_000013", "v4_000000_000010"]
     videos = touch(tmp_path / "v", *(f"{c}.mp4" for c in [*clips, "v6_000070_000080", "v7_000000_000010"]))
     run_script(prepare, "k710", "--annotations", *sets, "--videos", videos, "--out", tmp_path / "out")
@@ -112,9 +120,11 @@ def test_k710_merges_three_sets_without_duplicates_and_without_videos_of_any_val
     assert classes == ["Old name", "massaging persons head", "new name", "x"]
     got = {path: classes[label] for path, label in manifest(tmp_path / "out", videos)}
     assert got == {
-        "a_000000_000010.mp4": "new name", "c_000003_000013.mp4": "massaging persons head",
-        "a_000050_000060.mp4": "x", "b_000000_000010.mp4": "massaging persons head",
-    }  # fmt: skip
+        "a_000000_000010.mp4": "new name",
+        "c_000003_000013.mp4": "massaging persons head",
+        "a_000050_000060.mp4": "x",
+        "b_000000_000010.mp4": "massaging persons head",
+    }
     text = capfd.readouterr().out
     want = {"annotated": 8, "found": 4, "missing": 0, "duplicate": 2, "excluded": 2, "written": 4, "paper": 657257}
     assert counts(text) == want
@@ -132,8 +142,12 @@ def test_ssv2_drops_brackets_and_keeps_class_numbers(tmp_path, capfd, prefix):
         "Moving part of something": "2",
     }
     write_json(tmp_path / "a" / f"{prefix}labels.json", labels)
-    row = {"id": "78687", "label": "putting a cup on a table", "template": "Putting [something] on [something]",
-           "placeholders": ["a cup", "a table"]}  # fmt: skip
+    row = {
+        "id": "78687",
+        "label": "putting a cup on a table",
+        "template": "Putting [something] on [something]",
+        "placeholders": ["a cup", "a table"],
+    }
     write_json(tmp_path / "a" / f"{prefix}train.json", [row, {"id": "9", "template": "Moving [part] of [something]"}])
     write_json(
         tmp_path / "a" / f"{prefix}validation.json",
@@ -153,9 +167,16 @@ def test_ssv2_drops_brackets_and_keeps_class_numbers(tmp_path, capfd, prefix):
 
 def test_coin_diving48_and_jester(tmp_path):
     def video(kind, number, subset):
-        return {"duration": 9.5, "class": kind, "video_url": "https://www.youtube.com/embed/x", "start": 1.5, "end": 8,
-                "annotation": [{"id": "212", "segment": [2.0, 3.0], "label": "lift"}], "subset": subset,
-                "recipe_type": number}  # fmt: skip
+        return {
+            "duration": 9.5,
+            "class": kind,
+            "video_url": "https://www.youtube.com/embed/x",
+            "start": 1.5,
+            "end": 8,
+            "annotation": [{"id": "212", "segment": [2.0, 3.0], "label": "lift"}],
+            "subset": subset,
+            "recipe_type": number,
+        }
 
     database = {
         "-t1": video("MakeTea", 7, "training"),
@@ -228,9 +249,13 @@ def panda_csv(path, videos):
 
 
 def test_panda70m_samples_all_durations_evenly_and_reproducibly(tmp_path, capfd):
-    spans = [["0:00:00.000", "0:00:03.900"], *(["0:59:58.500", f"1:00:0{i}.000"] for i in (3, 3, 3, 3)),
-             ["0:00:01.000", "0:00:51.000"], ["0:00:00.000", "0:00:50.001"],
-             ["0:00:10.000", "0:00:20.000"]]  # fmt: skip
+    spans = [
+        ["0:00:00.000", "0:00:03.900"],
+        *(["0:59:58.500", f"1:00:0{i}.000"] for i in (3, 3, 3, 3)),
+        ["0:00:01.000", "0:00:51.000"],
+        ["0:00:00.000", "0:00:50.001"],
+        ["0:00:10.000", "0:00:20.000"],
+    ]
     panda_csv(tmp_path / "p.csv", [("-first", spans[:1]), ("second", spans)])
     touch(tmp_path, "v/00000/0000000_00000.mp4", *(f"v/00000/0000001_{i:05}.mp4" for i in range(7)))
     (tmp_path / "v/00000/0000001_00001.json").write_text('{"url": "https://www.youtube.com/watch?v=second"}')
@@ -243,8 +268,14 @@ def test_panda70m_samples_all_durations_evenly_and_reproducibly(tmp_path, capfd)
     first = sample(0)  # four clips of 4.5 s, one of 50 s; the others are too short, too long or missing
     assert len(first) == 3 and ("0000001_00005.mp4", -1) in first
     assert counts(capfd.readouterr().out) == {
-        "annotated": 9, "found": 5, "missing": 1, "duplicate": 0, "excluded": 3, "written": 3, "paper": 2799959,
-    }  # fmt: skip
+        "annotated": 9,
+        "found": 5,
+        "missing": 1,
+        "duplicate": 0,
+        "excluded": 3,
+        "written": 3,
+        "paper": 2799959,
+    }
     assert sample(0) == first and len({tuple(sample(seed)) for seed in range(8)}) > 1
     assert len(sample(0, count=100)) == 5
     panda_csv(tmp_path / "p.csv", [("-first", spans[:1]), ("other", spans)])
@@ -262,8 +293,12 @@ def test_v36m_joins_three_manifests(tmp_path, capfd, monkeypatch):
     run_script(prepare, "v3.6m")
     paths, labels = map(list, data.read_manifest("data/v3.6m/train.csv"))
     assert labels == [-1] * 4
-    assert paths == [str(tmp_path / "data/k710/a.mp4"), str(tmp_path / "data/k710/b c.mp4"), "/abs/1.webm",
-                     str(tmp_path / "data/panda70m/p.mp4")]  # fmt: skip
+    assert paths == [
+        str(tmp_path / "data/k710/a.mp4"),
+        str(tmp_path / "data/k710/b c.mp4"),
+        "/abs/1.webm",
+        str(tmp_path / "data/panda70m/p.mp4"),
+    ]
     text = capfd.readouterr().out
     assert re.search(r"k710 +2 videos, weight 0.5000, 0 duplicates; paper 657,257", text)
     assert re.search(r"panda70m +1 videos, weight 0.2500, 1 duplicates", text) and "3,626,129" in text
@@ -281,7 +316,7 @@ def test_mistakes_are_reported_in_one_line(tmp_path, capfd):
         (["k400", "--annotations", kinetics, kinetics, "--videos", videos], "unrecognized arguments"),
         (["imagenet1k", "--annotations", tmp_path / "x.txt", "--videos", videos], "no x.txt in"),
         (["v3.6m", "--manifests", tmp_path / "no.csv"], "no.csv"),
-    ]:  # fmt: skip
+    ]:
         assert what in refusal(capfd, prepare, *flags)
     write_csv(kinetics / "train.csv", ["some", "table"], ["1", "2"])
     assert "not in k400's format" in refusal(capfd, prepare, "k400", "--annotations", kinetics, "--videos", videos)
@@ -302,3 +337,18 @@ def test_find_files_survives_circular_links_and_names_that_a_manifest_cannot_hol
     os.symlink(tmp_path, tmp_path / "a" / "up")
     (tmp_path / os.fsdecode(b"latin\xe4.mp4")).touch()
     assert prepare.find_files([tmp_path]) == {"1": str(tmp_path / "a" / "1.mp4")}
+
+
+def test_adding_a_dataset_takes_one_reader_and_one_row(tmp_path, capfd, monkeypatch):
+    def pets(annotations, videos):
+        """Pets: two videos."""
+        with prepare.open_annotations(annotations[0], "pets.txt") as file:
+            samples = [prepare.whole_video("train", *line.split()) for line in file]
+        return ["cat", "dog"], samples, prepare.find_files(videos)
+
+    monkeypatch.setitem(prepare.DATASETS, "pets", prepare.Dataset(pets, classes=2))
+    monkeypatch.chdir(tmp_path)
+    touch(tmp_path, "v/1.mp4", "v/2.mp4", "pets.txt").joinpath("pets.txt").write_text("2 dog\n1 cat\n")
+    run_script(prepare, "pets", "--annotations", tmp_path, "--videos", "v")
+    assert manifest(tmp_path / "data" / "pets", tmp_path / "v") == [("2.mp4", 1), ("1.mp4", 0)]
+    assert "2 classes (paper: 2)" in capfd.readouterr().out

@@ -60,9 +60,11 @@ def test_check_reports_videos_that_are_broken_hang_or_crash_the_decoder(videos, 
     good = {"codec": "h264", "width": 32, "height": 32, "frames": 30, "fps": 25.0, "seconds": 1.2}
     assert good.items() <= log["a.mp4"].items() and good.items() <= log["c.mp4"].items()
     assert {n: log[n]["error"] for n in log if "error" in log[n]} == {
-        "text.mp4": "Invalid data found when processing input", "gone.mp4": "No such file or directory",
-        "b.mp4": "the process that read it died (SIGSEGV)", "hangs.mp4": "not done after 2 s",
-    }  # fmt: skip
+        "text.mp4": "Invalid data found when processing input",
+        "gone.mp4": "No such file or directory",
+        "b.mp4": "the process that read it died (SIGSEGV)",
+        "hangs.mp4": "not done after 2 s",
+    }
     assert manifest(videos / "all.clean.csv", videos) == [("a.mp4", 1), ("c.mp4", -1), ("a.mp4", 7)]
     assert "2 videos are good, 4 bad" in capfd.readouterr().out
 
@@ -148,8 +150,12 @@ def test_copy_keeps_frames_and_time_stamps_and_has_a_keyframe_every_12_frames(tm
 
 def test_copy_is_scaled_to_the_short_side_never_enlarged_and_has_even_sides(tmp_path):
     for (height, width), want in [
-        ((51, 35), (50, 34)), ((96, 60), (52, 32)), ((40, 90), (32, 72)), ((1, 1), (2, 2)), ((52, 34), (52, 34)),
-    ]:  # fmt: skip
+        ((51, 35), (50, 34)),
+        ((96, 60), (52, 32)),
+        ((40, 90), (32, 72)),
+        ((1, 1), (2, 2)),
+        ((52, 34), (52, 34)),
+    ]:
         with av.open(str(tmp_path / "v.mp4"), "w") as file:
             stream = file.add_stream("libx264", rate=25, options={"qp": "2", "g": "5"})
             stream.width, stream.height = width, height
@@ -166,10 +172,16 @@ def test_copy_is_scaled_to_the_short_side_never_enlarged_and_has_even_sides(tmp_
         assert not any(frame[2] for frame in others)  # the original's keyframes are not the copy's
 
 
-@pytest.mark.parametrize("matrix, expected", [
-    ((0, 1, -1, 0), lambda p: np.rot90(p, -1)), ((0, -1, 1, 0), np.rot90), ((-1, 0, 0, -1), lambda p: np.rot90(p, 2)),
-    ((-1, 0, 0, 1), np.fliplr), ((1, 0, 0, -1), np.flipud),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "matrix, expected",
+    [
+        ((0, 1, -1, 0), lambda p: np.rot90(p, -1)),
+        ((0, -1, 1, 0), np.rot90),
+        ((-1, 0, 0, -1), lambda p: np.rot90(p, 2)),
+        ((-1, 0, 0, 1), np.fliplr),
+        ((1, 0, 0, -1), np.flipud),
+    ],
+)
 def test_copy_is_upright(tmp_path, matrix, expected):
     picture = flat(30, 64)[:48]
     picture[:24, :32], picture[24:, :32] = (220, 40, 40), (40, 40, 220)

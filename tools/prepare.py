@@ -11,7 +11,7 @@ It prints how many clips of each split are
     annotated   in the annotation files
     found       available as a file
     missing     not available as a file
-    duplicate   annotated before, or in the same file as an earlier clip
+    duplicate   annotated more than once, or in the same file as an earlier clip
     excluded    training clips that a validation set also has (panda70m: clips shorter than 4 s or longer than 50 s)
     written     in the manifest
 
@@ -74,7 +74,7 @@ def kinetics(annotations, videos):
         https://s3.amazonaws.com/kinetics/700_2020/annotations/{train,val}.csv
       Columns: label,youtube_id,time_start,time_end,split
     --videos: folders with files named ID_000012_000022.mp4 (YouTube id, start and end in seconds) or ID.mp4, in any
-      subfolders. If K400 has a file twice, the one in a folder named "replacement..." (for corrupted files) is used.
+      subfolders. K400 has some files twice: the one with "replacement" in its path, for a corrupted one, is used.
     """
     samples = read_kinetics(annotations[0])
     return sorted({s.label for s in samples}), samples, find_files(videos)
@@ -99,6 +99,7 @@ def k710(annotations, videos):
     A clip (YouTube id, start, end) that several sets have is used once, with its label in the newest set. A training
     clip is excluded if any of the three validation sets has a clip of the same video. Classes whose names differ only
     in case or punctuation are merged. val.csv holds all three validation sets.
+
     --annotations: the three folders of k400, k600 and k700, in this order (see `python -m tools.prepare k400 --help`)
     --videos: the video folders of all three
     """
@@ -131,10 +132,11 @@ def ssv2(annotations, videos):
 
 
 def coin(annotations, videos):
-    """COIN: 11,827 instructional videos of 180 tasks. A sample is a whole video.
+    """COIN: 11,827 instructional videos of 180 tasks, one sample per video.
 
     --annotations: folder with COIN.json, from https://github.com/coin-dataset/annotations
-    --videos: folder that download_videos.py from there has filled: TASK/YOUTUBE_ID.mp4
+    --videos: the folder filled by download_videos.py from there, with TASK/YOUTUBE_ID.mp4
+
     Classes are in the order of COIN's task numbers (recipe_type).
     """
     with open_annotations(annotations[0], "COIN.json") as file:
@@ -167,6 +169,7 @@ def jester(annotations, videos):
     --annotations: folder with jester-v1-train.csv, jester-v1-validation.csv ("id;label" lines) and
       jester-v1-labels.csv, from https://www.qualcomm.com/developer/software/jester-dataset
     --videos: the folder 20bn-jester-v1, with ID/00001.jpg, ...; or a folder of videos made from these, ID.mp4
+
     A line of the manifests names a folder of images. `python -m tools.transcode copy` turns them into videos.
     """
     with open_annotations(annotations[0], "jester-v1-labels.csv", "labels.csv") as file:
@@ -187,6 +190,7 @@ def imagenet1k(annotations, videos):
     --annotations: needed only if val has no SYNSET folders. Kaggle's LOC_val_solution.csv, or a text file whose lines
       are the synsets of ILSVRC2012_val_00000001.JPEG and following. The development kit's file of class numbers does
       not work.
+
     Classes are the synsets in alphabetical order.
     """
     files = find_files(videos, IMAGE_SUFFIXES)
@@ -351,9 +355,9 @@ def print_counts(counts, paper_clips):
 # commands
 
 
-def prepare(args):
-    """Write the manifests of a dataset of DATASETS."""
-    dataset, out = DATASETS[args.command], args.out or Path("data") / args.command
+def write_dataset(args):
+    """Write the manifests of one of DATASETS."""
+    dataset = DATASETS[args.command]
     try:
         classes, samples, files = dataset.read(args.annotations, args.videos)
     except (KeyError, ValueError, TypeError, IndexError, csv.Error) as error:
@@ -369,10 +373,10 @@ def prepare(args):
     for split, lines in chosen.items():
         counts[split]["written"] = len(lines)
         if lines:
-            write_manifest(out / f"{split}.csv", [(path, numbers[label]) for path, label in lines])
-    write_lines(out / "classes.txt", classes)
+            write_manifest(args.out / f"{split}.csv", [(path, numbers[label]) for path, label in lines])
+    write_lines(args.out / "classes.txt", classes)
     paper = f" (paper: {dataset.classes})" if dataset.classes else ""
-    print(f"{out / 'classes.txt'}: {len(classes)} classes{paper}")
+    print(f"{args.out / 'classes.txt'}: {len(classes)} classes{paper}")
     print_counts(counts, dataset.clips)
 
 
@@ -381,10 +385,11 @@ def panda70m(args):
 
     --annotations: the csv file that the videos were downloaded with: panda70m_training_full.csv, _10m.csv or _2m.csv,
       from https://github.com/snap-research/Panda-70M/tree/main/dataset_dataloading
-    --videos: folder that video2dataset from there has filled: SHARD/ROW_CLIP.mp4, where 0000012_00003.mp4 is the fourth
-      clip of the csv file's 13th row. VIDEOID_00003.mp4 works too.
-    Each second of duration is a stratum. All strata contribute equally many clips; those with fewer contribute all they
-    have. There are no labels. The default of --count is the paper's number. The sample depends on which files are
+    --videos: the folder filled by video2dataset from there, with SHARD/ROW_CLIP.mp4: 0000012_00003.mp4 is the fourth
+      clip of the csv file's 13th row. Files named VIDEOID_00003.mp4 are found too.
+
+    Each second of duration is a stratum. All strata contribute equally many clips; a stratum with too few contributes
+    all it has. The labels are -1. The default of --count is the paper's number. The sample depends on which files are
     there, on --count and on --seed.
     """
     files = find_files(args.videos)
@@ -393,7 +398,7 @@ def panda70m(args):
     count["written"] = len(chosen)
     if not chosen:
         fail(f"--videos {' '.join(args.videos)}: none of the {count['annotated']:,} clips is there")
-    write_manifest((args.out or Path("data/panda70m")) / "train.csv", [(path, -1) for *_, path in sorted(chosen)])
+    write_manifest(args.out / "train.csv", [(path, -1) for *_, path in sorted(chosen)])
     print(f"clips found per second of duration, from {SHORTEST} s: " + ", ".join(f"{len(s):,}" for s in strata))
     print_counts({"train": count}, PANDA70M_CLIPS)
 
@@ -454,9 +459,10 @@ def draw_evenly(strata, count, rng):
 def v36m(args):
     """V-3.6M: the manifests of K710, SSv2 and the Panda-70M sample joined into one (paper, table 2).
 
-    --manifests: the three manifests, as the commands k710, ssv2 and panda70m write them.
-    Training goes through the joined manifest without weights, so each part is weighted by its size. Labels become -1,
-    because the same number means a different class in each part.
+    --manifests: the three manifests, as the commands k710, ssv2 and panda70m write them
+
+    Training visits every video of the joined manifest once per pass, so each part is weighted by its size. Labels
+    become -1, because the same number means a different class in each part.
     """
     paper = {"panda70m": PANDA70M_CLIPS, **{name: dataset.clips for name, dataset in DATASETS.items()}}
     joined, sizes = {}, {}  # a dictionary drops duplicates and keeps the order
@@ -468,7 +474,7 @@ def v36m(args):
         before = len(joined)
         joined.update(dict.fromkeys(paths, -1))
         sizes[Path(manifest).parent.name] = len(joined) - before, len(paths)
-    out = (args.out or Path("data/v3.6m")) / "train.csv"
+    out = args.out / "train.csv"
     write_manifest(out, list(joined.items()))
     for name, (size, total) in sizes.items():
         print_part(name, size, total, len(joined), paper.get(name))
@@ -483,20 +489,20 @@ def print_part(name, size, total, joined, paper):
 
 
 def parse_args():
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, prog="python -m tools.prepare")
     commands = parser.add_subparsers(dest="command", required=True, metavar="DATASET")
 
     def add_command(name, documented, run):
         text = inspect.getdoc(documented)
         command = commands.add_parser(name, description=text, help=text.splitlines()[0])
         command.set_defaults(run=run)
-        command.add_argument("--out", type=Path, help=f"folder for the manifests; default data/{name}")
+        command.add_argument("--out", type=Path, default=Path("data") / name, help="folder for the manifests")
         return command.add_argument
 
     for name, dataset in DATASETS.items():
-        flag = add_command(name, dataset.read, prepare)
-        flag("--annotations", nargs=dataset.num_annotations, required=dataset.needs_annotations, metavar="PATH",
-             help="see above")  # fmt: skip
+        flag = add_command(name, dataset.read, write_dataset)
+        required, number = dataset.needs_annotations, dataset.num_annotations
+        flag("--annotations", nargs=number, required=required, metavar="PATH", help="see above")
         flag("--videos", nargs="+", required=True, metavar="DIR", help="see above")
     flag = add_command("panda70m", panda70m, panda70m)
     flag("--annotations", required=True, metavar="FILE", help="see above")

@@ -1,6 +1,6 @@
 """Check every video of a manifest, or make small copies of them that are fast to read.
 
-    python -m tools.transcode check data/k400/train.csv                     # train.clean.csv, train.check.jsonl
+    python -m tools.transcode check data/k400/train.csv                     # writes train.clean.csv, train.check.jsonl
     python -m tools.transcode copy data/k400/train.csv --out small/k400     # H.264, short side 256, many keyframes
 
 Every video is processed in a process that may crash or hang without stopping the others. Results go to a log, one JSON
@@ -382,10 +382,11 @@ class CopyWriter:
     def write(self, frame):
         """Turn upright, scale and encode a frame."""
         picture = upright(frame)
+        source_range = picture.color_range if is_yuv(picture) else None
+        size = self.codec.width, self.codec.height
         picture = self.reformatter.reformat(
-            picture, self.codec.width, self.codec.height, "yuv420p",
-            src_color_range=picture.color_range if is_yuv(picture) else None, dst_color_range=ColorRange.MPEG,
-        )  # fmt: skip
+            picture, *size, "yuv420p", src_color_range=source_range, dst_color_range=ColorRange.MPEG
+        )
         time = self.time + self.frame_duration if frame.pts is None else frame.pts - self.start
         self.time = max(time, self.time + 1)  # keeps two frames that have the same time
         picture.pts, picture.time_base = self.time, self.time_base
@@ -500,7 +501,7 @@ def copy_path(path, folder, out):
 
 
 def parse_args():
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, prog="python -m tools.transcode")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add_command(run, timeout):
