@@ -1,16 +1,18 @@
-"""Attention: torch's kernels in turn, at the shapes that a training step gives them.
+"""Benchmark of attention: torch's kernels compared at the shapes of a student's training step.
 
-    python bench.py attention --model vit_h --teacher vit_l --batch-size 24      # flags of the training scripts apply
+    python -m bench.attention --model vit_h --teacher vit_l --batch-size 24
 
-Forward and backward pass (of the frozen teacher the forward pass alone) on random queries, keys and values, strided as
-the blocks make them. Heads whose size is no power of two, as the predictor's 24, are also padded to the next one, which
-changes nothing in the result. TFLOP/s count what is needed, not the padding. `bench.py step --attention KERNEL` tells
-what a kernel does to the whole step.
+Times the forward and backward pass (for the frozen teacher, only the forward pass) on random queries, keys and values,
+with the strides that the blocks produce. Head sizes that are not a power of two, such as the predictor's 24, are also
+timed with zero padding up to the next one, which does not change the result. TFLOP/s do not count the padding.
+`bench.step --attention KERNEL` shows how much a kernel matters for the whole step. All flags of the training scripts
+apply.
 """
 
 import contextlib
 import math
 import statistics
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,95 +20,119 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import cli
 import flops
+import train_student
+import training
 from bench import step as bench_step
 from model import SIZES
 
-KERNELS = {"torch's choice": None} | bench_step.ATTENTION | {"math": SDPBackend.MATH}
+KERNELS = bench_step.ATTENTION_KERNELS | {"math": SDPBackend.MATH}
+KERNELS = {"torch's choice": list(KERNELS.values())} | KERNELS  # what torch may use
 
 
-def flags(parser):
-    """The subcommand's own flags; those of the training scripts apply as well."""
-    flag = parser.add_argument
-    flag("--teacher", metavar="SIZE", choices=SIZES, help="of the SALT student; its own architecture without")
-    flag("--rounds", type=int, default=5, help="turns of every kernel")
-    flag("--calls", type=int, default=1, help="of a turn")
+class Shape(NamedTuple):
+    """The size of queries, keys and values: (B, h, K, d)."""
+
+    clips: int
+    heads: int
+    tokens: int
+    head_size: int
+
+    def flops(self, trained):
+        """FLOPs of attention: two matrix products, and twice as many in the backward pass."""
+        forward = 4 * self.clips * self.heads * self.tokens**2 * self.head_size
+        return 3 * forward if trained else forward
 
 
-def shapes(stage, args):
-    """{who attends: ((B, heads, tokens, channels), whether it is trained)} in one micro-batch's step."""
+def attention_shapes(stage, args):
+    """The attention of one micro-batch of a student's step: {name: (Shape, whether it is trained)}."""
     encoder, predictor, teacher, _ = stage
-    masks, grid = bench_step.drawn(args, bench_step.FIRST)
-    calls = {"teacher": (teacher, math.prod(grid))}
-    for i, mask in enumerate(masks, start=1):
+
+    def shape(config, tokens):
+        return Shape(args.micro_batch_size, config["heads"], tokens, config["width"] // config["heads"])
+
+    shapes = {"teacher": (shape(teacher, math.prod(cli.clip_grid(args))), False)}
+    for i, mask in enumerate(train_student.draw_masks(args, bench_step.WARMUP_STEPS, 0), start=1):
         context, target = mask.context_ids.shape[1], mask.target_ids.shape[1]
-        calls |= {f"encoder, mask {i}": (encoder, context), f"predictor, mask {i}": (predictor, context + target)}
-    return {
-        who: ((args.micro_batch_size, config["heads"], tokens, config["width"] // config["heads"]), who != "teacher")
-        for who, (config, tokens) in calls.items()
-    }
+        shapes[f"encoder, mask {i}"] = shape(encoder, context), True
+        shapes[f"predictor, mask {i}"] = shape(predictor, context + target), True
+    return shapes
 
 
-def attention(qkv, padded):
-    """Attention of (B, K, 3, h, d) with heads padded to this many channels: (B, h, K, d)."""
+def attention(qkv, padded_size):
+    """Attention of (B, K, 3, h, d), with heads zero-padded to padded_size channels: (B, h, K, d)."""
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
     size = q.shape[-1]
-    if padded > size:
-        q, k, v = (F.pad(x, (0, padded - size)) for x in (q, k, v))
+    if padded_size > size:
+        q, k, v = (F.pad(x, (0, padded_size - size)) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, scale=size**-0.5)[..., :size]
 
 
-def milliseconds(shape, trained, padded, own, args):
-    """{kernel: of a call, the median of all rounds} of those kernels that take this shape here."""
+def next_power_of_two(n):
+    return 2 ** math.ceil(math.log2(n))
+
+
+def milliseconds_per_call(shape, trained, padded_size, args):
+    """Median time of a call over all rounds: {kernel: milliseconds}, for the kernels that support this shape here."""
     B, h, K, d = shape
     options = dict(device=args.device, dtype=getattr(torch, args.dtype))
     qkv = torch.randn(B, K, 3, h, d, requires_grad=trained, **options)
     gradient = torch.randn(B, h, K, d, **options)
 
-    def turn(kernel):
+    def time_round(kernel):
         start = bench_step.now(args)
-        with sdpa_kernel(kernel) if kernel else contextlib.nullcontext(), torch.set_grad_enabled(trained):
-            for _ in range(own.calls):
-                out = attention(qkv, padded)
+        with sdpa_kernel(kernel), torch.set_grad_enabled(trained):
+            for _ in range(args.calls):
+                out = attention(qkv, padded_size)
                 if trained:
                     qkv.grad = None
                     out.backward(gradient)
-        return 1e3 * (bench_step.now(args) - start) / own.calls
+        return 1e3 * (bench_step.now(args) - start) / args.calls
 
     times = {}
-    for name, kernel in KERNELS.items():  # to warm up
-        with contextlib.suppress(RuntimeError):  # refused
-            turn(kernel)
+    for name, kernel in KERNELS.items():
+        with contextlib.suppress(RuntimeError):  # raised if the kernel does not support this shape
+            time_round(kernel)  # warm up
             times[name] = []
-    for _ in range(own.rounds):
+    for _ in range(args.rounds):
         for name in times:
-            times[name].append(turn(KERNELS[name]))
-    return {name: statistics.median(all_rounds) for name, all_rounds in times.items()}
+            times[name].append(time_round(KERNELS[name]))
+    return {name: statistics.median(rounds) for name, rounds in times.items()}
 
 
-def run(own, words):
-    """Print a table: a row for each shape and padding, a column for each kernel."""
-    cli.require_at_least(own, 1, "rounds", "calls")
-    args = bench_step.training_args(own, words)
-    try:
-        stage = flops.stages(own, args)["student"]
-    except ValueError as error:
-        cli.fail(str(error))
-    print("ms a call, and TFLOP/s; - where a kernel does not take the shape here\n")
+def print_table(shapes, args):
+    """Print a row for each shape, without and with padding, and a column for each kernel."""
+    print("milliseconds per call, and TFLOP/s; - if the kernel does not support the shape on this device\n")
     print(f"{'':18}{'B x heads x tokens x channels':>31}" + "".join(f"{name:>18}" for name in KERNELS))
-    for who, (shape, trained) in shapes(stage, args).items():
-        B, h, K, d = shape
-        work = (3 if trained else 1) * 4 * B * h * K * K * d
-        for padded in dict.fromkeys((d, 1 << (d - 1).bit_length())):
-            size = f"{B} x {h} x {K} x {d}" + (f" in {padded}" if padded > d else "")
-            found = milliseconds(shape, trained, padded, own, args)
-            cells = (f"{found[k]:.2f} {work / found[k] / 1e9:7.4g}" if k in found else "-" for k in KERNELS)
-            print(f"{who:18}{size:>31}" + "".join(f"{cell:>18}" for cell in cells))
+    for name, (shape, trained) in shapes.items():
+        for padded_size in sorted({shape.head_size, next_power_of_two(shape.head_size)}):
+            size = " x ".join(map(str, shape))
+            if padded_size > shape.head_size:
+                size += f" in {padded_size}"
+            times = milliseconds_per_call(shape, trained, padded_size, args)
+            row = f"{name:18}{size:>31}"
+            for kernel in KERNELS:
+                cell = "-"
+                if kernel in times:
+                    cell = f"{times[kernel]:.2f} {shape.flops(trained) / times[kernel] / 1e9:7.4g}"
+                row += f"{cell:>18}"
+            print(row)
 
 
 def main():
-    parser = cli.Parser(__doc__)
-    flags(parser)
-    run(*parser.parse_known_args())
+    parser = cli.training_flags(__doc__, out="out", steps=160_000)
+    parser.set_defaults(batch_size=24, teacher_steps=80_000)  # flops.stages needs teacher_steps; times do not
+    flag = parser.add_argument_group("benchmark").add_argument
+    flag("--teacher", metavar="SIZE", choices=SIZES, help="teacher of the student; default: the student's size")
+    flag("--rounds", type=int, default=5, help="number of times that the kernels take turns")
+    flag("--calls", type=int, default=1, help="calls per turn")
+    args = parser.parse_args()
+    cli.require_at_least(args, 1, "rounds", "calls")
+    training.setup(args)
+    try:
+        shapes = attention_shapes(flops.stages(args)["student"], args)
+    except ValueError as error:
+        cli.fail(str(error))
+    print_table(shapes, args)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""The loader: clips per second and core, against decord as V-JEPA uses it.
+"""Benchmark of the loader: clips per second of one core, compared to decord as V-JEPA uses it.
 
-    python bench.py loader                                        # on videos it makes itself, in out/bench
-    python bench.py loader --data videos.csv --copies copies.csv  # yours, and what prepare.py transcode made of them
-    python bench.py loader --memory 5000 --lines 3600000          # does a worker grow; a manifest of millions
+    python -m bench.loader                                        # on videos that it makes itself, in out/bench
+    python -m bench.loader --data videos.csv --copies copies.csv  # on your videos, and their copies by tools.transcode
+    python -m bench.loader --memory 5000                          # does a loader process grow over 5000 clips?
+    python -m bench.loader --lines 3600000                        # time and memory of a manifest with millions of lines
 
-The peer is V-JEPA's way: `get_batch` on the same indices, float32 whole frames, crop, `interpolate`, normalize.
+The peer works like V-JEPA's loader: decord's `get_batch` of the same frames, whole frames to float32, crop,
+`interpolate`, normalize. Needs `pip install decord`.
 """
 
 import collections
@@ -17,6 +19,8 @@ import signal
 import time
 from fractions import Fraction
 from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
 
 import av
 import numpy as np
@@ -24,72 +28,69 @@ import torch
 
 import cli
 import data
+import training
 import video
 
-
-def flags(parser):
-    flag = parser.add_argument
-    flag("--data", nargs="+", metavar="MANIFEST", help="videos; without, some are made")
-    flag("--copies", nargs="+", metavar="MANIFEST", help="the same videos, line by line, made for training")
-    flag("--num-frames", type=int, default=16)
-    flag("--frame-step", type=int, default=4)
-    flag("--resolution", type=int, default=224)
-    flag("--clips", type=int, default=40, help="of each kind of files")
-    flag("--memory", type=int, metavar="CLIPS", help="instead: the memory of a process that makes that many clips")
-    flag("--lines", type=int, help="instead, or also: start on a made manifest of that many lines, with 4 workers")
-    flag("--out", type=Path, default=Path("out/bench"), help="where files are made, and kept for the next time")
+NUM_WORKERS, SAMPLES_PER_WORKER = 4, 5000  # for --lines
+WORKER_SECONDS = 20  # until the workers have opened their samples
+# The parts of our time: a name, and the function that does it.
+PARTS = {
+    "open": (av, "open"),
+    "seek": (video, "_packets"),
+    "decode": (video, "_frames"),
+    "crop and scale": (video, "_to_rgb"),
+}
 
 
-def run(args):
-    """Time our clips against V-JEPA's, or measure memory."""
-    cli.require_at_least(args, 1, "num_frames", "frame_step", "resolution", "clips")
-    if bool(args.copies) > bool(args.data):
-        cli.fail("--copies needs --data, the videos that they are copies of")
-    torch.set_num_threads(1)
-    try:
-        if args.lines:
-            start_on_lines(args)
-        sets = [] if args.lines and not args.memory else file_sets(args)
-    except (OSError, ValueError) as error:
-        cli.fail(str(error))
-    if args.memory:
-        watch_memory(args, sets[0][1])
-    elif sets:
-        if not importlib.util.find_spec("decord"):
-            cli.fail("the peer is missing: pip install decord (on Python or machines it has no wheel for, decord2)")
-        os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])  # one core
-        for name, ours, theirs in sets:
-            compare(args, name, ours, theirs)
+class Videos(NamedTuple):
+    """One comparison: what we read and what the peer reads, which is the same video unless ours is a copy."""
+
+    name: str
+    ours: list  # of paths
+    theirs: list
 
 
-def file_sets(args):
-    """What is compared: (name, paths that we read, paths that the peer reads)."""
-    if args.data:
-        originals = data.Manifest(args.data, 1, 1, 1).paths
-        copies = args.copies and data.Manifest(args.copies, 1, 1, 1).paths
-        if copies and len(copies) != len(originals):
-            raise ValueError(f"--copies: {len(copies)} lines, --data: {len(originals)}")
-        return [("your files", originals, originals)] + ([("copies", copies, originals)] if copies else [])
-    args.out.mkdir(parents=True, exist_ok=True)
-    sets, copy = [], {"g": "12", "keyint_min": "12", "sc_threshold": "0", "bf": "0"}
+# ---------------------------------------------------------------------------------------------------------------------
+# the videos
+
+
+def manifest_videos(args):
+    """The videos of --data, and also their --copies if given. ValueError if the manifests do not match."""
+    originals = data.Manifest(args.data, 1, 1, 1).paths
+    videos = [Videos("your videos", originals, originals)]
+    if args.copies:
+        copies = data.Manifest(args.copies, 1, 1, 1).paths
+        if len(copies) != len(originals):
+            raise ValueError(f"--copies has {len(copies)} lines, but --data has {len(originals)}")
+        videos.append(Videos("copies", copies, originals))
+    return videos
+
+
+def make_videos(folder):
+    """Make videos in two sizes, each with two copies like those of tools.transcode. Keeps what is there already."""
+    folder.mkdir(parents=True, exist_ok=True)
+    copy = {"g": "12", "keyint_min": "12", "sc_threshold": "0", "bf": "0"}
+    copies = {"keyframe every 12": copy, "keyframe every 12, fastdecode": copy | {"tune": "fastdecode"}}
+    videos = []
     for height, width in ((256, 340), (720, 1280)):
-        original = args.out / f"{width}x{height}.mp4"
-        write(original, lambda height=height, width=width: scene(height, width, 300), {"g": "250"})
-        sets.append((f"{width}x{height}, groups of 250", [original], [original]))
-        short = round(width * 256 / height / 2) * 2, 256
-        for name, options in (("groups of 12", copy), ("and fastdecode", copy | {"tune": "fastdecode"})):
-            path = args.out / f"{width}x{height} {name}.mp4"
-            write(path, functools.partial(shrunk, original, *short), options)
-            sets.append((f"its copy, {name}", [path], [original]))
-    return sets
+        original = folder / f"{width}x{height}.mp4"
+        write_video(original, functools.partial(render_scene, height, width, 300), {"g": "250"})
+        videos.append(Videos(f"{width}x{height}, keyframe every 250", [original], [original]))
+        copy_width = round(width * 256 / height / 2) * 2
+        for name, options in copies.items():
+            path = folder / f"{width}x{height} {name}.mp4"
+            write_video(path, functools.partial(resized_frames, original, copy_width, 256), options)
+            videos.append(Videos(f"copy with a height of 256, {name}", [path], [original]))
+    return videos
 
 
-def scene(height, width, num_frames):
-    """Frames of a textured scene that the camera pans over, with three moving objects and grain."""
+def render_scene(height, width, num_frames):
+    """Yield frames of a textured scene: the camera pans, three objects move, and there is grain."""
     rng = np.random.default_rng(0)
     spectrum = np.fft.rfft2(rng.standard_normal((3, 2 * height, 2 * width)))
     frequency = np.hypot(np.fft.fftfreq(2 * height)[:, None], np.fft.rfftfreq(2 * width))
-    texture = np.fft.irfft2(spectrum / (frequency + 1 / height) ** 1.2).transpose(1, 2, 0)  # as natural images have
+    # The spectrum of natural images falls off like this.
+    texture = np.fft.irfft2(spectrum / (frequency + 1 / height) ** 1.2).transpose(1, 2, 0)
     texture = (128 + 45 * texture / texture.std()).clip(0, 255).astype(np.uint8)
     grain, side = rng.integers(-4, 5, (8, height, width, 1), np.int16), height // 4
     for t in range(num_frames):
@@ -101,19 +102,19 @@ def scene(height, width, num_frames):
         yield av.VideoFrame.from_ndarray(frame.clip(0, 255).astype(np.uint8), format="rgb24")
 
 
-def shrunk(path, width, height):
-    """The frames of a video in another size."""
+def resized_frames(path, width, height):
+    """Yield the frames of a video in another size."""
     with av.open(str(path)) as container:
         for frame in container.decode(video=0):
             yield frame.reformat(width, height)
 
 
-def write(path, make_frames, options):
-    """Encode frames, libx264 with its defaults but for `options`, unless an earlier run has done so."""
+def write_video(path, make_frames, options):
+    """Encode frames with libx264 and these options, unless the file exists."""
     if path.exists():
         return
-    aside = path.with_suffix(".part.mp4")
-    with av.open(str(aside), "w") as container:
+    temporary = path.with_suffix(".part.mp4")
+    with av.open(str(temporary), "w") as container:
         stream = container.add_stream("libx264", rate=30, options=options)
         for t, frame in enumerate(make_frames()):
             if t == 0:
@@ -121,17 +122,21 @@ def write(path, make_frames, options):
             frame.pts, frame.time_base, frame.pict_type = t, Fraction(1, 30), 0
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
-    aside.rename(path)
+    temporary.rename(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# speed
 
 
 def our_clip(args, path, rng):
-    """A training clip, as `data.Manifest` makes them."""
+    """A training clip, made as in `data.Manifest`."""
     place, crop = rng.random(), functools.partial(video.random_crop, rng)
     return video.read_clips(path, args.num_frames, args.frame_step, [place], None, [crop], args.resolution)[0]
 
 
 def their_clip(args, path, rng):
-    """The same as V-JEPA makes it: decord, whole frames as float32, crop, interpolate, normalize, on the CPU."""
+    """The same clip, made as in V-JEPA: decord, whole frames to float32, crop, interpolate and normalize."""
     import decord
 
     reader = decord.VideoReader(str(path), num_threads=1)
@@ -144,93 +149,143 @@ def their_clip(args, path, rng):
     return (clip / 255 - mean) / std
 
 
-def compare(args, name, ours, theirs):
-    """Print clips per second of CPU time, which other work on the machine leaves alone, and where our time goes."""
-    parts = {"av.open": "open", "_packets": "seek", "_frames": "decode", "_to_rgb": "convert and crop"}
-    seconds, originals = collections.Counter(), {}
-    for part in parts:
-        owner = video.av if part == "av.open" else video
-        function = originals[part] = getattr(owner, part.removeprefix("av."))
+def timed(function, name, seconds):
+    """`function`, made to add the CPU time of each call to seconds[name]."""
 
-        def timed(*arguments, part=part, function=function, **options):
-            started = time.process_time()
-            result = function(*arguments, **options)
-            seconds[parts[part]] += time.process_time() - started
-            return result
+    def wrapper(*args, **kwargs):
+        start = time.process_time()
+        result = function(*args, **kwargs)
+        seconds[name] += time.process_time() - start
+        return result
 
-        setattr(owner, part.removeprefix("av."), timed)
-    for n in range(-1, args.clips):  # the first is for warming up
-        for who, clip, paths in (("ours", our_clip, ours), ("theirs", their_clip, theirs)):
-            started = time.process_time()
-            clip(args, str(paths[n % len(paths)]), np.random.default_rng(max(n, 0)))
-            seconds[who] += time.process_time() - started
-        if n < 0:
-            seconds.clear()
-    for part, function in originals.items():
-        setattr(video.av if part == "av.open" else video, part.removeprefix("av."), function)
-    shares = ", ".join(f"{part} {1000 * seconds[part] / args.clips:.1f}" for part in parts.values())
-    print(f"{name}: ours {args.clips / seconds['ours']:.1f} clips/s, theirs {args.clips / seconds['theirs']:.1f}, "
-          f"ratio {seconds['theirs'] / seconds['ours']:.2f}; ours in ms: {shares}, "
-          f"all {1000 * seconds['ours'] / args.clips:.1f}", flush=True)  # fmt: skip
+    return wrapper
 
 
-def watch_memory(args, paths):
-    """Print the resident memory of this process as it makes clips."""
-    for n in range(args.memory + 1):
-        if n % max(1, args.memory // 10) == 0:
-            print(f"after {n} clips: {memory('/proc/self/statm'):.1f} MB", flush=True)
-        with contextlib.suppress(video.BadVideo):  # broken files must not leak either
-            our_clip(args, str(paths[n % len(paths)]), np.random.default_rng(n))
-        if n % 24 == 0:  # as loader processes do after a batch
-            data.give_back_memory()
+@contextlib.contextmanager
+def timed_parts(seconds):
+    """A context in which the CPU time of each of PARTS is added to `seconds`. A profiler would slow them down."""
+    with contextlib.ExitStack() as patches:
+        for part, (module, name) in PARTS.items():
+            patches.enter_context(mock.patch.object(module, name, timed(getattr(module, name), part, seconds)))
+        yield
 
 
-def memory(statm):
-    """Resident memory in MB, as Linux says."""
-    return int(Path(statm).read_text().split()[1]) * resource.getpagesize() / 1e6
+def compare(args, videos):
+    """Print clips per second of CPU time, for us and for the peer, and where our time goes."""
+    seconds = collections.Counter()
+    make_ours, make_theirs = timed(our_clip, "ours", seconds), timed(their_clip, "theirs", seconds)
+
+    def make_clips(n):
+        make_ours(args, str(videos.ours[n % len(videos.ours)]), np.random.default_rng(n))
+        make_theirs(args, str(videos.theirs[n % len(videos.theirs)]), np.random.default_rng(n))
+
+    with timed_parts(seconds):
+        make_clips(0)  # warm up
+        seconds.clear()
+        for n in range(args.clips):
+            make_clips(n)
+    parts = ", ".join(f"{part} {1000 * seconds[part] / args.clips:.1f}" for part in PARTS)
+    ours, theirs = seconds["ours"] / args.clips, seconds["theirs"] / args.clips  # per clip
+    print(f"{videos.name}: ours {1 / ours:.1f} clips/s, decord {1 / theirs:.1f}, ratio {theirs / ours:.2f}; "
+          f"our milliseconds per clip: {parts}, total {1000 * ours:.1f}", flush=True)  # fmt: skip
 
 
-def start_on_lines(args):
-    """Print how long a source of that many lines takes to open, and the memory of 4 workers that use it."""
-    args.out.mkdir(parents=True, exist_ok=True)
-    manifest = args.out / "lines.csv"
-    with open(manifest, "w") as file:
-        file.writelines(
-            f"/data/class_{n % 710:03d}/video_{n:08d}_000010_000020.mp4 {n % 710}\n" for n in range(args.lines)
-        )
-    before, started, cpu = memory("/proc/self/statm"), time.perf_counter(), time.process_time()
-    source = data.Manifest([manifest], args.num_frames, args.frame_step, args.resolution)
-    source.paths[source.line(0)]
-    print(f"{args.lines} lines, {manifest.stat().st_size / 1e6:.0f} MB: {time.perf_counter() - started:.1f} s "
-          f"({time.process_time() - cpu:.1f} of CPU), memory {before:.0f} -> {memory('/proc/self/statm'):.0f} MB, "
-          f"peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3:.0f} MB")  # fmt: skip
-    workers = []
-    for first in range(4):  # what loader processes do: forked, each asks for samples of its own
-        pid = os.fork()
-        if pid == 0:
-            for n in range(first, 20_000, 4):
-                source.paths[source.line(n)]
-            time.sleep(600)
-        workers.append(pid)
-    time.sleep(20)
-    shares = [proportional(pid) for pid in (os.getpid(), *workers)]
-    for pid in workers:
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-    print(f"memory of this process and 4 workers, what they share divided among them: "
-          f"{' + '.join(f'{share:.0f}' for share in shares)} = {sum(shares):.0f} MB")  # fmt: skip
+# ---------------------------------------------------------------------------------------------------------------------
+# memory
 
 
-def proportional(pid):
-    """Memory of a process in MB, with what it shares divided by how many share it, as Linux says."""
+def resident_memory():
+    """Resident memory of this process in MB, from Linux."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 1e6
+
+
+def proportional_memory(pid):
+    """Memory of a process in MB, from Linux: each shared page is divided by the number of processes that share it."""
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1e3
 
 
+def watch_memory(args, paths):
+    """Print how the memory of this process changes as it makes --memory clips."""
+    for n in range(args.memory + 1):
+        if n % max(1, args.memory // 10) == 0:
+            print(f"after {n} clips: {resident_memory():.1f} MB", flush=True)
+        with contextlib.suppress(video.BadVideo):  # unreadable videos must not leak memory either
+            our_clip(args, str(paths[n % len(paths)]), np.random.default_rng(n))
+        if n % 24 == 0:  # as loader processes do after each batch
+            data.release_memory()
+
+
+def measure_manifest(args):
+    """Make a manifest of --lines lines. Print the time to open it, and the memory with several workers."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    manifest = args.out / "lines.csv"
+    with open(manifest, "w") as file:
+        for n in range(args.lines):
+            file.write(f"/data/class_{n % 710:03d}/video_{n:08d}_000010_000020.mp4 {n % 710}\n")
+    before, start, cpu_start = resident_memory(), time.perf_counter(), time.process_time()
+    source = data.Manifest([manifest], args.num_frames, args.frame_step, args.resolution)
+    source.paths[source.line(0)]
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
+    peak = training.peak_memory(torch.device("cpu")) / 1e6
+    print(f"{args.lines} lines, {manifest.stat().st_size / 1e6:.0f} MB: {seconds:.1f} s ({cpu_seconds:.1f} s of CPU time); "
+          f"memory before {before:.0f} MB, after {resident_memory():.0f} MB, peak {peak:.0f} MB")  # fmt: skip
+    print_worker_memory(source)
+
+
+def print_worker_memory(source):
+    """Fork workers that look up samples of the source, as the loader does, and print the memory of all processes."""
+    workers = []
+    for first in range(NUM_WORKERS):
+        pid = os.fork()
+        if pid == 0:
+            for n in range(first, NUM_WORKERS * SAMPLES_PER_WORKER, NUM_WORKERS):
+                source.paths[source.line(n)]
+            time.sleep(600)  # until killed
+        workers.append(pid)
+    time.sleep(WORKER_SECONDS)
+    memory = [proportional_memory(pid) for pid in (os.getpid(), *workers)]
+    for pid in workers:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    print(f"memory of this process and {NUM_WORKERS} workers, dividing what they share: "
+          f"{' + '.join(f'{megabytes:.0f}' for megabytes in memory)} = {sum(memory):.0f} MB")  # fmt: skip
+
+
 def main():
     parser = cli.Parser(__doc__)
-    flags(parser)
-    run(parser.parse_args())
+    flag = parser.add_argument
+    flag("--data", nargs="+", metavar="MANIFEST", help="videos to read; default: make some")
+    flag("--copies", nargs="+", metavar="MANIFEST", help="transcoded copies of the videos in --data, in the same order")
+    flag("--num-frames", type=int, default=16, help="frames per clip")
+    flag("--frame-step", type=int, default=4, help="video frames from one clip frame to the next")
+    flag("--resolution", type=int, default=224, help="height and width of a clip in pixels")
+    flag("--clips", type=int, default=40, help="clips to time for each kind of video")
+    flag("--memory", type=int, metavar="CLIPS", help="make that many clips and print the memory of the process instead")
+    flag("--lines", type=int, help="open a manifest of that many lines instead, with 4 workers")
+    flag("--out", type=Path, default=Path("out/bench"), help="folder for the files it makes; they are reused")
+    args = parser.parse_args()
+    cli.require_at_least(args, 1, "num_frames", "frame_step", "resolution", "clips")
+    if args.copies and not args.data:
+        cli.fail("--copies needs --data: the videos they are copies of")
+    speed = not args.lines and not args.memory
+    if speed and not importlib.util.find_spec("decord"):
+        cli.fail("decord, which we compare with, is missing: pip install decord (or decord2, if it has no wheel for "
+                 "this machine)")  # fmt: skip
+    torch.set_num_threads(1)
+    try:
+        if args.lines:
+            measure_manifest(args)
+        if args.memory or speed:
+            all_videos = manifest_videos(args) if args.data else make_videos(args.out)
+    except (OSError, ValueError) as error:
+        cli.fail(str(error))
+    if args.memory:
+        watch_memory(args, all_videos[0].ours)
+    if speed:
+        os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])  # one core
+        for videos in all_videos:
+            compare(args, videos)
 
 
 if __name__ == "__main__":
