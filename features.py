@@ -1,15 +1,21 @@
-"""A frozen encoder's tokens of a data set."""
+"""The tokens that a frozen encoder computes for a data set, as videos of several clips.
+
+A source yields videos as uint8 clips (B, V, S, 3, T, H, W). `Videos` reads files: S segments, each the middle clip of
+its share of the video's length, times V views, square crops spread along the long side (V-JEPA 2). `BuiltInVideos`
+makes the built-in clips, with one segment and one view. `Tokens` encodes a source on the fly, or once for all epochs.
+
+Letters: B videos, V views, S segments, N tokens of a clip, D width, L labels of a video; T frames, H and W pixels.
+"""
 
 import collections
 import contextlib
 import functools
-import hashlib
 import itertools
-import json
 import math
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,254 +23,298 @@ import torch.distributed as dist
 
 import data
 import video
-from cli import duration, fail, rank_and_world, write_aside
-from model import Encoder, load_checkpoint, load_encoder, token_grid
+from cli import duration, fail, rank_and_world
+from model import Encoder, build, load_checkpoint, token_grid
 
-TOKENS_AT_ONCE = 100_000  # that go through the encoder, or a probe, at a time
+TOKENS_AT_ONCE = 100_000  # most tokens that pass through the encoder, or a probe, at a time
 
 
 def load(args):
-    """The frozen encoder that the flags name, in the compute dtype."""
-    if (Path(args.checkpoint) / "config.json").is_file() and not (Path(args.checkpoint) / "checkpoint.pt").is_file():
-        fail(f"--checkpoint {args.checkpoint} is a Hugging Face folder: python convert.py from-hf makes it one of ours")
+    """Load the frozen encoder that the flags name, in --dtype. Returns (encoder, training step of the checkpoint)."""
+    path = Path(args.checkpoint)
+    if (path / "config.json").is_file() and not (path / "checkpoint.pt").is_file():
+        fail(f"--checkpoint {path} is a Hugging Face folder; convert it with python -m tools.convert from-hf")
     try:
+        checkpoint = load_checkpoint(path)
+        config = checkpoint["model"]["encoder"]
         if args.untrained:
             torch.manual_seed(args.seed)
-            encoder = Encoder(**load_checkpoint(args.checkpoint)["model"]["encoder"]).eval()
+            encoder = Encoder(**config)
+        elif args.weights not in checkpoint:
+            raise ValueError(f"the checkpoint {path} holds no {args.weights}")
         else:
-            encoder = load_encoder(args.checkpoint, args.weights)
+            encoder = build(Encoder, config, checkpoint[args.weights])
     except (OSError, ValueError) as error:
         fail(f"--checkpoint: {error}")
     depth = len(encoder.blocks)
     if args.layers and not 1 <= min(args.layers) <= max(args.layers) <= depth:
         fail(f"--layers {args.layers}: the encoder has blocks 1 to {depth}")
-    return encoder.requires_grad_(False).to(args.device, getattr(torch, args.dtype))
+    encoder = encoder.eval().requires_grad_(False).to(args.device, getattr(torch, args.dtype))
+    return encoder, checkpoint["step"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# videos -> tokens
+# sources
+
+
+class VideoBatch(NamedTuple):
+    """What `data.Batch` is for clips, for videos."""
+
+    clips: torch.Tensor  # (B, V, S, 3, T, H, W) uint8
+    labels: torch.Tensor  # (B, L) int64
+    readable: torch.Tensor  # (B,) bool; the clips of an unreadable video are black
+    skipped: list  # "path: reason" for each unreadable video
+    names: list
 
 
 class Videos(data.Manifest):
-    """Whole videos for evaluation: sample n is (V, S, 3, T, H, W), from the places that the top of this file describes.
+    """Whole videos of a manifest.
 
-    Training (`train=True`): V is 1; an unreadable video is replaced by the next one, with its label, and reported.
-    Validation: sample n is line n. An unreadable video is a BadVideo error, or with skip_bad a black one whose label
-    is given as -1 - label, to be counted as a miss.
+    Training (train=True): one view; the position of each clip in its share, one random resized crop for all clips and,
+    with --flip, one flip depend on (seed, sample number). An unreadable video is replaced by the next one.
+
+    Evaluation: sample n is line n. An unreadable video raises BadVideo; with skip_bad, it is returned as not readable.
     """
 
-    def __init__(self, manifests, args, train):
+    def __init__(self, manifests, args, train, skip_bad=False):
         super().__init__(manifests, args.num_frames, args.frame_step, args.resolution, train=train,
                          num_classes=args.num_classes, fps=args.fps)  # fmt: skip
-        self.segments, self.views, self.skip_bad = args.segments, 1 if train else args.views, args.skip_bad
-        self.flip = args.flip
+        self.segments, self.views = args.segments, 1 if train else args.views
+        self.flip, self.skip_bad = args.flip, skip_bad
 
-    def samples(self, numbers):
-        """Of one video: views (V, S, 3, T, H, W) uint8, label, skipped, path."""
-        (number,), skipped = numbers, []
-        line, rng = self.line(number), np.random.default_rng((self.seed, number, 1))
+    def batch(self, numbers):
+        """The `VideoBatch` of the samples with these numbers."""
+        clips, labels, readable, skipped, paths = zip(*map(self.sample, numbers), strict=True)
+        labels, skipped = torch.tensor(labels).unsqueeze(1), list(itertools.chain(*skipped))
+        return VideoBatch(torch.stack(clips), labels, torch.tensor(readable), skipped, list(paths))
+
+    def sample(self, number):
+        """One video: (clips (V, S, 3, T, H, W) uint8, label, readable, skipped, path)."""
+        line, skipped, readable = self.line(number), [], True
+        rng = np.random.default_rng((self.seed, number, 1))
         if self.train:
-            crops = [functools.cache(functools.partial(video.random_crop, rng))]  # cache: one box for all clips
+            crops = [functools.cache(functools.partial(video.random_crop, rng))]  # cached: all clips get the same box
         else:
             crops = [functools.partial(view_crop, view, self.views) for view in range(self.views)]
         while True:
-            shares = rng.random(self.segments) if self.train else np.full(self.segments, 0.5)
-            places = ((np.arange(self.segments) + shares) / self.segments).tolist()
-            data.now_reading(line)
             try:
-                clips = video.read_clips(
-                    self.paths[line], self.num_frames, self.frame_step, places * len(crops), self.fps,
-                    [crop for crop in crops for _ in places], self.resolution,
-                )  # fmt: skip
+                clips = self._read(line, crops, rng)
                 break
             except video.BadVideo as error:
                 skipped.append(str(error))
-                if not self.train and self.skip_bad:
-                    black = torch.zeros(self.views, self.segments, 3, self.num_frames, *2 * [self.resolution])
-                    return [(black.byte(), -1 - int(self.labels[line]), skipped, self.paths[line])]
+                if self.skip_bad:
+                    shape = self.views, self.segments, 3, self.num_frames, self.resolution, self.resolution
+                    clips, readable = torch.zeros(shape, dtype=torch.uint8), False
+                    break
                 if not self.train or len(skipped) == min(10, len(self)):
                     raise
                 line = (line + 1) % len(self)
-        views = torch.stack(clips).unflatten(0, (self.views, self.segments)).transpose(2, 3)
-        flip = self.train and self.flip and rng.random() < 0.5
-        return [(views.flip(5) if flip else views, int(self.labels[line]), skipped, self.paths[line])]
+        if self.train and self.flip and rng.random() < 0.5:
+            clips = clips.flip(5)
+        return clips, int(self.labels[line]), readable, skipped, self.paths[line]
+
+    def _read(self, line, crops, rng):
+        """Read the clips of the video on a line: (views, S, 3, T, H, W) uint8, one view for each of `crops`."""
+        data.note_reading(line)
+        offsets = rng.random(self.segments) if self.train else np.full(self.segments, 0.5)
+        places = ((np.arange(self.segments) + offsets) / self.segments).tolist()
+        crop_of_clip = [crop for crop in crops for _ in places]
+        clips = video.read_clips(
+            self.paths[line], self.num_frames, self.frame_step, places * len(crops), self.fps, crop_of_clip,
+            self.resolution,
+        )  # fmt: skip
+        return torch.stack(clips).unflatten(0, (len(crops), len(places))).transpose(2, 3)
 
 
 def view_crop(view, views, height, width):
-    """Top, left, height and width of the square that is view number `view` of so many, spread along the long side."""
-    side, share = min(height, width), view / (views - 1) if views > 1 else 0.5
-    return round((height - side) * share), round((width - side) * share), side, side
+    """Top, left, height and width of square crop number `view` of `views`, spread evenly along the long side."""
+    side, position = min(height, width), view / (views - 1) if views > 1 else 0.5
+    return round((height - side) * position), round((width - side) * position), side, side
 
 
-class Stopwatch(collections.Counter):
-    """Seconds spent in each part, and clips encoded."""
+class BuiltInVideos(data.Synthetic):
+    """The built-in clips as videos of one segment and one view, the same in every epoch."""
+
+    train, views = False, 1
+
+    def batch(self, numbers):
+        """The `VideoBatch` of the clips with these numbers."""
+        batch = super().batch(numbers)
+        readable = torch.ones(len(numbers), dtype=torch.bool)
+        return VideoBatch(batch.clips[:, None, None], batch.labels, readable, batch.skipped, batch.names)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# tokens
+
+
+class Stopwatch:
+    """Seconds spent in each part of the evaluation."""
+
+    def __init__(self):
+        self.seconds = collections.Counter()
 
     @contextlib.contextmanager
-    def __call__(self, part):
+    def measure(self, part):
         started = time.perf_counter()
         yield
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
-        self[part] += time.perf_counter() - started
+        self.seconds[part] += time.perf_counter() - started
+
+
+class TokenBatch(NamedTuple):
+    """The tokens of a micro-batch of videos, on the device."""
+
+    numbers: torch.Tensor  # (B,) sample numbers, on the CPU
+    tokens: torch.Tensor  # (B, V, S * N, D)
+    labels: torch.Tensor  # (B, L)
+    readable: torch.Tensor  # (B,) bool
 
 
 class Tokens:
-    """The frozen encoder's tokens of a source, computed as they are asked for or, after `keep`, once.
+    """The frozen encoder's tokens of a source: computed at every `read`, or once by `keep`."""
 
-    read(batches)  batches of sample numbers -> for each an iterator over this process's part of it, in micro-batches:
-                   (numbers (B,), tokens (B, V, S * N, D), labels (B, L)), on the device
-    """
-
-    def __init__(self, args, encoder, source, spent):
-        self.args, self.encoder, self.source, self.spent, self.kept = args, encoder, source, spent, None
+    def __init__(self, args, encoder, source, stopwatch):
+        self.args, self.encoder, self.source, self.stopwatch = args, encoder, source, stopwatch
+        self.kept = None  # this process's share as one TokenBatch
+        self.scale = None  # (2, D): mean and standard deviation per channel with which `read` standardizes
+        self.num_clips = 0  # encoded so far
         grid = token_grid((args.num_frames, args.resolution, args.resolution), encoder.tubelet_size, encoder.patch_size)
-        self.shape = (
-            args.segments * math.prod(grid),
-            encoder.width * (len(args.layers) if args.layers and args.combine == "concat" else 1),
-        )
-        views = getattr(source, "views", 1)
+        concatenated = len(args.layers) if args.layers and args.combine == "concat" else 1
+        self.shape = args.segments * math.prod(grid), encoder.width * concatenated  # of a view
         self.clips_at_once = max(1, TOKENS_AT_ONCE // math.prod(grid))
-        self.at_once = max(1, TOKENS_AT_ONCE // (self.shape[0] * views))
+        self.videos_at_once = max(1, TOKENS_AT_ONCE // (self.shape[0] * source.views))
+
+    def read(self, batches):
+        """For each batch of sample numbers, yield an iterator over this process's share in `TokenBatch`es."""
+        rank, world = rank_and_world()
+        if self.kept is not None:  # every world-th sample
+            for batch in batches:
+                shares = batch[batch % world == rank].split(self.videos_at_once)
+                yield (self._standardize(self._find(numbers)) for numbers in shares if len(numbers))
+            return
+        shares = [batch[rank::world].split(self.videos_at_once) for batch in batches]
+        shares = [[numbers for numbers in share if len(numbers)] for share in shares]  # a small batch may leave none
+        number_lists = [numbers.tolist() for numbers in itertools.chain(*shares)]
+        loader = data.clip_loader(self.source, number_lists, self.args.workers)
+        for share in shares:
+            yield (self._standardize(self._encode_next(loader, numbers)) for numbers in share)
+
+    def _find(self, numbers):
+        """The kept tokens of these samples."""
+        rows = numbers // rank_and_world()[1]
+        return TokenBatch(numbers, self.kept.tokens[rows], self.kept.labels[rows], self.kept.readable[rows])
+
+    def _encode_next(self, loader, numbers):
+        """Take the next batch, whose sample numbers these are, from the loader and encode it."""
+        with self.stopwatch.measure("loader"):
+            batch = next(loader)
+        consequence = "replaced by another training video" if self.source.train else "counts as a miss"
+        for reason in batch.skipped:
+            print(f"unreadable, {consequence}: {reason}", file=sys.stderr)
+        with self.stopwatch.measure("encoder"):
+            labels, readable = batch.labels.to(self.args.device), batch.readable.to(self.args.device)
+            return TokenBatch(numbers, self.encode(batch.clips), labels, readable)
 
     def encode(self, clips):
-        """uint8 (B, V, S, 3, T, H, W), or (B, 3, T, H, W) of one view and segment -> tokens (B, V, S * N, D)."""
-        num_videos, clips = len(clips), clips.reshape(-1, *clips.shape[-4:])
-        parts = []
+        """uint8 clips (B, V, S, 3, T, H, W) -> tokens (B, V, S * N, D)."""
+        num_videos, num_views = clips.shape[:2]
+        clips, tokens = clips.flatten(0, 2), []
         for part in clips.split(self.clips_at_once):
             part = data.normalize(part, self.args.device).to(getattr(torch, self.args.dtype))
             if self.args.single_frame:
                 middle = part.shape[2] // 2
                 part = part[:, :, middle : middle + 1].expand_as(part)
             with torch.inference_mode():
-                parts.append(self.features(part))
-        self.spent["clips"] += len(clips)
-        # Out of inference mode, so that the probes' backward pass may save them.
-        return torch.cat(parts).clone().view(num_videos, -1, *self.shape)
+                tokens.append(self._features(part))
+        self.num_clips += len(clips)
+        # A clone outside inference mode may be saved for the backward pass of the probes.
+        return torch.cat(tokens).clone().view(num_videos, num_views, *self.shape)
 
-    def features(self, clips):
-        """The last block's tokens (M, N, D), or those of --layers, each normed, side by side or averaged."""
+    def _features(self, clips):
+        """Tokens (B, N, D) of normalized clips: the last block's, or those of --layers concatenated or averaged."""
         if not self.args.layers:
             return self.encoder(clips)
-        found, blocks = [], [self.encoder.blocks[n - 1] for n in sorted(self.args.layers)]
-        hooks = [block.register_forward_hook(lambda _, __, x: found.append(self.encoder.norm(x))) for block in blocks]
-        self.encoder(clips)
-        for hook in hooks:
-            hook.remove()
-        return torch.cat(found, dim=-1) if self.args.combine == "concat" else torch.stack(found).mean(0)
+        outputs = self.encoder.intermediate(clips, self.args.layers)
+        return torch.cat(outputs, dim=-1) if self.args.combine == "concat" else torch.stack(outputs).mean(0)
 
-    def read(self, batches):
+    def _standardize(self, batch):
+        if self.scale is None:
+            return batch
+        mean, std = self.scale
+        return batch._replace(tokens=((batch.tokens - mean) / std).to(batch.tokens.dtype))
+
+    def keep(self, description):
+        """Compute this process's share of the tokens now; from then on, `read` takes them from memory."""
         rank, world = rank_and_world()
-        if self.kept:
-            tokens, labels = self.kept
-            for batch in batches:  # a process keeps every world-th sample
-                mine = batch[batch % world == rank].split(self.at_once)
-                yield (
-                    (ids, tokens[ids // world].to(self.args.device), labels[ids // world]) for ids in mine if len(ids)
-                )
-            return
-        parts = [batch[rank::world].split(self.at_once) for batch in batches]
-        parts = [[part for part in batch if len(part)] for batch in parts]  # of a small batch some get nothing
-        loader = data.clip_loader(self.source, [p.tolist() for p in itertools.chain(*parts)], self.args.workers)
-        for batch in parts:
-            yield (self._next(loader, part) for part in batch)
-
-    def _next(self, loader, ids):
-        with self.spent("loader"):
-            batch = next(loader)
-        for reason in batch.skipped:
-            stands_in = "another training video stands in" if getattr(self.source, "train", False) else "a miss"
-            print(f"unreadable, {stands_in}: {reason}", file=sys.stderr)
-        with self.spent("encoder"):
-            return ids, self.encode(batch.clips), batch.labels.to(self.args.device)
-
-    def keep(self, what):
-        """Compute this process's samples' features now, into memory, or into --cache, or find them there."""
-        rank, world = rank_and_world()
-        ids = torch.arange(len(self.source))
-        shape, dtype = (len(ids[rank::world]), 1, *self.shape), getattr(torch, self.args.dtype)
-        file = None
-        if self.args.cache:
-            key = hashlib.sha256(f"{fingerprint(self.args, self.encoder, self.source)} {rank} {world}".encode())
-            file = self.args.cache / f"{key.hexdigest()[:32]}.features"
-            whole = file.is_file() and file.stat().st_size == math.prod(shape) * dtype.itemsize
-            if whole and file.with_suffix(".labels").is_file():  # written last
-                labels = torch.load(file.with_suffix(".labels"), weights_only=True)
-                tokens = torch.from_file(str(file), size=math.prod(shape), dtype=dtype)
-                self.kept = tokens.view(shape), labels.to(self.args.device)
-                return print(f"{what} features: {file}")
-            file.parent.mkdir(parents=True, exist_ok=True)
-            tokens = torch.from_file(str(file), shared=True, size=math.prod(shape), dtype=dtype).view(shape)
-        else:
-            tokens = torch.empty(shape, dtype=dtype, device=self.args.device)
-        labels, started, done = [], time.perf_counter(), 0
-        for _, found, label in itertools.chain(*self.read(ids.split(self.at_once * world))):
-            tokens[done : done + len(found)] = found
-            labels.append(label)
-            done += len(found)
-            left = (time.perf_counter() - started) * (len(tokens) - done) / done
-            say(f"\r{what} features {done}/{len(tokens)}, {duration(left)} left  ", end="")
+        numbers = torch.arange(len(self.source))
+        mine = numbers[rank::world]
+        tokens = torch.empty((len(mine), 1, *self.shape), dtype=getattr(torch, self.args.dtype),
+                             device=self.args.device)  # fmt: skip
+        labels, readable, started, done = [], [], time.perf_counter(), 0
+        for batch in itertools.chain(*self.read(numbers.split(self.videos_at_once * world))):
+            tokens[done : done + len(batch.tokens)] = batch.tokens
+            labels.append(batch.labels)
+            readable.append(batch.readable)
+            done += len(batch.tokens)
+            left = (time.perf_counter() - started) * (len(mine) - done) / done
+            say(f"\r{description} features {done}/{len(mine)}, {duration(left)} left  ", end="")
         say("")
-        self.kept = tokens, torch.cat(labels) if labels else torch.empty(0, 1, dtype=torch.long)
-        if file:
-            write_aside(file.with_suffix(".labels"), lambda path: torch.save(self.kept[1].cpu(), path))
+        if len(mine):
+            self.kept = TokenBatch(mine, tokens, torch.cat(labels), torch.cat(readable))
+        else:  # fewer samples than processes
+            self.kept = TokenBatch(mine, tokens, torch.empty(0, 1), torch.empty(0))
 
 
-def say(*words, **how):
+def say(*words, **options):
+    """print, in the first process only."""
     if rank_and_world()[0] == 0:
-        print(*words, **how, flush=True)
+        print(*words, **options, flush=True)
 
 
-def fingerprint(args, encoder, source):
-    """sha256 of all that the features of a source depend on: weights, clips (files by size and time), flags, code."""
-    found = hashlib.sha256()
-    for name, tensor in encoder.state_dict().items():
-        found.update(name.encode() + tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    how = (args.num_frames, args.frame_step, args.fps, args.resolution, args.segments, args.views, args.single_frame,
-           args.layers, args.combine, args.dtype, args.augment)  # fmt: skip
-    found.update(json.dumps([encoder.config, how, torch.__version__]).encode())
-    code = [Path(module.__file__) for module in (data, sys.modules[Encoder.__module__])] + [Path(__file__)]
-    found.update(b"".join(path.read_bytes() for path in code))
-    if not isinstance(source, Videos):
-        found.update(f"{source.seed} {source.length}".encode())
-    for line in range(len(source) if isinstance(source, Videos) else 0):
-        path, label = Path(source.paths[line]), source.labels[line]
-        files = sorted(path.iterdir()) if path.is_dir() else [path]
-        stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.exists()]
-        found.update(f"{path.absolute()} {label} {stats}".encode())
-    return found.hexdigest()
+# ---------------------------------------------------------------------------------------------------------------------
+# over all processes
 
 
-def moments(args, tokens, batch):
-    """Mean and standard deviation per channel, (2, D), of the tokens of a batch of sample numbers."""
-    sums = torch.zeros(3, tokens.shape[1], dtype=torch.float64, device=args.device)
-    for _, x, _ in itertools.chain(*tokens.read([batch])):
-        x = x.flatten(0, -2).double()
+def all_reduce(tensor):
+    """Sum a tensor over all processes, in place, and return it."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def moments(tokens, numbers):
+    """Mean and standard deviation per channel, (2, D), of the tokens of the samples `numbers`."""
+    sums = torch.zeros(3, tokens.shape[1], dtype=torch.float64, device=tokens.args.device)
+    for batch in itertools.chain(*tokens.read([numbers])):
+        x = batch.tokens.flatten(0, -2).double()
         sums += torch.stack((x.sum(0), x.square().sum(0), torch.full_like(x[0], len(x))))
     total, squares, count = all_reduce(sums)
     mean = total / count
     return torch.stack((mean, ((squares - count * mean**2) / (count - 1)).clamp(min=0).sqrt() + 1e-6)).float()
 
 
-def all_reduce(tensor):
-    """The sum over all processes, in place."""
-    if dist.is_initialized():
-        dist.all_reduce(tensor)
-    return tensor
+def collect(tokens, column, function, shape, dtype):
+    """Apply `function` to the tokens (B, V, S * N, D) of all M videos of a source, each in only one process.
 
-
-def collect(tokens, function, shape, dtype=torch.long):
-    """function(tokens, labels) -> (B, *shape) of all videos of a source in order, each from just one process."""
-    found = torch.zeros(len(tokens.source), *shape, dtype=dtype, device=tokens.args.device)
-    counted = torch.zeros(len(found), dtype=torch.long, device=tokens.args.device)
+    Returns the results (M, *shape), which `function` returns as (B, *shape); the labels in one column, (M,); and
+    which videos are readable, (M,) bool. All in the source's order, on the CPU, the same in every process.
+    """
+    length, device = len(tokens.source), tokens.args.device
+    results = torch.zeros(length, *shape, dtype=dtype, device=device)
+    labels, readable, counts = torch.zeros(3, length, dtype=torch.long, device=device)
     shown = time.perf_counter()
-    for ids, x, labels in itertools.chain(*tokens.read([torch.arange(len(found))])):
+    for batch in itertools.chain(*tokens.read([torch.arange(length)])):
         if time.perf_counter() > shown + 1:
             shown = time.perf_counter()
-            say(f"\revaluating video {ids[0]}/{len(found)}  ", end="")
-        with tokens.spent("probes"), torch.inference_mode():
-            result = function(x, labels).to(dtype)
-        ids = ids.to(found.device)
-        found[ids] = result
-        counted[ids] += 1
-    assert (all_reduce(counted) == 1).all(), "every video counts once"
-    return all_reduce(found).cpu()
+            say(f"\revaluating video {batch.numbers[0]}/{length}  ", end="")
+        with tokens.stopwatch.measure("probes"), torch.inference_mode():
+            values = function(batch.tokens).to(dtype)
+        rows = batch.numbers.to(device)
+        results[rows], labels[rows], readable[rows] = values, batch.labels[:, column], batch.readable.long()
+        counts[rows] += 1
+    for tensor in (results, labels, readable, counts):
+        all_reduce(tensor)
+    assert (counts == 1).all(), "every video counts once"
+    return results.cpu(), labels.cpu(), readable.cpu().bool()

@@ -1,31 +1,31 @@
-"""Frozen evaluation: how much of a task can be read off an encoder's tokens by a small attentive probe.
+"""Frozen evaluation: how well an attentive probe solves a task from an encoder's tokens (appendix D, tables 6 and 7).
 
     python probe.py --task synthetic-motion synthetic-shape --checkpoint out/student
-    python probe.py --task synthetic-motion --checkpoint out/student --untrained      # the floor: random weights
-    torchrun --nproc_per_node=8 probe.py --task k400                                  # data/k400/{train,val}.csv
-    python probe.py --task k400 --fast                                                # appendix D, table 7: one probe
+    python probe.py --task synthetic-motion --checkpoint out/student --untrained      # baseline: random weights
+    torchrun --nproc_per_node=8 probe.py --task k400                                  # reads data/k400/{train,val}.csv
+    python probe.py --task k400 --fast                                                # table 7: one clip, one probe
     python probe.py --train-data train.csv --val-data val.csv --num-classes 2 --checkpoint out/student
-    python probe.py --task k400 --knn 10                                              # a quick look, nothing is trained
+    python probe.py --task k400 --knn 10                                              # nearest neighbors, no training
 
-The encoder is frozen and sees each clip once; all probes of the grid learn from its tokens in the same pass. A video
-is `segments` clips, each from the middle of its share of the video's length, times `views` crops, evenly spread along
-the long side. The tokens of a view's segments are concatenated, class probabilities (softmax) averaged over the views.
-Training draws one view: each clip's place in its share, and one random resized crop and flip for all clips of a video.
-AdamW, cosine to 0, no warm-up, 20 epochs; all probes start from the same weights. Built-in tasks are not augmented, so
-their features are computed once. V-JEPA 2's weights and Hugging Face folders go through convert.py first.
+The encoder is frozen and encodes each clip once; all probes of the grid train on its tokens in the same pass. A video
+is `segments` clips times `views` crops (features.py). A probe sees the tokens of all segments of a view together; its
+class probabilities (softmax) are averaged over the views. Training uses one randomly cropped and flipped view.
+AdamW, cosine schedule to 0 without warm-up, 20 epochs; all probes start from the same weights. Built-in tasks are not
+augmented, so their features are computed once. To probe V-JEPA 2's weights, convert them first (tools/convert.py).
 
-Under torchrun each process takes its share of every batch, and every validation video counts exactly once. A run that
-was stopped continues with the epoch it was in. Writes results.json and confusion-TASK.png into --out.
+Under torchrun each process takes its share of every batch, and every validation video counts exactly once. An
+interrupted run, started again, continues after its last complete epoch. Writes results.json and confusion-TASK.png to
+--out.
 
-Letters: B videos, V views, S segments, N tokens, D width, P probes, C classes.
+Letters: B videos of a batch, M of the data set, V views, S segments, N tokens of a clip, D width, P probes, C classes.
 """
 
 import argparse
+import hashlib
 import itertools
 import json
 import math
 import os
-import resource
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -36,26 +36,36 @@ import torch.nn.functional as F
 
 import data
 import video
-from cli import Parser, duration, fail, interval95, rank_and_world, require_at_least, resolve_device, write_aside
-from features import Stopwatch, Tokens, Videos, all_reduce, collect, fingerprint, load, moments, say
-from model import AttentiveProbe, load_checkpoint, token_grid
-from training import generator
+from cli import (
+    Parser,
+    duration,
+    fail,
+    interval95,
+    plain_flags,
+    rank_and_world,
+    require_at_least,
+    resolve_device,
+    write_atomically,
+)
+from features import BuiltInVideos, Stopwatch, Tokens, Videos, all_reduce, collect, load, moments, say
+from model import AttentiveProbe, token_grid
+from training import generator, peak_memory
 
 
 class Protocol(NamedTuple):
     num_classes: int
-    num_frames: int | None  # None: what the encoder was trained at
+    num_frames: int | None  # None: as the encoder was trained
     frame_step: int
     segments: int
     views: int
     batch_size: int
     lr: tuple = (1e-3,)
-    weight_decay: tuple = (0.01,)  # a probe for every pair of lr and weight decay
-    flip: bool = True  # of training videos, half of them; not where labels tell left from right
+    weight_decay: tuple = (0.01,)  # a probe is trained for every pair of lr and weight decay
+    flip: bool = True  # mirror half of the training videos; not if the classes distinguish left from right
 
 
 GRID = (5e-3, 3e-3, 1e-3, 3e-4, 1e-4), (0.8, 0.4, 0.1, 0.01)
-PROTOCOLS = {  # of V-JEPA 2 and the paper; --fast and flags override
+PROTOCOLS = {  # V-JEPA 2's and the paper's; --fast and the flags override them
     #                       classes frames step segments views batch probes
     "k400":        Protocol(  400,   16,    4,     8,     3,   256,  *GRID),
     "ssv2":        Protocol(  174,   16,    4,     2,     3,   256,  *GRID, flip=False),
@@ -67,67 +77,90 @@ PROTOCOLS = {  # of V-JEPA 2 and the paper; --fast and flags override
     "synthetic-shape":  Protocol(6, None,   4,     1,     1,   256),
 }  # fmt: skip
 FAST = dict(segments=1, views=1, batch_size=256, lr=(1e-3,), weight_decay=(0.01,))  # paper appendix D, table 7
-SYNTHETIC = ("synthetic-motion", "synthetic-shape")  # in the order of data.Synthetic's labels
-SYNTHETIC_SEED = 2**31  # clips that no training run sees, whatever its --seed below this
+SYNTHETIC = ("synthetic-motion", "synthetic-shape")  # in the order of the label columns of data.Synthetic
+SYNTHETIC_SEED = 2**31  # for clips that no training run sees, as long as its --seed is smaller
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# flags
+
+
+def make_parser():
+    parser = Parser(__doc__)
+    flag = parser.add_argument_group("encoder").add_argument
+    flag("--checkpoint", default="out/student", metavar="RUN|FILE", help="run folder or checkpoint file")
+    flag("--weights", choices=("encoder", "student"), help="student: that of an EMA run; default: encoder")
+    flag("--untrained", action="store_true", help="random weights in the checkpoint's architecture")
+    flag("--layers", nargs="+", type=int, help="blocks (1 is the first) whose outputs the probe gets, each through the "
+         "encoder's final norm as in V-JEPA 2; default: the last block")  # fmt: skip
+    flag("--combine", choices=("mean", "concat"), default="concat", help="how to combine the outputs of --layers")
+
+    flag = parser.add_argument_group("task (defaults: the task's protocol, at the top of probe.py)").add_argument
+    flag("--task", nargs="+", choices=PROTOCOLS, default=[], help="several synthetic tasks share their features")
+    flag("--train-data", nargs="+", metavar="MANIFEST", help="your own task; needs --val-data and --num-classes")
+    flag("--val-data", nargs="+", metavar="MANIFEST", help="validation videos of your own task")
+    flag("--num-classes", type=int, help="number of classes of your own task")
+    flag("--fast", action="store_true", help="one clip, one view, one probe (table 7); always so for your own task")
+    flag("--train-clips", type=int, default=4000, help="number of training clips of synthetic tasks")
+    flag("--val-clips", type=int, default=1000, help="number of validation clips of synthetic tasks")
+    flag("--num-frames", type=int, help="frames per clip; default for your own task: as the encoder was trained")
+    flag("--frame-step", type=int, help="video frames from one clip frame to the next")
+    flag("--fps", type=float, help="clip frames per second of video; replaces --frame-step")
+    flag("--segments", type=int, help="clips per video, spread over its length")
+    flag("--views", type=int, help="crops per validation video, spread along its long side")
+    flag("--resolution", type=int, help="height and width of a clip in pixels; default: as the encoder was trained")
+    flag("--single-frame", action="store_true", help="repeat each clip's middle frame: what is possible without motion")
+    flag("--augment", action=argparse.BooleanOptionalAction, default=True,
+         help="--no-augment: crop training clips like validation clips, and compute their features once")  # fmt: skip
+    flag("--flip", action=argparse.BooleanOptionalAction,
+         help="mirror half of the training videos; not if the classes distinguish left from right")  # fmt: skip
+    flag("--skip-bad", action="store_true", help="count an unreadable validation video as a miss; default: an error")
+    flag("--workers", type=int, default=min(8, os.cpu_count() or 1), help="loader processes per process")
+
+    flag = parser.add_argument_group("probes").add_argument
+    flag("--epochs", type=int, default=20, help="passes over the training videos (table 7)")
+    flag("--batch-size", type=int, help="videos per step, over all processes")
+    flag("--lr", type=float, nargs="+", help="a probe is trained for every pair of lr and weight decay")
+    flag("--weight-decay", type=float, nargs="+", help="see --lr")
+    flag("--probe-depth", type=int, default=4, help="blocks per probe, the last one cross-attention (appendix D)")
+    flag("--probe-heads", type=int, default=16, help="attention heads (V-JEPA 2)")
+    flag("--standardize", action=argparse.BooleanOptionalAction, default=False,
+         help="scale tokens to zero mean and unit variance per channel; helps when epochs are few")  # fmt: skip
+    flag("--seeds", type=int, default=1, help="number of repetitions with other initial weights and sample order")
+    flag("--seed", type=int, default=0, help="seed of the first repetition, and of the untrained encoder")
+    flag("--knn", type=int, metavar="K", help="classify by the K nearest training videos (mean tokens); no probes")
+
+    flag = parser.add_argument_group("hardware and output").add_argument
+    flag("--device", choices=("cpu", "cuda"), help="default: cuda if there is a GPU")
+    flag("--dtype", choices=("float32", "bfloat16"), help="of the forward pass; default: bfloat16 on a GPU")
+    flag("--out", type=Path, default=Path("out/probe"), help="folder for the results")
+    return parser
 
 
 def parse_args():
-    parser = Parser(__doc__)
-    flag = parser.add_argument_group("what is probed").add_argument
-    flag("--checkpoint", default="out/student", metavar="RUN|FILE", help="run folder or checkpoint file")
-    flag("--weights", choices=("encoder", "student"), help="an EMA run holds its student as well; default encoder")
-    flag("--untrained", action="store_true", help="the checkpoint's architecture with random weights")
-    flag("--layers", nargs="+", type=int, help="blocks whose outputs the probe sees, 1 the first; each through the "
-         "encoder's last norm, as V-JEPA 2 does; default the last one")  # fmt: skip
-    flag("--combine", choices=("mean", "concat"), default="concat", help="of --layers")
-
-    flag = parser.add_argument_group("on which task (defaults are the task's protocol, at the top of this file)")
-    flag = flag.add_argument
-    flag("--task", nargs="+", choices=PROTOCOLS, default=[], help="several built-in tasks share features")
-    flag("--train-data", nargs="+", metavar="MANIFEST", help="for a task of your own; with --val-data, --num-classes")
-    flag("--val-data", nargs="+", metavar="MANIFEST")
-    flag("--num-classes", type=int)
-    flag("--fast", action="store_true", help="one clip, one view, one probe (table 7); always so for tasks of your own")
-    flag("--train-clips", type=int, default=4000, help="of the built-in tasks")
-    flag("--val-clips", type=int, default=1000, help="of the built-in tasks")
-    flag("--num-frames", type=int, help="of a clip; for tasks of your own default what the encoder was trained at")
-    flag("--frame-step", type=int, help="video frames from one clip frame to the next")
-    flag("--fps", type=float, help="clip frames per second of video, instead of --frame-step")
-    flag("--segments", type=int, help="clips of a video, spread over its length")
-    flag("--views", type=int, help="crops of a validation video, spread along its long side")
-    flag("--resolution", type=int, help="default: what the encoder was trained at")
-    flag("--single-frame", action="store_true", help="repeat each clip's middle frame: what can be told without motion")
-    flag("--augment", action=argparse.BooleanOptionalAction, default=True,
-         help="--no-augment: training clips as validation clips, their features computed once")  # fmt: skip
-    flag("--flip", action=argparse.BooleanOptionalAction, help="mirror half of the training videos; not where "
-         "labels tell left from right")  # fmt: skip
-    flag("--cache", type=Path, help="folder for features that are computed once (built-in tasks, --no-augment)")
-    flag("--skip-bad", action="store_true", help="an unreadable validation video counts as a miss; else it is an error")
-    flag("--workers", type=int, default=min(8, os.cpu_count() or 1), help="loader processes")
-
-    flag = parser.add_argument_group("how the probes learn").add_argument
-    flag("--epochs", type=int, default=20, help="(table 7)")
-    flag("--batch-size", type=int, help="videos, over all processes")
-    flag("--lr", type=float, nargs="+", help="a probe is trained for every pair of lr and weight decay")
-    flag("--weight-decay", type=float, nargs="+")
-    flag("--probe-depth", type=int, default=4, help="blocks, the last one cross-attention (appendix D)")
-    flag("--probe-heads", type=int, default=16, help="(V-JEPA 2)")
-    flag("--standardize", action=argparse.BooleanOptionalAction, default=False,
-         help="give the probe tokens of zero mean and unit variance per channel; pays when epochs are few")  # fmt: skip
-    flag("--seeds", type=int, default=1, help="times that all is trained, with other initialization and order")
-    flag("--seed", type=int, default=0, help="of the first probe, and of the untrained encoder")
-    flag("--knn", type=int, metavar="K", help="instead of probes: the K nearest training videos vote (mean tokens)")
-
-    flag = parser.add_argument_group("on what, and what it leaves").add_argument
-    flag("--device", choices=("cpu", "cuda"), help="default cuda where there is one")
-    flag("--dtype", choices=("float32", "bfloat16"), help="default bfloat16 on a GPU, else float32")
-    flag("--out", type=Path, default=Path("out/probe"))
-    args = parser.parse_args()
-
+    """The flags, checked, with the task's protocol filled in."""
+    args = make_parser().parse_args()
     resolve_device(args)
-    built_in = [task for task in args.task if task in SYNTHETIC]
+    apply_protocol(args)
+    require_at_least(args, 1, "epochs", "batch_size", "train_clips", "val_clips", "seeds", "probe_depth", "frame_step",
+                     "segments", "views")  # fmt: skip
+    require_at_least(args, 0, "seed", "workers")
+    if args.knn is not None:
+        require_at_least(args, 1, "knn")
+    if args.task and args.task[0] in SYNTHETIC and (args.segments, args.views) != (1, 1):
+        fail("--segments and --views are for videos; synthetic tasks have one of each")
+    if args.untrained and args.weights:
+        fail(f"--untrained excludes --weights {args.weights}: its weights are random")
+    args.weights = args.weights or "encoder"
+    args.layers = sorted(set(args.layers)) if args.layers else None
+    return args
+
+
+def apply_protocol(args):
+    """Fill in, in place, the flags that the user left to the task's protocol."""
     own = args.train_data or args.val_data or args.num_classes
-    if bool(args.task) == bool(own) or (args.task and len(args.task) > 1 and len(built_in) < len(args.task)):
+    mixed = len(args.task) > 1 and not set(args.task) <= set(SYNTHETIC)
+    if bool(args.task) == bool(own) or mixed:
         fail("give --task (one, or several synthetic ones), or --train-data, --val-data and --num-classes")
     if own and not (args.train_data and args.val_data and args.num_classes):
         fail("--train-data, --val-data and --num-classes are needed together")
@@ -137,27 +170,20 @@ def parse_args():
     for name, value in protocol._asdict().items():
         if getattr(args, name) is None:
             setattr(args, name, list(value) if isinstance(value, tuple) else value)
-    require_at_least(args, 1, "epochs", "batch_size", "train_clips", "val_clips", "seeds", "probe_depth", "frame_step",
-                     "segments", "views")  # fmt: skip
-    require_at_least(args, 0, "seed", "workers")
-    if built_in and (args.segments, args.views) != (1, 1):
-        fail("--segments and --views are for videos; a built-in clip is one of each")
-    if args.untrained and args.weights:
-        fail(f"--untrained has no use for --weights {args.weights}: its weights are random")
-    if args.knn is not None and args.knn < 1:
-        fail(f"--knn {args.knn}: at least 1 is needed")
-    if args.cache and (args.knn or not built_in and (args.augment or args.segments * args.views > 1)):
-        fail("--cache is for features computed once, of one clip and view: built-in tasks, or --no-augment --fast")
-    args.weights = args.weights or "encoder"
-    return args
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# videos -> tokens
+# tasks
 
 
-def sources(args, encoder):
-    """(training source, validation source, {task: (label column, number of classes)})."""
+class Task(NamedTuple):
+    name: str
+    column: int  # of the labels
+    num_classes: int
+
+
+def open_task(args, encoder):
+    """(training source, validation source, list of `Task`). Fills in --num-frames and --resolution, in place."""
     args.num_frames = args.num_frames or encoder.config["num_frames"]
     args.resolution = args.resolution or encoder.config["resolution"]
     try:
@@ -165,373 +191,388 @@ def sources(args, encoder):
     except ValueError as error:
         fail(str(error))
     if args.task and args.task[0] in SYNTHETIC:
-        columns = {task: (SYNTHETIC.index(task), PROTOCOLS[task].num_classes) for task in args.task}
-        train = data.Synthetic(args.num_frames, args.resolution, SYNTHETIC_SEED, args.train_clips)
-        return train, data.Synthetic(args.num_frames, args.resolution, SYNTHETIC_SEED + 2, args.val_clips), columns
-    task = args.task[0] if args.task else "own"
+        tasks = [Task(name, SYNTHETIC.index(name), PROTOCOLS[name].num_classes) for name in args.task]
+        train = BuiltInVideos(args.num_frames, args.resolution, SYNTHETIC_SEED, args.train_clips)
+        return train, BuiltInVideos(args.num_frames, args.resolution, SYNTHETIC_SEED + 2, args.val_clips), tasks
+    name = args.task[0] if args.task else "own"
     if args.task:
-        args.train_data, args.val_data = [f"data/{task}/train.csv"], [f"data/{task}/val.csv"]
-        for name in (*args.train_data, *args.val_data):
-            if not Path(name).is_file():
-                fail(f"--task {task} needs {name}, lines of 'path label' for the {args.num_classes} classes "
-                     "(README, 'Probing', says how to make it)")  # fmt: skip
+        args.train_data, args.val_data = [f"data/{name}/train.csv"], [f"data/{name}/val.csv"]
+        for manifest in (*args.train_data, *args.val_data):
+            if not Path(manifest).is_file():
+                fail(
+                    f"--task {name} needs {manifest}, lines of 'path label' for the {args.num_classes} classes; "
+                    f"python -m tools.prepare {name} --help says how to make it (README, 'The public datasets')"
+                )
     try:
         train = Videos(args.train_data, args, train=args.augment and not args.knn)
-        train.skip_bad = False  # a black video must not be learned
-        return train, Videos(args.val_data, args, train=False), {task: (0, args.num_classes)}
+        val = Videos(args.val_data, args, train=False, skip_bad=args.skip_bad)
     except (OSError, ValueError) as error:
         fail(str(error))
+    return train, val, [Task(name, 0, args.num_classes)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the probes
+# training the probes
 
 
-class AttentiveProbes(torch.nn.Module):
-    """P probes as one computation: what `AttentiveProbe` computes, with parameters (P, ...) stacked.
-
-    tokens (B, N, D) -> logits (P, B, C)
-
-    The last block has one query, the same for all clips, so its keys and values need not be made: the score of a token
-    x is (W_k' q) . x and the result W_v (sum of a_n x_n). All heads of all probes then share two matmuls with D x (P h)
-    instead of D x (2 D P) weights, and one normalisation of the tokens.
-    """
-
-    def __init__(self, probes):
-        super().__init__()
-        self.depth, self.heads, self.eps = len(probes[0].blocks), probes[0].cross.heads, probes[0].cross.norm1.eps
-        for name, _ in probes[0].named_parameters():
-            stacked = torch.stack([probe.get_parameter(name).detach() for probe in probes])
-            self.register_parameter(name.replace(".", "/"), torch.nn.Parameter(stacked))
-
-    def part(self, name):
-        return self.get_parameter(name.replace(".", "/"))
-
-    def linear(self, name, x):  # (P, M, D) -> (P, M, ...)
-        return torch.baddbmm(self.part(f"{name}.bias")[:, None], x, self.part(f"{name}.weight").mT)
-
-    def norm(self, name, x):
-        weight, bias = self.part(f"{name}.weight")[:, None], self.part(f"{name}.bias")[:, None]
-        return F.layer_norm(x, x.shape[-1:], eps=self.eps) * weight + bias
-
-    def mlp(self, name, x):
-        return self.linear(f"{name}.fc2", F.gelu(self.linear(f"{name}.fc1", x)))
-
-    def block(self, name, x, batch):  # (P, B * N, D)
-        qkv = self.linear(f"{name}.attn.qkv", self.norm(f"{name}.norm1", x))
-        q, k, v = qkv.view(len(x) * batch, -1, 3, self.heads, x.shape[2] // self.heads).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)
-        x = x + self.linear(f"{name}.attn.proj", attended)
-        return x + self.mlp(f"{name}.mlp", self.norm(f"{name}.norm2", x))
-
-    def forward(self, tokens):
-        (B, N, D), h, query = tokens.shape, self.heads, self.part("query")[:, 0]
-        P, d = len(query), D // h
-        x = tokens[None]
-        if self.depth:
-            x = x.reshape(1, B * N, D).expand(P, -1, -1)
-            for i in range(self.depth):
-                x = self.block(f"blocks.{i}", x, B)
-            x = x.view(P, B, N, D)
-        x = F.layer_norm(x, (D,), eps=self.eps).to(torch.promote_types(tokens.dtype, torch.bfloat16))
-
-        weight, bias = self.part("cross.norm1.weight")[:, None], self.part("cross.norm1.bias")[:, None]
-        W_k, W_v = self.part("cross.kv.weight").view(P, 2, h, d, D).unbind(1)
-        q = self.linear("cross.q", query).view(P, h, 1, d)
-        # What is the same for all tokens of a clip (the biases) does not change the softmax.
-        keys = (q @ W_k).squeeze(2) * weight / math.sqrt(d)  # (P, h, D)
-        if self.depth:
-            attention = (x @ keys[:, None].mT).softmax(2)  # (P, B, N, h)
-            pooled = (attention.mT.to(x.dtype) @ x).transpose(1, 2)
-        else:  # all probes see the same tokens
-            attention = (x[0] @ keys.flatten(0, 1).mT).softmax(1)  # (B, N, P h)
-            pooled = (attention.mT.to(x.dtype) @ x[0]).view(B, P, h, D).permute(1, 2, 0, 3)
-        pooled = pooled * weight[:, None] + bias[:, None]  # (P, h, B, D)
-        values = pooled @ W_v.mT + self.part("cross.kv.bias").view(P, 2, h, 1, d)[:, 1]
-        x = query + values.transpose(1, 2).reshape(P, B, D)
-        x = x + self.mlp("cross.mlp", self.norm("cross.norm2", x))
-        return self.linear("linear", x)
+def settings(args):
+    """The (lr, weight decay) of every probe."""
+    return list(itertools.product(args.lr, args.weight_decay))
 
 
-def make_optimizer(probes, settings):
-    """torch's AdamW with a parameter group for each of the stacked probes; settings: its (lr, weight decay).
-
-    It steps views of the stacked parameters and gradients, which therefore stay where they are.
-    """
-    groups = []
-    for p in probes.parameters():
-        p.grad = torch.zeros_like(p)
-    for i, (lr, weight_decay) in enumerate(settings):
-        views = [p.detach()[i] for p in probes.parameters()]
-        for view, p in zip(views, probes.parameters(), strict=True):
-            view.grad = p.grad[i]
-        groups.append({"params": views, "lr": lr, "peak_lr": lr, "weight_decay": weight_decay})
-    return torch.optim.AdamW(groups, fused=True)
-
-
-def one_probe(args, width, classes):
-    """The probe that the flags name; ends the script if they do not fit the encoder."""
+def make_probe(args, width, num_classes):
+    """The probe that the flags describe. Ends the script if they do not fit the encoder's width."""
     try:
-        return AttentiveProbe(width, classes, args.probe_depth, args.probe_heads)
+        return AttentiveProbe(width, num_classes, args.probe_depth, args.probe_heads)
     except ValueError as error:
         fail(f"--probe-heads: {error}")
 
 
-def make_probes(args, width, classes, seed):
-    """[(AttentiveProbes, optimizer)], for all pairs of lr and weight decay in order; all start from the same weights.
-
-    Probes of several blocks are separate on a CPU: their matmuls fill it, and together they leave its cache (NOTES.md).
-    On a GPU four at a time, for memory: 100,000 tokens of width 1024 take about 11 GB in each.
-    """
-    torch.manual_seed(seed)
-    probe = one_probe(args, width, classes)
-    settings = list(itertools.product(args.lr, args.weight_decay))
-    size = len(settings) if args.probe_depth == 1 else 1 if args.device == "cpu" else 4
-    groups = [settings[i : i + size] for i in range(0, len(settings), size)]
-    stacks = [AttentiveProbes([probe] * len(group)).to(args.device) for group in groups]
-    return [(stack, make_optimizer(stack, group)) for stack, group in zip(stacks, groups, strict=True)]
+def make_probes(args, width, num_classes, seed):
+    """[(probe, its AdamW)] for every pair of lr and weight decay, all starting from the same weights."""
+    probes = []
+    for lr, weight_decay in settings(args):
+        torch.manual_seed(seed)
+        probe = make_probe(args, width, num_classes).to(args.device)
+        for p in probe.parameters():
+            p.grad = torch.zeros_like(p)  # stays zero in a process that gets no video of a small batch
+        optimizer = torch.optim.AdamW(probe.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
+        probes.append((probe, optimizer))
+    return probes
 
 
-def logits_of(args, probes, x, scale):
-    """(P, B, C) float32 of one stack of probes; x (B, N, D)."""
-    if scale is not None:
-        x = ((x - scale[0]) / scale[1]).to(x.dtype)
+def classify(args, probe, tokens):
+    """Logits (B, C) float32 of tokens (B, N, D)."""
     with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-        return probes(x).float()
+        return probe(tokens).float()
 
 
-def train_epoch(args, stacks, tokens, order, first_step, steps, column, scale):
-    """One pass over the sample numbers in `order`; yields the loss, mean over the probes, after every step."""
+def sum_gradients(probe):
+    """Sum a probe's gradients over all processes, in place, in a single all-reduce."""
+    if dist.is_initialized():
+        gradients = [p.grad for p in probe.parameters()]
+        total = all_reduce(torch.cat([gradient.flatten() for gradient in gradients]))
+        for gradient, part in zip(gradients, total.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+
+def train_epoch(args, probes, tokens, column, order, first_step, num_steps):
+    """Train on the samples in `order`. After every step, yield the loss, averaged over the probes.
+
+    first_step: steps before this epoch; num_steps: steps of the whole training, for the learning rate.
+    """
     batches = order.split(args.batch_size)
-    for step, (batch, parts) in enumerate(zip(batches, tokens.read(batches), strict=True), start=first_step):
-        total = torch.zeros((), device=args.device)
-        for _, x, labels in parts:
-            with tokens.spent("probes"):
-                for probes, _ in stacks:
-                    logits = logits_of(args, probes, x[:, 0], scale)
-                    loss = F.cross_entropy(logits.flatten(0, 1), labels[:, column].repeat(len(logits)), reduction="sum")
-                    (loss / len(batch)).backward()
-                    total += loss.detach()
-        with tokens.spent("probes"):
-            for probes, optimizer in stacks:
-                for p in probes.parameters():
-                    all_reduce(p.grad)
-                for group in optimizer.param_groups:
-                    group["lr"] = group["peak_lr"] * (1 + math.cos(math.pi * step / steps)) / 2
+    for step, (numbers, micro_batches) in enumerate(zip(batches, tokens.read(batches), strict=True), start=first_step):
+        total_loss = torch.zeros((), device=args.device)
+        for batch in micro_batches:
+            with tokens.stopwatch.measure("probes"):
+                for probe, _ in probes:
+                    logits = classify(args, probe, batch.tokens[:, 0])
+                    loss = F.cross_entropy(logits, batch.labels[:, column], reduction="sum") / len(numbers)
+                    loss.backward()
+                    total_loss += loss.detach()
+        with tokens.stopwatch.measure("probes"):
+            for probe, optimizer in probes:
+                sum_gradients(probe)
+                peak_lr = optimizer.defaults["lr"]
+                optimizer.param_groups[0]["lr"] = peak_lr * (1 + math.cos(math.pi * step / num_steps)) / 2
                 optimizer.step()
-                probes.zero_grad(set_to_none=False)
-        yield all_reduce(total) / len(batch) / (len(args.lr) * len(args.weight_decay))
+                optimizer.zero_grad(set_to_none=False)
+        yield all_reduce(total_loss) / len(probes)
 
 
-def train_probes(args, stacks, tokens, column, seed, scale, state_file, key):
-    """Train all epochs, from where state_file leaves off if it is of this run. Yields (epoch, step of it, loss)."""
+def train_probes(args, probes, tokens, column, seed, state_file, key):
+    """Train for all epochs, continuing from state_file if it has the same key. Yields (epoch, step in it, loss)."""
     length, start = len(tokens.source), 0
     if state_file.is_file():
         state = torch.load(state_file, map_location="cpu", weights_only=True)
         if state["key"] == key:
             start = state["epochs"]
-            for (probes, optimizer), (weights, moving) in zip(stacks, state["stacks"], strict=True):
-                probes.load_state_dict(weights)
-                optimizer.load_state_dict(moving)
+            for (probe, optimizer), (weights, optimizer_state) in zip(probes, state["probes"], strict=True):
+                probe.load_state_dict(weights)
+                optimizer.load_state_dict(optimizer_state)
             say(f"continuing after epoch {start} ({state_file})")
-    per_epoch = math.ceil(length / args.batch_size)
+    steps = math.ceil(length / args.batch_size)  # per epoch
     for epoch in range(start, args.epochs):
-        if getattr(tokens.source, "train", False):  # a pass of its own for every seed and epoch
+        if tokens.source.train:  # an endless sequence of samples; every seed and epoch takes its own
             order = torch.arange(length) + (seed * args.epochs + epoch) * length
         else:
             order = torch.randperm(length, generator=generator(seed, epoch))
-        losses = train_epoch(args, stacks, tokens, order, epoch * per_epoch, args.epochs * per_epoch, column, scale)
+        losses = train_epoch(args, probes, tokens, column, order, epoch * steps, args.epochs * steps)
         for step, loss in enumerate(losses, start=1):
             yield epoch, step, loss
         if rank_and_world()[0] == 0:
-            state = {"key": key, "epochs": epoch + 1, "stacks": [(p.state_dict(), o.state_dict()) for p, o in stacks]}
-            write_aside(state_file, lambda path, state=state: torch.save(state, path))
+            weights = [(probe.state_dict(), optimizer.state_dict()) for probe, optimizer in probes]
+            state = {"key": key, "epochs": epoch + 1, "probes": weights}
+            write_atomically(state_file, lambda path, state=state: torch.save(state, path))
 
 
-def top_classes(probabilities, labels):
-    """(B, P, 7) from (P, B, C) and (B,): the five likeliest classes (-1: none), the label, whether it was read at all.
+# Flags that do not change the training of a probe, or that `resume_key` and the file's name cover in another form.
+NOT_IN_KEY = {"checkpoint", "weights", "untrained", "task", "fast", "train_data", "val_data", "skip_bad", "workers",
+              "seed", "seeds", "knn", "device", "out"}  # fmt: skip
 
-    A negative label -1 - c is that of an unreadable video of class c: it has no likely class.
+
+def resume_key(args, encoder, checkpoint_step):
+    """What a training of probes depends on: flags, encoder weights, manifests. It continues only one with its key."""
+    weights = hashlib.sha256()
+    for tensor in encoder.state_dict().values():
+        weights.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
+    manifests = [os.path.abspath(path) for path in (args.train_data or []) + (args.val_data or [])]
+    return json.dumps({
+        "flags": {name: value for name, value in plain_flags(args).items() if name not in NOT_IN_KEY},
+        "encoder": [encoder.config, checkpoint_step, weights.hexdigest()],
+        "manifests": {path: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in manifests},
+    })  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# predictions
+
+
+class Predictions(NamedTuple):
+    top5: torch.Tensor  # (M, P, 5) most likely classes; -1: fewer than 5 classes, or an unreadable video
+    labels: torch.Tensor  # (M,)
+    readable: torch.Tensor  # (M,) bool
+
+
+def top5_classes(scores):
+    """(B, P, 5): the classes with the highest scores (P, B, C), highest first; -1 if there are fewer."""
+    top = scores.topk(min(5, scores.shape[-1]), dim=-1).indices.transpose(0, 1)
+    return F.pad(top, (0, 5 - top.shape[-1]), value=-1)
+
+
+def predict(tokens, column, num_probes, score):
+    """`Predictions` for all videos; score: tokens (B, V, S * N, D) -> class scores (P, B, C)."""
+    top5, labels, readable = collect(tokens, column, lambda x: top5_classes(score(x)), (num_probes, 5), torch.long)
+    return Predictions(top5.where(readable[:, None, None], -1), labels, readable)
+
+
+def predict_with_probes(args, probes, tokens, column):
+    """`Predictions` of the probes: softmax, averaged over the views."""
+
+    def score(x):
+        num_videos, num_views = x.shape[:2]
+        logits = torch.stack([classify(args, probe, x.flatten(0, 1)) for probe, _ in probes])
+        return logits.softmax(-1).unflatten(1, (num_videos, num_views)).mean(2)
+
+    return predict(tokens, column, len(probes), score)
+
+
+def predict_with_neighbors(args, train, val, task):
+    """`Predictions` by the votes of the K nearest training videos, by cosine similarity s of mean tokens.
+
+    A vote weighs exp(s / 0.07), as in DINO.
     """
-    readable = labels >= 0
-    top = probabilities.topk(min(5, probabilities.shape[-1]), dim=-1).indices.transpose(0, 1)
-    top = F.pad(top, (0, 5 - top.shape[-1]), value=-1).where(readable[:, None, None], -1)
-    rest = torch.stack((labels.where(readable, -1 - labels), readable.long()), dim=1)
-    return torch.cat((top, rest[:, None].expand(-1, top.shape[1], -1)), dim=2)
+
+    def mean_tokens(x):
+        return F.normalize(x.float().mean((1, 2)), dim=-1)
+
+    means, labels, _ = collect(train, task.column, mean_tokens, (train.shape[1],), torch.float32)
+    means, labels = means.to(args.device), labels.to(args.device)
+
+    def score(x):
+        similarity, neighbors = (mean_tokens(x) @ means.T).topk(args.knn)
+        votes = torch.zeros(len(x), task.num_classes, device=x.device)
+        return votes.scatter_add(1, labels[neighbors], (similarity / 0.07).exp())[None]
+
+    return predict(val, task.column, 1, score)
 
 
-def predict(args, stacks, tokens, column, scale):
-    """`top_classes` of every video by every probe, (M, P, 7): softmax, averaged over the views."""
-
-    def average(x, labels):
-        logits = torch.cat([logits_of(args, probes, x.flatten(0, 1), scale) for probes, _ in stacks])
-        return top_classes(logits.softmax(-1).unflatten(1, x.shape[:2]).mean(2), labels[:, column])
-
-    return collect(tokens, average, (len(args.lr) * len(args.weight_decay), 7))
-
-
-def nearest_neighbors(args, train, val, column, classes):
-    """`top_classes` of every video, (M, 1, 7), by the votes of the K nearest training videos.
-
-    Cosine similarity s of the mean tokens, weight exp(s / 0.07), as DINO.
-    """
-    width = train.shape[1]
-    table = collect(train, lambda x, _: F.normalize(x.float().mean((1, 2)), dim=-1), (width,), torch.float32)
-    labels = collect(train, lambda _, labels: labels[:, column], ()).to(args.device)
-    table = table.to(args.device)
-
-    def vote(x, found):
-        near, ids = (F.normalize(x.float().mean((1, 2)), dim=-1) @ table.T).topk(args.knn)
-        votes = torch.zeros(len(x), classes, device=x.device).scatter_add(1, labels[ids], (near / 0.07).exp())
-        return top_classes(votes[None], found[:, column])
-
-    return collect(val, vote, (1, 7))
+def train_and_predict(args, train, val, task, key):
+    """Train the probes of a task, and print the progress; a list of `Predictions`, one per seed."""
+    predictions, steps = [], math.ceil(len(train.source) / args.batch_size)
+    for seed in range(args.seed, args.seed + args.seeds):
+        probes = make_probes(args, train.shape[1], task.num_classes, seed)
+        state_file = args.out / f"resume-{task.name}-{seed}.pt"
+        started = shown = time.perf_counter()
+        losses = train_probes(args, probes, train, task.column, seed, state_file, key)
+        for done, (epoch, step, loss) in enumerate(losses, start=1):
+            now = time.perf_counter()
+            if step == steps or now > shown + 1:
+                shown = now
+                left = (now - started) / done * (args.epochs * steps - epoch * steps - step)
+                say(f"\r{task.name} seed {seed} epoch {epoch + 1}/{args.epochs}  step {step}/{steps}  "
+                    f"loss {loss.item():.3f}, {duration(left)} left  ", end="")  # fmt: skip
+        say("")
+        predictions.append(predict_with_probes(args, probes, val, task.column))
+    return predictions
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # results
 
 
-def summarize(args, found, classes):
-    """What results.json says of a task, confusion counts (C, C) true by predicted; from `top_classes` (seeds, M, P, 7).
+def summarize(args, predictions, num_classes):
+    """A task's entry in results.json, and its confusion counts (C, C), true by predicted class.
 
-    Of several probes the best on the validation videos counts, for each seed; beside it the median.
+    predictions: one per seed. With several probes, each seed counts its best one on the validation videos; the median
+    over the probes is given as well.
     """
-    label, right = found[0, :, 0, 5], found[..., :5] == found[..., 5:6]  # (M,), (seeds, M, P, 5)
-    top1, top5 = right[..., 0].float().mean(1) * 100, right.any(-1).float().mean(1) * 100  # (seeds, P)
-    best = top1.argmax(1)
-    scores = top1.gather(1, best[:, None])[:, 0]
-    confusion = torch.zeros(classes, classes)
+    labels, readable = predictions[0].labels, predictions[0].readable
+    top5 = torch.stack([p.top5 for p in predictions])  # (seeds, M, P, 5)
+    correct = top5 == labels[:, None, None]
+    top1_accuracy = correct[..., 0].float().mean(1) * 100  # (seeds, P)
+    top5_accuracy = correct.any(-1).float().mean(1) * 100
+    best = top1_accuracy.argmax(1)
+    best_top1 = top1_accuracy.gather(1, best[:, None])[:, 0]  # (seeds,)
+    confusion = torch.zeros(num_classes, num_classes)
     for seed, probe in enumerate(best):
-        guess = found[seed, :, probe, 0]
-        confusion.index_put_((label[guess >= 0], guess[guess >= 0]), torch.ones(()), accumulate=True)
-    numbers = label.bincount(minlength=classes)
-    per_class = confusion.diagonal() / len(found) / numbers * 100
-    settings = [{"k": args.knn}] if args.knn else [
-        {"lr": lr, "weight_decay": decay} for lr, decay in itertools.product(args.lr, args.weight_decay)]  # fmt: skip
-    probes = [{**setting, "top1": top1[:, i].mean().item(), "top5": top5[:, i].mean().item()}
-              for i, setting in enumerate(settings)]  # fmt: skip
-    total = len(label)
+        predicted = top5[seed, readable, probe, 0]
+        confusion.index_put_((labels[readable], predicted), torch.ones(()), accumulate=True)
+    class_sizes = labels.bincount(minlength=num_classes)
+    per_class = confusion.diagonal() / len(predictions) / class_sizes * 100
+    names = [{"k": args.knn}] if args.knn else [{"lr": lr, "weight_decay": decay} for lr, decay in settings(args)]
+    top1, total = best_top1.mean().item(), len(labels)
     return {
-        "top1": scores.mean().item(), "spread": scores.std().item() if len(scores) > 1 else None,
-        "top1_per_seed": scores.tolist(), "interval95": interval95(scores.mean().item() * total / 100, total),
-        "chance": 100 / classes, "num_val": total, "unreadable": int((found[0, :, 0, 6] == 0).sum()),
-        "top5": top5.gather(1, best[:, None]).mean().item() if classes > 5 else None,
-        "median": top1.quantile(0.5, dim=1).mean().item(), "best": [settings[i] for i in best], "probes": probes,
-        "per_class": [None if number == 0 else x for x, number in zip(per_class.tolist(), numbers, strict=True)],
-    }, confusion  # fmt: skip
+        "top1": top1,
+        "spread": best_top1.std().item() if len(predictions) > 1 else None,
+        "top1_per_seed": best_top1.tolist(),
+        "interval95": interval95(top1 * total / 100, total),
+        "chance": 100 / num_classes,
+        "num_val": total,
+        "unreadable": int((~readable).sum()),
+        "top5": top5_accuracy.gather(1, best[:, None]).mean().item() if num_classes > 5 else None,
+        "median": top1_accuracy.quantile(0.5, dim=1).mean().item(),
+        "best": [names[i] for i in best],
+        "probes": [
+            {**name, "top1": first.mean().item(), "top5": five.mean().item()}
+            for name, first, five in zip(names, top1_accuracy.T, top5_accuracy.T, strict=True)
+        ],
+        "per_class": [x if size else None for x, size in zip(per_class.tolist(), class_sizes.tolist(), strict=True)],
+    }, confusion
+
+
+def print_result(name, task, result):
+    """One line: accuracy, interval, and which probe was the best."""
+    low, high = result["interval95"]
+    line = f"{name} {task}: top-1 {result['top1']:.1f}%"
+    if result["spread"] is not None:
+        line += f" ± {result['spread']:.1f} over {len(result['top1_per_seed'])} seeds"
+    line += f" (95% interval {low:.1f} to {high:.1f}, chance {result['chance']:.1f}, {result['num_val']} videos"
+    if result["unreadable"]:
+        line += f", {result['unreadable']} unreadable counted as misses"
+    line += ")"
+    if result["top5"] is not None:
+        line += f", top-5 {result['top5']:.1f}"
+    if len(result["probes"]) > 1:
+        line += f", best probe on these videos: {result['best']}, median {result['median']:.1f}"
+    say(line)
 
 
 def draw_confusion(confusion, task, path):
-    """Rows are true classes, columns predicted ones, in shares of the row."""
+    """Picture of the confusion counts: rows are true classes, columns predicted ones, as fractions of the row."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(5, 4.5), layout="constrained")
-    shares = (confusion / confusion.sum(1, keepdim=True).clamp(min=1)).numpy()
-    figure.colorbar(axes.imshow(shares, vmin=0, vmax=1, cmap="Blues", interpolation="nearest"))
+    fractions = (confusion / confusion.sum(1, keepdim=True).clamp(min=1)).numpy()
+    figure.colorbar(axes.imshow(fractions, vmin=0, vmax=1, cmap="Blues", interpolation="nearest"))
     axes.set(title=task, xlabel="predicted class", ylabel="true class")
-    write_aside(path, lambda aside: figure.savefig(aside, format="png", dpi=150))
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150))
     plt.close(figure)
 
 
-def probe_task(args, train, val, task, column, classes, scale, key):
-    """`top_classes` for every seed, (seeds, M, P, 7)."""
+def write_results(args, record, confusions):
+    """Write results.json and the pictures; delete the states to resume from."""
+    file = args.out / "results.json"
+    try:
+        write_atomically(file, lambda path: path.write_text(json.dumps(record, indent=2) + "\n"))
+    except OSError as error:
+        fail(f"--out {args.out}: {error.strerror}")
+    for state_file in args.out.glob("resume-*.pt"):
+        state_file.unlink()
+    for task, confusion in confusions.items():
+        draw_confusion(confusion, task, args.out / f"confusion-{task}.png")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the script
+
+
+def announce(args, name, train, val, tasks):
+    """Print what is about to be done."""
+    num_probes = len(settings(args))
+    method = f"{num_probes} probes" if num_probes > 1 else "1 probe"
     if args.knn:
-        return nearest_neighbors(args, train, val, column, classes)[None]
-    found, per_epoch, shown = [], math.ceil(len(train.source) / args.batch_size), time.perf_counter()
-    for seed in range(args.seed, args.seed + args.seeds):
-        stacks, first = make_probes(args, train.shape[1], classes, seed), None
-        file = args.out / f"resume-{task}-{seed}.pt"
-        for epoch, step, loss in train_probes(args, stacks, train, column, seed, scale, file, key):
-            now, done = time.perf_counter(), epoch * per_epoch + step
-            first = first or (now, done)
-            if step == per_epoch or now > shown + 1:
-                left = (now - first[0]) / max(1, done - first[1]) * (args.epochs * per_epoch - done)
-                shown = now
-                say(f"\r{task} seed {seed} epoch {epoch + 1}/{args.epochs}  step {step}/{per_epoch}  "
-                    f"loss {loss.item():.3f}, {duration(left)} left  ", end="")  # fmt: skip
-        say("")
-        found.append(predict(args, stacks, val, column, scale))
-    return torch.stack(found)
+        method = f"{args.knn} nearest neighbors"
+    say(f"probing {name} on {', '.join(task.name for task in tasks)} ({method}): {len(train)} training and {len(val)} "
+        f"validation videos, {args.segments} segments x {args.num_frames} frames x {args.views} views, {args.device} "
+        f"{args.dtype}")  # fmt: skip
+
+
+def prepare_tokens(args, train, val):
+    """Before the probes are trained: compute features that never change, or check that validation videos are readable.
+
+    BadVideo if an unreadable validation video is an error: better now than after the training.
+    """
+    if args.segments * args.views == 1 and not train.source.train:
+        val.keep("validation")
+        train.keep("training")
+    elif not args.skip_bad:
+        rank, world = rank_and_world()
+        with val.stopwatch.measure("loader"):
+            for _ in data.clip_loader(val.source, [[n] for n in range(rank, len(val.source), world)], args.workers):
+                pass
+    if args.standardize:
+        length = len(train.source)
+        numbers = torch.arange(length if train.kept else min(length, args.batch_size))
+        train.scale = val.scale = moments(train, numbers)
+
+
+def measure_speed(args, train, val, seconds):
+    """Print and return the speed, where the time went, and the peak memory of this process."""
+    spent = train.stopwatch.seconds
+    shares = {part: spent[part] / seconds for part in ("loader", "encoder", "probes")}
+    speed = {
+        "clips_per_s": (train.num_clips + val.num_clips) / seconds,
+        "peak_memory_gib": peak_memory(torch.device(args.device)) / 2**30,
+        **{f"{part}_share": share for part, share in shares.items()},
+    }
+    say(f"{speed['clips_per_s']:.1f} clips/s per process; {duration(seconds)}: "
+        f"{', '.join(f'{part} {share:.0%}' for part, share in shares.items())}; "
+        f"peak memory {speed['peak_memory_gib']:.1f} GiB")  # fmt: skip
+    return speed
 
 
 def evaluate(args):
-    """Probe the encoder on every task and write results.json. BadVideo if a video cannot be read."""
-    encoder, spent, started = load(args), Stopwatch(), time.perf_counter()
-    train, val, tasks = sources(args, encoder)
-    part = "untrained" if args.untrained else args.weights
-    name = f"{args.checkpoint}{'' if part == 'encoder' else f' ({part})'}"
-    settings = 1 if args.knn else len(args.lr) * len(args.weight_decay)
-    method = f"{args.knn} nearest neighbors" if args.knn else f"{settings} probe{'s' * (settings > 1)}"
-    say(f"probing {name} on {', '.join(tasks)} ({method}): {len(train)} training and {len(val)} validation videos, "
-        f"{args.segments} x {args.num_frames} frames x {args.views} views, {args.device} {args.dtype}")  # fmt: skip
+    """Probe the encoder on every task and write the results. BadVideo if a video cannot be read."""
+    started, stopwatch = time.perf_counter(), Stopwatch()
+    encoder, checkpoint_step = load(args)
+    train, val, tasks = open_task(args, encoder)
+    weights = "untrained" if args.untrained else args.weights
+    name = str(args.checkpoint) if weights == "encoder" else f"{args.checkpoint} ({weights})"
+    announce(args, name, train, val, tasks)
     if args.knn and args.knn > len(train):
         fail(f"--knn {args.knn}: there are {len(train)} training videos")
-    train, val = Tokens(args, encoder, train, spent), Tokens(args, encoder, val, spent)
+    train, val = Tokens(args, encoder, train, stopwatch), Tokens(args, encoder, val, stopwatch)
+    key = None
     if not args.knn:
-        for _, classes in tasks.values():
-            with torch.device("meta"):
-                one_probe(args, train.shape[1], classes)  # fails now if it must
-    key = ""
+        with torch.device("meta"):
+            make_probe(args, train.shape[1], args.num_classes)  # to fail now if the flags do not fit
+        prepare_tokens(args, train, val)
+        key = resume_key(args, encoder, checkpoint_step)
     try:
-        once = args.segments * args.views == 1 and not args.knn
-        if once and not getattr(train.source, "train", False):
-            val.keep("validation")
-            train.keep("training")
-        elif not args.skip_bad and not args.knn:
-            rank, world = rank_and_world()
-            with spent("loader"):  # an unreadable validation video is an error: better now than after the training
-                for _ in data.clip_loader(val.source, [[n] for n in range(rank, len(val.source), world)], args.workers):
-                    pass
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        fail(f"--out {args.out} or --cache {args.cache}: {error.strerror}")
-    scale = None
-    if not args.knn:
-        how = (args.batch_size, args.lr, args.weight_decay, args.epochs, args.probe_depth, args.probe_heads,
-               args.standardize)  # fmt: skip
-        key = f"{[fingerprint(args, encoder, tokens.source) for tokens in (train, val)]} {how}"
-        if args.standardize:
-            length = len(train.source)
-            scale = moments(args, train, torch.arange(length if train.kept else min(length, args.batch_size)))
+        fail(f"--out {args.out}: {error.strerror}")
 
-    results, pictures = {}, {}
-    for task, (column, classes) in tasks.items():
-        found = probe_task(args, train, val, task, column, classes, scale, key)
-        results[task], confusion = summarize(args, found, classes)
-        one = results[task]
-        low, high = one["interval95"]
-        spread = f" ± {one['spread']:.1f} over {args.seeds} seeds" if one["spread"] is not None else ""
-        best = f", best of {settings} on these clips: {one['best']}, median {one['median']:.1f}" if settings > 1 else ""
-        top5 = f", top-5 {one['top5']:.1f}" if one["top5"] is not None else ""
-        missed = f", {one['unreadable']} unreadable count as missed" if one["unreadable"] else ""
-        say(f"{name} {task}: top-1 {one['top1']:.1f}%{spread} (95% interval {low:.1f} to {high:.1f}, "
-            f"chance {100 / classes:.1f}, {one['num_val']} clips{missed}){top5}{best}")  # fmt: skip
-        pictures[task] = confusion
+    results, confusions = {}, {}
+    for task in tasks:
+        if args.knn:
+            predictions = [predict_with_neighbors(args, train, val, task)]
+        else:
+            predictions = train_and_predict(args, train, val, task, key)
+        results[task.name], confusions[task.name] = summarize(args, predictions, task.num_classes)
+        print_result(name, task.name, results[task.name])
 
     seconds = time.perf_counter() - started
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    if args.device == "cuda":
-        memory = torch.cuda.max_memory_allocated() / 2**30
-    speed = {"clips_per_s": spent["clips"] / seconds, "peak_memory_gib": memory,
-             **{f"{part}_share": spent[part] / seconds for part in ("loader", "encoder", "probes")}}  # fmt: skip
-    record = {"checkpoint": str(args.checkpoint), "step": load_checkpoint(args.checkpoint)["step"], "weights": part,
-              "tasks": results, "seconds": seconds, "speed": speed,
-              "args": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}}  # fmt: skip
+    speed = measure_speed(args, train, val, seconds)
+    record = {"checkpoint": str(args.checkpoint), "step": checkpoint_step, "weights": weights, "tasks": results,
+              "seconds": seconds, "speed": speed, "args": plain_flags(args)}  # fmt: skip
     if rank_and_world()[0] == 0:
-        try:
-            write_aside(args.out / "results.json", lambda path: path.write_text(json.dumps(record, indent=2) + "\n"))
-        except OSError as error:
-            fail(f"--out {args.out}: {error.strerror}")
-        for file in args.out.glob("resume-*.pt"):
-            file.unlink()
-        for task, confusion in pictures.items():
-            draw_confusion(confusion, task, args.out / f"confusion-{task}.png")
-    shares = ", ".join(f"{part} {speed[f'{part}_share']:.0%}" for part in ("loader", "encoder", "probes"))
-    say(f"{speed['clips_per_s']:.1f} clips/s a process; of {duration(seconds)}: {shares}; peak memory {memory:.1f} GiB")
+        write_results(args, record, confusions)
     say(args.out / "results.json")
 
 
@@ -544,8 +585,10 @@ def main():
         dist.init_process_group("cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo")
     try:
         evaluate(args)
-    except video.BadVideo as error:  # its last line; before it, a worker's traceback
+    except video.BadVideo as error:  # in the last line; before it comes a worker's traceback
         fail(f"unreadable video: {str(error).splitlines()[-1]}")
+    except data.LoaderFailed as error:
+        fail(str(error))
     if world > 1:
         dist.destroy_process_group()
 

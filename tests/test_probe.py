@@ -1,22 +1,20 @@
-"""The probe learns what is in the tokens and nothing else, and reports it."""
+"""A probe learns what is in the tokens and nothing else; the script trains, resumes and reports as it says."""
 
 import argparse
 import collections
 import itertools
 import json
 import math
-import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, flat, frame_numbers, numbered, randomize, refusal, run_script, write_image, write_video
+from conftest import TINY, flat, refusal, run_script, write_image, write_video
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
@@ -25,7 +23,7 @@ import probe
 import train_ema_baseline
 import train_student
 from cli import interval95
-from model import AttentiveProbe, Encoder, load_checkpoint, load_encoder
+from model import AttentiveProbe, load_checkpoint, load_encoder
 from training import generator
 
 QUICK = shlex.split("--epochs 1 --batch-size 16 --probe-heads 2 --probe-depth 2 --workers 0 --device cpu")
@@ -41,31 +39,37 @@ def test_interval95(right, total, low, high):
     assert interval95(right, total) == pytest.approx([low, high], abs=0.01)
 
 
-class Fixed:
-    """Made-up tokens in the place of an encoder's: what features.Tokens says of itself."""
+class FixedTokens:
+    """Made-up tokens (M, N, D) or (M, V, N, D) with labels (M, L), in place of `features.Tokens`."""
 
-    def __init__(self, args, tokens, labels):  # (M, N, D) or (M, V, N, D), (M, L)
-        self.args, self.x, self.y, self.spent = args, tokens, labels, features.Stopwatch()
-        self.source, self.shape, self.kept = range(len(tokens)), tokens.shape[-2:], None
+    def __init__(self, args, tokens, labels, readable=None):
+        self.args, self.labels, self.stopwatch = args, labels, features.Stopwatch()
+        self.tokens = tokens if tokens.dim() == 4 else tokens[:, None]
+        self.readable = torch.ones(len(tokens), dtype=torch.bool) if readable is None else readable
+        self.source, self.shape = FixedSource(tokens), tokens.shape[-2:]
 
     def read(self, batches):
-        for ids in batches:
-            x = self.x[ids]
-            yield [(ids, x if x.dim() == 4 else x[:, None], self.y[ids])]
+        for numbers in batches:
+            yield [features.TokenBatch(numbers, self.tokens[numbers], self.labels[numbers], self.readable[numbers])]
 
 
-def own_args(**changes):
+class FixedSource(list):
+    train = False
+
+
+def make_args(**changes):
     common = dict(lr=[1e-3], weight_decay=[0.01], batch_size=32, epochs=3, probe_depth=2, probe_heads=2, knn=None,
                   device="cpu", dtype="float32")  # fmt: skip
     return argparse.Namespace(**{**common, **changes})
 
 
 def learn(args, tokens, labels, folder, classes=4, column=1, seed=0):
-    """The stacks of probes after probe.py's training on made-up tokens."""
-    stacks, source = probe.make_probes(args, tokens.shape[-1], classes, seed), Fixed(args, tokens, labels)
-    for _ in probe.train_probes(args, stacks, source, column, seed, None, folder / "resume.pt", "key"):
+    """The probes after training on made-up tokens."""
+    probes = probe.make_probes(args, tokens.shape[-1], classes, seed)
+    source = FixedTokens(args, tokens, labels)
+    for _ in probe.train_probes(args, probes, source, column, seed, folder / "resume.pt", "key"):
         pass
-    return stacks
+    return probes
 
 
 @pytest.mark.parametrize("separable", [True, False])
@@ -73,35 +77,29 @@ def test_probe_learns_what_is_there(separable, tmp_path):
     rng = torch.Generator().manual_seed(0)
     tokens = torch.randn(900, 6, 16, generator=rng)
     labels = torch.randint(0, 4, (900, 2), generator=rng)
-    if separable:  # one of the tokens, at a place of its own in each clip, carries the second label
+    if separable:  # in each clip, one token at a random position carries the second label
         tokens[torch.arange(900), torch.randint(0, 6, (900,), generator=rng)] += 10 * torch.eye(4, 16)[labels[:, 1]]
-    args = own_args(lr=[3e-3], epochs=15)
-    stacks = learn(args, tokens[:600], labels[:600], tmp_path)
-    found = probe.predict(args, stacks, Fixed(args, tokens[600:], labels[600:]), 1, None)
-    assert torch.equal(found[:, 0, 5], labels[600:, 1]) and (found[..., 6] == 1).all()
-    accuracy = (found[:, 0, 0] == found[:, 0, 5]).float().mean()
+    args = make_args(lr=[3e-3], epochs=15)
+    probes = learn(args, tokens[:600], labels[:600], tmp_path)
+    found = probe.predict_with_probes(args, probes, FixedTokens(args, tokens[600:], labels[600:]), 1)
+    assert torch.equal(found.labels, labels[600:, 1]) and found.readable.all()
+    accuracy = (found.top5[:, 0, 0] == found.labels).float().mean()
     if separable:
-        assert accuracy > 0.98  # what a torch draws depends on its version
+        assert accuracy > 0.98  # random numbers depend on the version of torch
     else:
         assert abs(accuracy - 0.25) < 3.3 * math.sqrt(0.25 * 0.75 / 300)
 
 
-@pytest.mark.parametrize("depth, together", [(1, True), (3, True), (3, False)])
-def test_stacked_probes_learn_as_separate_ones(depth, together, tmp_path, monkeypatch):
-    """All pairs of lr and weight decay in one pass: each as AttentiveProbe with torch's AdamW and a cosine, alone."""
+@pytest.mark.parametrize("depth", [1, 3])
+def test_probes_of_a_grid_learn_as_if_alone(depth, tmp_path):
+    """For all pairs of lr and weight decay: the same as a single probe with torch's AdamW and cosine schedule."""
     rng = torch.Generator().manual_seed(0)
     tokens, labels = torch.randn(70, 5, 16, generator=rng) * 2 + 1, torch.randint(0, 4, (70, 2), generator=rng)
-    args = own_args(lr=[5e-3, 1e-3], weight_decay=[0.8, 0.1, 0.01], probe_depth=depth, probe_heads=4)
-    if depth > 1 and together:  # as on a GPU
-        args.device = "cuda"
-        monkeypatch.setattr(probe.AttentiveProbes, "to", lambda self, device: self)
-    stacks = probe.make_probes(args, 16, 4, 7)
-    assert [len(stack.part("query")) for stack, _ in stacks] == ([6] if depth == 1 else [4, 2] if together else [1] * 6)
-    args.device, settings = "cpu", [(lr, decay) for lr in args.lr for decay in args.weight_decay]
-    source = Fixed(args, tokens, labels)
-    for _ in probe.train_probes(args, stacks, source, 1, 7, None, tmp_path / "resume.pt", "key"):
-        pass
-    for i, (lr, decay) in enumerate(settings):
+    args = make_args(lr=[5e-3, 1e-3], weight_decay=[0.8, 0.1, 0.01], probe_depth=depth, probe_heads=4)
+    probes = learn(args, tokens, labels, tmp_path, seed=7)
+    settings = [(lr, decay) for lr in args.lr for decay in args.weight_decay]
+    assert len(probes) == 6
+    for (lr, decay), (trained, _) in zip(settings, probes, strict=True):
         torch.manual_seed(7)
         alone = AttentiveProbe(16, 4, depth, 4)
         optimizer = torch.optim.AdamW(alone.parameters(), lr=lr, weight_decay=decay)
@@ -112,48 +110,47 @@ def test_stacked_probes_learn_as_separate_ones(depth, together, tmp_path, monkey
                 optimizer.step()
                 optimizer.zero_grad()
                 cosine.step()
-        size = len(stacks[0][0].part("query"))
-        stack, place = stacks[i // size][0], i % size
         for name, weight in alone.named_parameters():
-            torch.testing.assert_close(stack.part(name)[place], weight, atol=1e-4, rtol=0)
-        torch.testing.assert_close(stack(tokens)[place], alone(tokens), atol=1e-4, rtol=0)
+            torch.testing.assert_close(trained.get_parameter(name), weight, atol=1e-4, rtol=0)
+        torch.testing.assert_close(trained(tokens), alone(tokens), atol=1e-4, rtol=0)
 
 
-def test_optimizer_is_adamw_to_rounding():
-    """With a gradient that is the same: parameters to 1e-6."""
-    torch.manual_seed(0)
-    probes, settings = [AttentiveProbe(8, 3, 1, 2) for _ in range(3)], [(1e-2, 0.8), (1e-3, 0.1), (1e-4, 0)]
-    stack = probe.AttentiveProbes(probes)
-    optimizer = probe.make_optimizer(stack, settings)
-    alone = [torch.optim.AdamW(p.parameters(), lr=lr, weight_decay=wd)
-             for p, (lr, wd) in zip(probes, settings, strict=True)]  # fmt: skip
-    for _ in range(5):
-        for name, p in probes[0].named_parameters():
-            gradient = torch.randn(3, *p.shape)
-            stack.part(name).grad.copy_(gradient)
-            for other, g in zip(probes, gradient, strict=True):
-                other.get_parameter(name).grad = g.clone()
-        for one in (optimizer, *alone):
-            one.step()
-    for i, other in enumerate(probes):
-        for name, p in other.named_parameters():
-            torch.testing.assert_close(stack.part(name)[i], p, atol=1e-6, rtol=0)
+def test_micro_batches_add_up(tmp_path):
+    """A batch read in several micro-batches trains the same probe."""
+    rng = torch.Generator().manual_seed(0)
+    tokens, labels = torch.randn(70, 5, 16, generator=rng), torch.randint(0, 4, (70, 2), generator=rng)
+    args, source = make_args(probe_depth=1), FixedTokens(make_args(), tokens, labels)
+    read, weights = source.read, []
+
+    def read_in_parts(batches):
+        for numbers in batches:
+            yield itertools.chain(*read(numbers.split(10)))
+
+    for i, how in enumerate((read, read_in_parts)):
+        source.read, probes = how, probe.make_probes(args, 16, 4, 0)
+        losses = list(probe.train_probes(args, probes, source, 1, 0, tmp_path / f"{i}.pt", ""))
+        weights.append((probes[0][0].linear.weight, losses[-1][2]))
+    torch.testing.assert_close(weights[0], weights[1], atol=1e-5, rtol=0)
 
 
 def test_views_are_averaged_as_probabilities():
-    """Two views, certain of class 0 and fairly sure of 1: logits would say 0 (10 + 0 > 0 + 6), probabilities say 1."""
-    args, source = own_args(), Fixed(own_args(), torch.zeros(1, 3, 1, 3), torch.zeros(1, 1, dtype=torch.long))
-    source.x[0, :, 0] = torch.tensor([[12.0, 0, 0], [0, 2, 0], [0, 2, 0]])
-    found = probe.predict(args, [(lambda x: x[None, :, 0], None)], source, 0, None)
-    assert found[0, 0].tolist() == [1, 0, 2, -1, -1, 0, 1]
+    """One view is certain of class 0, two are fairly sure of 1: mean logits say 0, mean probabilities say 1."""
+    args, source = make_args(), FixedTokens(make_args(), torch.zeros(1, 3, 1, 3), torch.zeros(1, 1, dtype=torch.long))
+    source.tokens[0, :, 0] = torch.tensor([[12.0, 0, 0], [0, 2, 0], [0, 2, 0]])
+    found = probe.predict_with_probes(args, [(lambda x: x[:, 0], None)], source, 0)
+    assert found.top5[0, 0].tolist() == [1, 0, 2, -1, -1]
+    assert found.labels.tolist() == [0] and found.readable.tolist() == [True]
 
 
-def test_missed_videos_and_ties_with_five_classes():
-    """A video that could not be read has no likely class but keeps its own."""
-    found = probe.top_classes(torch.eye(6)[None] * 0.5 + torch.arange(6) * 0.01, torch.tensor([0, 1, 2, 3, -5, 5]))
-    assert found[:, 0, 5].tolist() == [0, 1, 2, 3, 4, 5] and found[:, 0, 6].tolist() == [1, 1, 1, 1, 0, 1]
-    assert found[:, 0, 0].tolist() == [0, 1, 2, 3, -1, 5] and found[4, 0, :5].tolist() == [-1] * 5
-    assert found[0, 0, :5].tolist() == [0, 5, 4, 3, 2]
+def test_predictions_of_unreadable_videos():
+    """An unreadable video keeps its label but gets no predicted class."""
+    scores, labels = torch.eye(6) * 0.5 + torch.arange(6) * 0.01, torch.arange(6)[:, None]
+    readable = torch.arange(6) != 4
+    source = FixedTokens(make_args(), scores[:, None], labels, readable)
+    found = probe.predict(source, 0, 1, lambda x: x[:, 0, 0][None])
+    assert torch.equal(found.labels, labels[:, 0]) and torch.equal(found.readable, readable)
+    assert found.top5[:, 0, 0].tolist() == [0, 1, 2, 3, -1, 5] and found.top5[4, 0].tolist() == [-1] * 5
+    assert found.top5[0, 0].tolist() == [0, 5, 4, 3, 2]
 
 
 def test_summary():
@@ -161,9 +158,10 @@ def test_summary():
     right = torch.tensor([[[1, 1, 1, 0], [1, 0, 0, 0]], [[1, 0, 0, 0], [1, 1, 0, 0]]])  # (seeds, P, M)
     label = torch.tensor([0, 1, 1, 0])
     top = torch.where(right == 1, label, 2)
-    found = torch.stack([top, *[torch.full_like(top, -1)] * 4, label.expand_as(top), torch.ones_like(top)], 3)
-    args = own_args(lr=[1e-2, 1e-3])
-    one, confusion = probe.summarize(args, found.transpose(1, 2), 3)
+    top5 = F.pad(top[..., None], (0, 4), value=-1).transpose(1, 2)  # (seeds, M, P, 5)
+    predictions = [probe.Predictions(seed, label, torch.ones(4, dtype=torch.bool)) for seed in top5]
+    args = make_args(lr=[1e-2, 1e-3])
+    one, confusion = probe.summarize(args, predictions, 3)
     assert one["top1_per_seed"] == [75, 50] and one["top1"] == 62.5 and one["median"] == (50 + 37.5) / 2
     assert [setting["lr"] for setting in one["best"]] == [1e-2, 1e-3] and one["top5"] is None
     assert [p["top1"] for p in one["probes"]] == [50, 37.5] and one["probes"][1]["lr"] == 1e-3
@@ -180,49 +178,41 @@ def test_learning_rate_goes_to_zero(monkeypatch, tmp_path):
         return step(self, *args)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", watched)
-    learn(own_args(epochs=5, batch_size=64), torch.randn(70, 2, 8), torch.zeros(70, 2, dtype=torch.long), tmp_path)
+    learn(make_args(epochs=5, batch_size=64), torch.randn(70, 2, 8), torch.zeros(70, 2, dtype=torch.long), tmp_path)
     assert rates == pytest.approx([1e-3 * (1 + math.cos(math.pi * i / 10)) / 2 for i in range(10)])
 
 
 @pytest.mark.parametrize("same", [True, False])
 def test_resumes_after_the_epoch(same, tmp_path):
-    """To the bit what an uninterrupted run gives; a state of another run is not taken."""
+    """Bit for bit the result of an uninterrupted run; the state of another run is not used."""
     rng = torch.Generator().manual_seed(0)
     tokens, labels = torch.randn(70, 3, 8, generator=rng), torch.randint(0, 4, (70, 2), generator=rng)
-    args, file, weights = own_args(probe_depth=1, lr=[1e-2, 1e-3]), tmp_path / "resume.pt", []
-    whole, first = tmp_path / "whole.pt", "this" if same else "other"
-    for path, stop_at, key in ((whole, None, "this"), (file, 2, first), (file, None, "this")):
-        stacks, epochs = probe.make_probes(args, 8, 4, 0), []
-        for epoch, step, _ in probe.train_probes(args, stacks, Fixed(args, tokens, labels), 1, 0, None, path, key):
+    args, file, weights = make_args(probe_depth=1, lr=[1e-2, 1e-3]), tmp_path / "resume.pt", []
+    uninterrupted, first = tmp_path / "uninterrupted.pt", "this" if same else "other"
+    for path, stop_at, key in ((uninterrupted, None, "this"), (file, 2, first), (file, None, "this")):
+        probes, epochs = probe.make_probes(args, 8, 4, 0), []
+        source = FixedTokens(args, tokens, labels)
+        for epoch, step, _ in probe.train_probes(args, probes, source, 1, 0, path, key):
             if epoch == stop_at and step == 2:
                 break
             epochs.append(epoch)
-        weights.append((stacks[0][0].part("linear.weight").clone(), epochs))
-    assert torch.equal(weights[0][0], weights[2][0]) and not torch.equal(weights[0][0], weights[1][0])
+        weights.append(([p.linear.weight.clone() for p, _ in probes], epochs))
+    for complete, stopped, resumed in zip(*(found for found, _ in weights), strict=True):
+        assert torch.equal(complete, resumed) and not torch.equal(complete, stopped)
     assert weights[2][1] == ([2] * 3 if same else [0] * 3 + [1] * 3 + [2] * 3)
 
 
-def test_standardize():
-    tokens = torch.randn(50, 7, 3, generator=torch.Generator().manual_seed(0)) * torch.tensor([5, 0.1, 1]) + 3
-    args = own_args()
-    scale = features.moments(args, Fixed(args, tokens, torch.zeros(50, 1)), torch.arange(50))
-    torch.testing.assert_close(scale, torch.stack((tokens.flatten(0, 1).mean(0), tokens.flatten(0, 1).std(0))))
-    out = probe.logits_of(args, lambda x: x, tokens, scale).flatten(0, 1)
-    torch.testing.assert_close(out.mean(0), torch.zeros(3), atol=1e-4, rtol=0)
-    torch.testing.assert_close(out.std(0), torch.ones(3), atol=1e-4, rtol=0)
-
-
 def test_nearest_neighbors():
-    """One near neighbor outweighs two farther ones: weights are exp(cosine / 0.07), of mean tokens."""
+    """One near neighbor outweighs two farther ones: weights are exp(cosine / 0.07), cosines of mean tokens."""
 
     def at(degrees):
         return [math.cos(math.radians(degrees)), math.sin(math.radians(degrees))]
 
-    args = own_args(knn=3)
+    args = make_args(knn=3)
     train = torch.tensor([at(0), at(40), at(41), at(180)])[:, None].expand(-1, 2, -1) * torch.tensor([0.5, 7])[:, None]
-    train = Fixed(args, train * torch.tensor([[[1.0]], [[5]], [[9]], [[1]]]), torch.tensor([[1], [2], [2], [0]]))
-    val = Fixed(args, torch.tensor([[at(2)], [at(39)]]), torch.tensor([[1], [0]]))
-    found = probe.nearest_neighbors(args, train, val, 0, 4)
+    train = FixedTokens(args, train * torch.tensor([[[1.0]], [[5]], [[9]], [[1]]]), torch.tensor([[1], [2], [2], [0]]))
+    val = FixedTokens(args, torch.tensor([[at(2)], [at(39)]]), torch.tensor([[1], [0]]))
+    found = probe.predict_with_neighbors(args, train, val, probe.Task("own", 0, 4)).top5
     assert found[:, 0, 0].tolist() == [1, 2] and found[:, 0, 1].tolist() == [2, 1]
 
 
@@ -264,7 +254,7 @@ def test_flags_of_the_probe(flags, teacher, tmp_path, capfd):
     record = results(tmp_path)
     assert record["tasks"]["synthetic-shape"]["spread"] is None
     assert record["weights"] == ("untrained" if "--untrained" in flags else "encoder")
-    assert "chance 16.7, 20 clips" in capfd.readouterr().out
+    assert "chance 16.7, 20 videos" in capfd.readouterr().out
 
 
 def probe_args(*flags):
@@ -273,24 +263,8 @@ def probe_args(*flags):
         return probe.parse_args()
 
 
-def test_untrained_is_another_encoder(teacher):
-    x = torch.randn(1, 3, 4, 32, 32)
-    task = ("--task", "synthetic-shape", "--checkpoint", teacher)
-    trained, first, second = (features.load(probe_args(*task, *f)) for f in ((), ("--untrained",), ("--untrained",)))
-    assert torch.equal(trained(x), load_encoder(teacher)(x)) and torch.equal(first(x), second(x))
-    assert not torch.allclose(trained(x), first(x), atol=1e-3)
-    assert not any(e.training or any(p.requires_grad for p in e.parameters()) for e in (trained, first))
-
-
-def test_seed_of_the_untrained_encoder(teacher):
-    task = ("--task", "synthetic-shape", "--checkpoint", teacher, "--untrained")
-    flags = (), ("--seed", 0), ("--seed", 1)
-    weights = [features.load(probe_args(*task, *f)).patch_embed.weight for f in flags]
-    assert torch.equal(weights[0], weights[1]) and not torch.allclose(weights[1], weights[2], atol=1e-3)
-
-
 def test_seed_of_the_probe(probed, student, tmp_path, capfd):
-    """It is the first probe's: the second of two probes is the one that --seed 1 trains."""
+    """--seed is the first repetition's: the second of two repetitions is the one that --seed 1 trains."""
     tasks = ("--task", "synthetic-motion", "synthetic-shape")
     run_script(probe, *QUICK, *SYNTHETIC, *tasks, "--checkpoint", student, "--out", tmp_path, "--seed", 1)
     assert "seed 1 epoch 1/1" in capfd.readouterr().out and results(tmp_path)["args"]["seed"] == 1
@@ -299,11 +273,11 @@ def test_seed_of_the_probe(probed, student, tmp_path, capfd):
 
 
 def test_seeds_differ_in_initialization_and_order(student, tmp_path, monkeypatch):
-    """With three probes from --seed 5 on: 5, 6 and 7."""
+    """Three repetitions from --seed 5 have the seeds 5, 6 and 7."""
     firsts = []
 
-    def watched(args, stacks, tokens, order, *rest):
-        firsts.append((stacks[0][0].part("linear.weight").clone(), order))
+    def watched(args, probes, tokens, column, order, *rest):
+        firsts.append((probes[0][0].linear.weight.clone(), order))
         yield torch.zeros(())
 
     monkeypatch.setattr(probe, "train_epoch", watched)
@@ -323,18 +297,12 @@ def ema(tmp_path_factory):
 
 
 def test_weights_of_an_ema_run(ema, tmp_path, capfd):
-    """Its encoder is the moving average; the student is probed only if asked for."""
-    x, states = torch.randn(1, 3, 4, 32, 32), load_checkpoint(ema)
+    """Its student is probed only on request, and named."""
     task = ("--task", "synthetic-shape", "--checkpoint", ema)
     for flags, part in (((), "encoder"), (("--weights", "encoder"), "encoder"), (("--weights", "student"), "student")):
-        encoder = Encoder(**states["model"]["encoder"])
-        encoder.load_state_dict(states[part])
-        loaded = features.load(probe_args(*task, *flags))
-        assert torch.equal(loaded(x), encoder(x)) and not loaded.training
         run_script(probe, *QUICK, *SYNTHETIC, *task, *flags, "--out", tmp_path)
         assert results(tmp_path)["weights"] == part and results(tmp_path)["checkpoint"] == str(ema)
         assert (f"{ema} (student) synthetic-shape: top-1" in capfd.readouterr().out) == (part == "student")
-    assert not torch.allclose(states["encoder"]["patch_embed.weight"], states["student"]["patch_embed.weight"])
 
 
 def test_other_runs_hold_no_student(teacher, student, tmp_path, capfd):
@@ -344,104 +312,11 @@ def test_other_runs_hold_no_student(teacher, student, tmp_path, capfd):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("single", [False, True])
-def test_single_frame(single, teacher):
-    """The encoder then sees the middle frame only, at all times."""
-    args = probe_args(*QUICK, "--task", "synthetic-shape", "--num-frames", 6, "--resolution", 16,
-                      *["--single-frame"] * single)  # fmt: skip
-    encoder, seen = load_encoder(teacher), []
-    encoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    probe.sources(args, encoder)
-    source = data.Synthetic(6, 16, length=20)
-    parts = features.Tokens(args, encoder, source, features.Stopwatch()).read([torch.arange(16), torch.arange(16, 20)])
-    assert [len(ids) for ids, _, _ in itertools.chain(*parts)] == [16, 4]
-    clips, expected = torch.cat(seen), data.normalize(source.batch(range(20)).clips, "cpu")
-    if single:
-        expected = expected[:, :, 3:4].expand(-1, -1, 6, -1, -1)
-    torch.testing.assert_close(clips, expected)
-
-
-def tokens_of(source_args, encoder, source):
-    tokens = features.Tokens(source_args, encoder, source, features.Stopwatch())
-    ((ids, x, labels),) = next(iter(tokens.read([torch.arange(len(source))])))
-    return x, labels
-
-
-@pytest.fixture(scope="module")
-def long_video(tmp_path_factory):
-    """25 fps, 80 numbered frames of 32 x 96 whose left, middle and right thirds are darker, as numbered, brighter."""
-    folder = tmp_path_factory.mktemp("long")
-    wide = [np.concatenate([numbered(n), flat(100), flat(200)], axis=1) for n in range(80)]
-    write_video(folder / "a.mp4", wide)
-    (folder / "list.csv").write_text("a.mp4 1\n")
-    return folder / "list.csv"
-
-
-def test_segments_and_views(long_video, teacher):
-    """Clips in the middle of their share of the length, crops from left to right; segments' tokens joined per view."""
-    own_task = ("--train-data", long_video, "--val-data", long_video, "--num-classes", 2)
-    args = probe_args(*QUICK, *own_task, "--segments", 4, "--views", 3, "--frame-step", 1, "--checkpoint", teacher)
-    encoder = load_encoder(teacher)
-    train, val, _ = probe.sources(args, encoder)
-    views = val.batch([0]).clips[0]
-    assert views.shape == (3, 4, 3, 4, 32, 32)
-    room = 80 - 4
-    for segment, clip in enumerate(views[0]):
-        first = round((segment + 0.5) / 4 * room)
-        assert frame_numbers(clip.transpose(0, 1))[0] in (first - 1, first, first + 1)
-    assert (views[1].float() - 100).abs().mean() < 6 and (views[2].float() - 200).abs().mean() < 6
-    x, labels = tokens_of(args, encoder, val)
-    clips = data.normalize(views.flatten(0, 1), "cpu")
-    torch.testing.assert_close(x[0], encoder(clips).unflatten(0, (3, 4)).flatten(1, 2))
-    assert labels.tolist() == [[1]]
-
-    views = torch.stack([train.batch([n]).clips[0] for n in range(12)])  # one view of each video
-    assert views.shape == (12, 1, 4, 3, 4, 32, 32)
-    assert len({view.numpy().tobytes() for view in views}) == 12
-    places = [(n + u) / 4 for n in range(4) for u in (0, 1)]  # each segment within its share
-    for n in range(6):
-        rng = np.random.default_rng((0, n, 1))
-        shares = rng.random(4)
-        assert all(low <= (s + u) / 4 <= high for s, u, low, high in zip(range(4), shares, places[::2], places[1::2]))  # noqa: B905
-
-
-def test_one_crop_and_flip_for_all_segments_of_a_training_video(tmp_path, teacher):
-    """In a video that stands still all clips of a training sample are the same, and others in the next sample."""
-    ramp = np.broadcast_to(np.linspace(0, 255, 64).astype(np.uint8)[None, :, None], (48, 64, 3))
-    write_video(tmp_path / "still.mp4", [ramp] * 40)
-    (tmp_path / "list.csv").write_text("still.mp4 0\n")
-    own_task = ("--train-data", tmp_path / "list.csv", "--val-data", tmp_path / "list.csv", "--num-classes", 2)
-    args = probe_args(*QUICK, *own_task, "--segments", 3, "--frame-step", 2, "--checkpoint", teacher)
-    train, _, _ = probe.sources(args, load_encoder(teacher))
-    samples = torch.stack([train.batch([n]).clips[0, 0] for n in range(10)]).float()
-    assert (samples[:, :1] - samples).abs().mean() < 1 and (samples[0] - samples[1]).abs().mean() > 3
-    rises = (samples[..., -1] - samples[..., 0]).mean((1, 2, 3, 4)) > 0
-    assert 0 < rises.sum() < 10  # some are flipped
-
-
-@pytest.mark.parametrize("combine", ["mean", "concat"])
-def test_layers(combine, teacher):
-    """Chosen blocks' outputs, each through the encoder's norm."""
-    encoder = randomize(Encoder(16, 3, 2, num_frames=4, resolution=16, patch_size=8))
-    args = probe_args("--task", "synthetic-shape", "--layers", 1, 3, "--combine", combine)
-    train, _, _ = probe.sources(args, encoder)
-    clips, x, states = data.normalize(train.batch([0, 1]).clips, "cpu"), None, []
-    for depth in (1, 2, 3):
-        shallow = Encoder(16, depth, 2, num_frames=4, resolution=16, patch_size=8)
-        shallow.load_state_dict({k: encoder.state_dict()[k] for k in shallow.state_dict()})
-        states.append(shallow(clips))
-    expected = torch.cat(states[::2], -1) if combine == "concat" else (states[0] + states[2]) / 2
-    tokens = features.Tokens(args, encoder, train, features.Stopwatch())
-    x = tokens.encode(train.batch([0, 1]).clips)
-    torch.testing.assert_close(x[:, 0], expected)
-    assert tokens.shape == expected.shape[1:]
-
-
 @pytest.mark.parametrize("depth", [1, 2])
 def test_bfloat16_means_bfloat16(depth, teacher, tmp_path):
-    """Every matmul of encoder and probes, forward and backward, but for the CPU's attention (`model.attend`).
+    """All matmuls of encoder and probes run in bfloat16, forward and backward, except attention on the CPU.
 
-    The probes' weights stay float32.
+    (`model.attend` uses float32 there.) The probes' weights stay float32.
     """
     seen = collections.defaultdict(set)
 
@@ -454,28 +329,28 @@ def test_bfloat16_means_bfloat16(depth, teacher, tmp_path):
 
     args = probe_args(*QUICK, *SYNTHETIC, "--task", "synthetic-shape", "--checkpoint", teacher, "--dtype", "bfloat16",
                       "--probe-depth", depth)  # fmt: skip
-    encoder = features.load(args)
-    train, _, _ = probe.sources(args, encoder)
+    encoder, _ = features.load(args)
+    train, _, _ = probe.open_task(args, encoder)
     tokens = features.Tokens(args, encoder, train, features.Stopwatch())
-    stacks = probe.make_probes(args, tokens.shape[1], 6, 0)
+    probes = probe.make_probes(args, tokens.shape[1], 6, 0)
     batch = train.batch(range(24))
     with Watch():
-        source = Fixed(args, tokens.encode(batch.clips), batch.labels)
-        for _ in probe.train_probes(args, stacks, source, 1, 0, None, tmp_path / "resume.pt", ""):
+        source = FixedTokens(args, tokens.encode(batch.clips), batch.labels)
+        for _ in probe.train_probes(args, probes, source, 1, 0, tmp_path / "resume.pt", ""):
             pass
     assert (
-        source.x.dtype == torch.bfloat16
-        and {"bmm", "baddbmm"} <= seen.keys()
+        source.tokens.dtype == torch.bfloat16
+        and {"mm", "addmm"} <= seen.keys()  # backward, forward
         and all(dtypes == {torch.bfloat16} for dtypes in seen.values())
     ), seen
-    assert {p.dtype for stack, _ in stacks for p in stack.parameters()} == {torch.float32}
+    assert {p.dtype for one, _ in probes for p in one.parameters()} == {torch.float32}
 
 
-def test_training_and_validation_clips_are_others(teacher):
-    """And none of them is a training clip of a run."""
+def test_training_and_validation_clips_differ(teacher):
+    """And no training run sees any of them."""
     args = probe_args("--task", "synthetic-shape", "--checkpoint", teacher)
-    train, val, tasks = probe.sources(args, load_encoder(teacher))
-    assert (len(train), len(val), tasks) == (4000, 1000, {"synthetic-shape": (1, 6)})
+    train, val, tasks = probe.open_task(args, load_encoder(teacher))
+    assert (len(train), len(val), tasks) == (4000, 1000, [("synthetic-shape", 1, 6)])
     numbers = list(range(30))
     sets = [source.batch(numbers).clips for source in (train, val, data.Synthetic(4, 32, 0), data.Synthetic(4, 32, 1))]
     assert len({clip.numpy().tobytes() for clips in sets for clip in clips}) == 120
@@ -483,7 +358,7 @@ def test_training_and_validation_clips_are_others(teacher):
 
 @pytest.fixture(scope="module")
 def dark_or_bright(tmp_path_factory):
-    """A folder of videos and single pictures, class 0 dark and class 1 bright; train.csv, val.csv."""
+    """A folder of videos and images, class 0 dark and class 1 bright, with train.csv and val.csv."""
     folder = tmp_path_factory.mktemp("brightness")
     lines = []
     for n in range(24):
@@ -500,13 +375,13 @@ def dark_or_bright(tmp_path_factory):
     return folder
 
 
-def own(folder, classes=2, val="val.csv"):
+def own_task(folder, classes=2, val="val.csv"):
     return "--train-data", folder / "train.csv", "--val-data", folder / val, "--num-classes", classes
 
 
-def test_task_of_ones_own(dark_or_bright, teacher, tmp_path):
+def test_own_task(dark_or_bright, teacher, tmp_path):
     flags = [*QUICK, "--checkpoint", teacher, "--out", tmp_path, "--epochs", 8, "--lr", "3e-3", "--standardize"]
-    run_script(probe, *flags, *own(dark_or_bright))
+    run_script(probe, *flags, *own_task(dark_or_bright))
     found = results(tmp_path)["tasks"]["own"]
     assert found["top1"] == 100 and found["chance"] == 50 and found["num_val"] == 8
 
@@ -514,7 +389,8 @@ def test_task_of_ones_own(dark_or_bright, teacher, tmp_path):
 def test_named_task(dark_or_bright, teacher, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     flags = [*QUICK, "--checkpoint", teacher, "--out", tmp_path / "out", "--task", "jester"]
-    assert "--task jester needs data/jester/train.csv" in refusal(capfd, probe, *flags)
+    error = refusal(capfd, probe, *flags)
+    assert "--task jester needs data/jester/train.csv" in error and "python -m tools.prepare jester --help" in error
     (tmp_path / "data" / "jester").mkdir(parents=True)
     for name in ("train", "val"):
         lines = (dark_or_bright / f"{name}.csv").read_text().splitlines()
@@ -526,15 +402,15 @@ def test_named_task(dark_or_bright, teacher, tmp_path, monkeypatch, capfd):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_unreadable_videos(workers, dark_or_bright, teacher, tmp_path, capfd):
-    """Another one stands in for a training video, which is said; a validation video ends the evaluation."""
+    """A training video is replaced by another one and reported; a validation video ends the evaluation."""
     folder = shutil.copytree(dark_or_bright, tmp_path / "data")
     flags = [*QUICK, "--checkpoint", teacher, "--out", tmp_path / "out", "--workers", workers]
     (folder / "3.png").write_bytes(b"")
-    run_script(probe, *flags, *own(folder))
+    run_script(probe, *flags, *own_task(folder))
     assert "3.png: " in capfd.readouterr().err
     (folder / "20.mp4").write_bytes(b"")
     shutil.rmtree(tmp_path / "out")
-    error = refusal(capfd, probe, *flags, *own(folder))
+    error = refusal(capfd, probe, *flags, *own_task(folder))
     assert f"{folder / '20.mp4'}: " in error and not (tmp_path / "out").exists()
 
 
@@ -542,42 +418,82 @@ def test_skip_bad_counts_a_miss(dark_or_bright, teacher, tmp_path, capfd):
     folder = shutil.copytree(dark_or_bright, tmp_path / "data")
     (folder / "20.mp4").write_bytes(b"")
     flags = [*QUICK, "--checkpoint", teacher, "--out", tmp_path / "out", "--epochs", 8, "--lr", "3e-3", "--standardize"]
-    run_script(probe, *flags, *own(folder), "--skip-bad")
+    run_script(probe, *flags, *own_task(folder), "--skip-bad")
     found = results(tmp_path / "out")["tasks"]["own"]
     assert found["num_val"] == 8 and found["unreadable"] == 1 and found["top1"] == 87.5
     assert found["per_class"] == [75, 100]
     said = capfd.readouterr()
-    assert "20.mp4" in said.err and "1 unreadable count as missed" in said.out
+    assert "20.mp4" in said.err and "1 unreadable counted as misses" in said.out
 
 
-def test_cache(dark_or_bright, teacher, tmp_path, monkeypatch):
-    """Features are computed once; another checkpoint, other clips, a changed video: computed anew."""
-    folder, encoded = shutil.copytree(dark_or_bright, tmp_path / "data"), []
-    encode = features.Tokens.encode
-    monkeypatch.setattr(
-        features.Tokens, "encode", lambda self, clips: encoded.append(len(clips)) or encode(self, clips)
-    )
-    flags = [*QUICK, "--checkpoint", teacher, "--out", tmp_path / "out", "--cache", tmp_path / "cache", "--no-augment"]
+def test_resume_key_identifies_the_run(dark_or_bright, teacher, tmp_path):
+    """It changes with flags, weights, labels and step, but not with what a restarted run may change."""
+    folder = shutil.copytree(dark_or_bright, tmp_path / "data")
+    flags = [*QUICK, "--checkpoint", teacher, *own_task(folder)]
 
-    def run(*more):
-        encoded.clear()
-        run_script(probe, *flags, *own(folder), *more)
-        return sum(encoded), results(tmp_path / "out")["tasks"]["own"]
+    def key(*more, step_offset=0):
+        args = probe_args(*flags, *more)
+        encoder, step = features.load(args)
+        probe.open_task(args, encoder)
+        return probe.resume_key(args, encoder, step + step_offset)
 
-    first, second = run(), run()
-    assert (first[0], second[0]) == (24, 0) and first[1] == second[1]
-    assert run("--lr", "1e-2")[0] == 0 and run("--untrained")[0] == 24 and run("--frame-step", 1)[0] == 24
-    (folder / "val.csv").write_text("".join((folder / "val.csv").read_text().splitlines(keepends=True)[::-1]))
-    assert run()[0] == 8
-    write_video(folder / "1.mp4", [flat(0, 40)] * 10)
-    assert run()[0] == 16 and run()[0] == 0
-    for file in (tmp_path / "cache").glob("*.features"):
-        os.truncate(file, 10)  # a full disk, a stopped copy
-    assert run()[0] == 24 and run()[0] == 0
+    first = key()
+    assert key("--workers", 3, "--out", tmp_path / "x", "--seeds", 2, "--skip-bad") == first
+    assert key("--checkpoint", teacher / "checkpoint.pt") == first
+    changes = [("--lr", 1e-2), ("--untrained",), ("--frame-step", 1), ("--batch-size", 8), ("--no-flip",),
+               ("--num-classes", 3), ("--no-augment",), ("--standardize",), ("--dtype", "bfloat16"), ("--layers", 1),
+               ("--untrained", "--seed", 1)]  # fmt: skip
+    keys = {first, key(step_offset=1), *(key(*change) for change in changes)}
+    lines = (folder / "train.csv").read_text().splitlines(keepends=True)
+    (folder / "train.csv").write_text("".join(lines[1:]))
+    keys.add(key())
+    (folder / "train.csv").write_text("".join([lines[0].replace(" 0", " 1"), *lines[1:]]))
+    keys.add(key())
+    assert len(keys) == len(changes) + 4
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_resumed_script(same, dark_or_bright, teacher, tmp_path, monkeypatch, capfd):
+    """A run that died continues after its last epoch, with the same result; with another --lr it starts over."""
+    flags = [*QUICK, "--checkpoint", teacher, *own_task(dark_or_bright), "--epochs", 3]
+    lr = ["--lr", "1e-3"] if same else ["--lr", "2e-3"]
+    run_script(probe, *flags, *lr, "--out", tmp_path / "uninterrupted")
+    with monkeypatch.context() as patch:
+        epoch = probe.train_epoch
+
+        def dies_in_the_third_epoch(args, probes, tokens, column, order, first_step, num_steps):
+            if first_step == 2:
+                raise RuntimeError("killed")
+            return epoch(args, probes, tokens, column, order, first_step, num_steps)
+
+        patch.setattr(probe, "train_epoch", dies_in_the_third_epoch)
+        with pytest.raises(RuntimeError, match="killed"):
+            run_script(probe, *flags, "--lr", "1e-3", "--out", tmp_path / "resumed")
+    capfd.readouterr()
+    run_script(probe, *flags, *lr, "--out", tmp_path / "resumed")
+    said = capfd.readouterr().out
+    assert ("continuing after epoch 2" in said) == same and ("epoch 1/3" in said) == (not same)
+    assert results(tmp_path / "resumed")["tasks"] == results(tmp_path / "uninterrupted")["tasks"]
+    assert not list((tmp_path / "resumed").glob("resume-*.pt"))
+
+
+def test_step_of_the_checkpoint_is_that_of_the_probed_weights(teacher, tmp_path, monkeypatch):
+    """Even if the training run saves again meanwhile."""
+    run = shutil.copytree(teacher, tmp_path / "run")
+    summarize = probe.summarize
+
+    def training_continues(*args):
+        torch.save(load_checkpoint(run) | {"step": 1000}, run / "checkpoint.pt")
+        return summarize(*args)
+
+    monkeypatch.setattr(probe, "summarize", training_continues)
+    flags = [*QUICK, *SYNTHETIC, "--task", "synthetic-shape", "--checkpoint", run, "--out", tmp_path / "out"]
+    run_script(probe, *flags)
+    assert results(tmp_path / "out")["step"] == 6
 
 
 def test_knn(dark_or_bright, teacher, tmp_path):
-    run_script(probe, *QUICK, "--checkpoint", teacher, "--out", tmp_path, "--knn", 3, *own(dark_or_bright))
+    run_script(probe, *QUICK, "--checkpoint", teacher, "--out", tmp_path, "--knn", 3, *own_task(dark_or_bright))
     found = results(tmp_path)["tasks"]["own"]
     assert found["top1"] == 100 and found["best"] == [{"k": 3}]
 
@@ -585,10 +501,10 @@ def test_knn(dark_or_bright, teacher, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("augment", ["--augment", "--no-augment"])
 def test_three_processes_seven_videos(augment, dark_or_bright, teacher, tmp_path, capfd):
-    """Every validation video counts once, though 3 does not divide 7, and the probes are those of one process."""
+    """Every validation video counts once, although 3 does not divide 7; the probes are the same as in one process."""
     lines = (dark_or_bright / "val.csv").read_text().splitlines()[:7]
     (tmp_path / "val.csv").write_text("".join(f"{dark_or_bright}/{line}\n" for line in lines))
-    flags = [*QUICK, "--checkpoint", teacher, *own(dark_or_bright, val=tmp_path / "val.csv"), "--probe-depth", "1",
+    flags = [*QUICK, "--checkpoint", teacher, *own_task(dark_or_bright, val=tmp_path / "val.csv"), "--probe-depth", "1",
              "--lr", "3e-3", "1e-3", "--epochs", "4", "--batch-size", "5", "--standardize", augment]  # fmt: skip
     capfd.readouterr()
     run_script(probe, *flags, "--out", tmp_path / "one")
@@ -617,15 +533,15 @@ def test_protocols(task, protocol):
     assert (*found, len(args.lr) * len(args.weight_decay)) == protocol
 
 
-def test_nothing_but_unreadable_training_videos(dark_or_bright, teacher, tmp_path, capfd):
+def test_only_unreadable_training_videos(dark_or_bright, teacher, tmp_path, capfd):
     folder = shutil.copytree(dark_or_bright, tmp_path / "data")
     (folder / "train.csv").write_text("0.png 0\n" + "".join(f"missing{n}.mp4 1\n" for n in range(20)))
-    error = refusal(capfd, probe, *QUICK, "--checkpoint", teacher, "--out", tmp_path / "out", *own(folder))
+    error = refusal(capfd, probe, *QUICK, "--checkpoint", teacher, "--out", tmp_path / "out", *own_task(folder))
     assert "missing" in error
 
 
 @pytest.mark.parametrize(
-    "flags, says",
+    "flags, message",
     [
         ("", "give --task"),
         ("--task synthetic-shape --num-classes 5", "give --task"),
@@ -645,8 +561,6 @@ def test_nothing_but_unreadable_training_videos(dark_or_bright, teacher, tmp_pat
         ("--task synthetic-shape --layers 1 2", "--layers"),
         ("--task synthetic-shape --knn 0", "--knn 0"),
         ("--task synthetic-shape --knn 25", "24 training videos"),
-        ("--task synthetic-shape --cache DIR/train.csv/x", "--cache DIR/train.csv/x"),
-        ("--task k400 --cache x", "--cache is for"),
         ("--task synthetic-shape --probe-heads 0", "--probe-heads"),
         ("--task synthetic-shape --probe-depth 0", "--probe-depth"),
         ("--task synthetic-shape --resolution 30", "30x30"),
@@ -661,30 +575,15 @@ def test_nothing_but_unreadable_training_videos(dark_or_bright, teacher, tmp_pat
         ("--task synthetic-shape --out DIR/train.csv/x", "--out "),
     ],
 )
-def test_wrong_flags_end_in_one_line(flags, says, dark_or_bright, teacher, tmp_path, capfd):
+def test_wrong_flags_end_in_one_line(flags, message, dark_or_bright, teacher, tmp_path, capfd):
     flags = flags.replace("DIR", str(dark_or_bright)).split()
-    says = says.replace("DIR", str(dark_or_bright))
-    assert says in refusal(capfd, probe, *QUICK, *SYNTHETIC, "--checkpoint", teacher, "--out", tmp_path, *flags)
+    message = message.replace("DIR", str(dark_or_bright))
+    assert message in refusal(capfd, probe, *QUICK, *SYNTHETIC, "--checkpoint", teacher, "--out", tmp_path, *flags)
 
 
-def test_probe_of_a_students_student(student, tmp_path):
-    """Stage 2 after stage 2, then probed: what a run leaves, the next script reads."""
+def test_probe_of_a_student_taught_by_a_student(student, tmp_path):
+    """A student can be the teacher of another run of stage 2, and that one be probed."""
     run_script(train_student, *TINY, "--teacher", student, "--out", tmp_path / "next")
     run_script(probe, *QUICK, *SYNTHETIC, "--task", "synthetic-motion", "--checkpoint", tmp_path / "next",
                "--out", tmp_path / "probe")  # fmt: skip
     assert results(tmp_path / "probe")["tasks"]["synthetic-motion"]["num_val"] == 20
-
-
-@pytest.mark.parametrize("flip", [True, False])
-def test_training_videos_are_mirrored_unless_labels_tell_left_from_right(flip, tmp_path):
-    """A video whose left half is dark: how often it is on the right, in 40 samples."""
-    image = torch.zeros(3, 32, 32, dtype=torch.uint8)
-    image[:, :, 16:] = 255
-    write_image(image, tmp_path / "a.png")
-    (tmp_path / "m.csv").write_text("a.png 0\n")
-    args = argparse.Namespace(num_frames=2, frame_step=1, resolution=32, num_classes=2, fps=None, segments=1, views=1,
-                              skip_bad=False, flip=flip)  # fmt: skip
-    clips = features.Videos([tmp_path / "m.csv"], args, train=True).batch(range(40)).clips[:, 0, 0, 0, 0].float()
-    mirrored = (clips[..., :16].mean((1, 2)) > clips[..., 16:].mean((1, 2))).sum()
-    assert 8 < mirrored < 32 if flip else mirrored == 0
-    assert not probe.PROTOCOLS["ssv2"].flip and not probe.PROTOCOLS["jester"].flip and probe.PROTOCOLS["k400"].flip
