@@ -279,9 +279,10 @@ def loader_failed(error):
 
 
 def is_dead_worker(error):
-    """Whether torch raised this error because a loader worker died or hangs. May be raised anywhere in a step."""
+    """Whether torch raised this error because a loader worker died or hangs."""
     signs = ("timed out", "exited unexpectedly", "killed by signal")
-    return isinstance(error, RuntimeError) and "DataLoader worker" in str(error) and any(s in str(error) for s in signs)
+    message = str(error)
+    return isinstance(error, RuntimeError) and message.startswith("DataLoader ") and any(s in message for s in signs)
 
 
 def _identity(batch):
@@ -301,6 +302,29 @@ def end_workers():
         worker.kill()
 
 
+_waiting = False  # whether the main thread is waiting for a batch
+
+
+def _report_dead_workers(*_):
+    """SIGCHLD handler: raise a RuntimeError if a worker died, but only while waiting for a batch.
+
+    torch's own handler raises it anywhere in the main thread, for example in an `except` clause or during a save.
+    """
+    if _waiting:
+        torch._C._error_if_any_worker_fails()
+
+
+def _wait_for_batch(batches):
+    """The next batch of a DataLoader's iterator, None at the end. RuntimeError if a worker died since the last one."""
+    global _waiting
+    _waiting = True
+    try:
+        _report_dead_workers()
+        return next(batches, None)
+    finally:
+        _waiting = False
+
+
 def clip_loader(source, batches, workers=0, pin_memory=False, timeout=0):
     """Yield a `Batch` for each list of sample numbers in `batches`, made by worker processes.
 
@@ -312,7 +336,11 @@ def clip_loader(source, batches, workers=0, pin_memory=False, timeout=0):
         multiprocessing_context="fork" if workers else None,
     )  # fmt: skip
     try:
-        yield from loader
+        loaded = iter(loader)  # starts the workers
+        if workers:
+            signal.signal(signal.SIGCHLD, _report_dead_workers)
+        while (batch := _wait_for_batch(loaded)) is not None:
+            yield batch
     except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
         # A worker that dies while it hands over a tensor breaks the connection: EOFError, ConnectionResetError,
         # FileNotFoundError, ... Exceptions that a living worker raises say so in their message.
