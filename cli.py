@@ -30,7 +30,10 @@ def fail(message, agreed=False):
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    pass
+    """Keeps the line breaks of a docstring, and appends each flag's default unless it is None."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
@@ -185,6 +188,16 @@ def interval95(correct, total):
     z, p = 1.96, correct / total
     center, half = p + z * z / (2 * total), z * math.sqrt(p * (1 - p) / total + z * z / (4 * total**2))
     return [100 * (center - half) / (1 + z * z / total), 100 * (center + half) / (1 + z * z / total)]
+
+
+def write_lines(path, lines):
+    """Write a text file, and its folder if needed. Ends the script if that fails."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = "".join(f"{line}\n" for line in lines)
+        write_atomically(path, lambda temporary: temporary.write_text(text, "utf-8"))
+    except OSError as error:
+        fail(f"{path}: {error.strerror}")
 
 
 def write_atomically(path, write):

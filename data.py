@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 import video
-from cli import fail, rank_and_world
+from cli import fail, rank_and_world, write_lines
 from synthetic import synthetic_clips
 from video import IMAGE_SUFFIXES, BadVideo, center_crop, random_crop
 
@@ -119,6 +119,12 @@ def read_manifest(path, num_classes=None):
     if not starts:
         raise ValueError(f"{path} names no videos")
     return Paths([(str(path.parent), text, starts, lengths)]), np.frombuffer(labels, np.int32)
+
+
+def write_manifest(path, lines):
+    """Write a list of (path, label) as a manifest. Ends the script if that fails."""
+    write_lines(path, [f"{name} {label}" for name, label in lines])
+    print(f"{path}: {len(lines):,} lines")
 
 
 def shuffled(position, length, *key):

@@ -87,7 +87,8 @@ def main():
     student = Encoder(**encoder_config).to(args.device)
     teacher = copy.deepcopy(student).requires_grad_(False)
     predictor = Predictor(**cli.predictor_config(args, student.width, teacher.width)).to(args.device)
-    for network in (teacher, student, predictor):
+    training.compile_and_shard(teacher, args)
+    for network in (student, predictor):
         training.compile_and_shard(network, args)
     optimizer = training.make_optimizer([student, predictor], args)
     fixed = training.fixed_batch(source, args)

@@ -34,8 +34,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cli import Parser, fail, require_at_least, write_atomically
-from data import read_manifest
+from cli import Parser, fail, require_at_least, write_lines
+from data import read_manifest, write_manifest
 from video import IMAGE_SUFFIXES
 
 VIDEO_SUFFIXES = {".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".flv", ".mpg", ".mpeg", ".wmv", ".3gp", ".ts"}
@@ -326,21 +326,6 @@ def select(samples, files):
         if sample.split == "val":
             val_sources.add(sample.source)
     return chosen, counts
-
-
-def write_lines(path, lines):
-    """Write a text file, and its folder if needed."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, lambda temporary: temporary.write_text("".join(f"{x}\n" for x in lines), "utf-8"))
-    except OSError as error:
-        fail(f"{path}: {error.strerror}")
-
-
-def write_manifest(path, lines):
-    """Write a list of (path, label) as a manifest."""
-    write_lines(path, [f"{name} {label}" for name, label in lines])
-    print(f"{path}: {len(lines):,} lines")
 
 
 def print_counts(counts, paper_clips):

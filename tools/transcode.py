@@ -29,7 +29,7 @@ from av.sidedata.sidedata import Type as SideData
 from av.video.reformatter import ColorRange, VideoReformatter
 
 from cli import Parser, duration, fail, require_at_least, write_atomically
-from data import read_manifest
+from data import read_manifest, write_manifest
 from video import IMAGE_SUFFIXES, read_clip
 
 UNREADABLE = (av.FFmpegError, ValueError, RuntimeError, OSError, MemoryError)  # what a bad video may raise
@@ -210,16 +210,6 @@ def read_absolute(manifest):
     except (OSError, ValueError) as error:
         fail(str(error))
     return list(map(os.path.abspath, paths)), labels
-
-
-def write_manifest(path, lines):
-    """Write a list of (path, label) as a manifest."""
-    text = "".join(f"{name} {label}\n" for name, label in lines)
-    try:
-        write_atomically(path, lambda temporary: temporary.write_text(text, "utf-8"))
-    except OSError as error:
-        fail(f"{path}: {error.strerror}")
-    print(f"{path}: {len(lines):,} lines")
 
 
 def print_bad(records, log):
