@@ -227,8 +227,8 @@ def measure_manifest(args):
     source = data.Manifest([manifest], args.num_frames, args.frame_step, args.resolution)
     source.paths[source.line(0)]
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
-    peak = training.peak_memory(torch.device("cpu")) / 1e6
-    print(f"{args.lines} lines, {manifest.stat().st_size / 1e6:.0f} MB: {seconds:.1f} s ({cpu_seconds:.1f} s of CPU time); "
+    size, peak = manifest.stat().st_size / 1e6, training.peak_memory(torch.device("cpu")) / 1e6
+    print(f"{args.lines} lines, {size:.0f} MB: {seconds:.1f} s ({cpu_seconds:.1f} s of CPU time); "
           f"memory before {before:.0f} MB, after {resident_memory():.0f} MB, peak {peak:.0f} MB")  # fmt: skip
     print_worker_memory(source)
 

@@ -4,7 +4,7 @@
 # and how the cost grows.
 #
 #   ./runs/bench.sh                            # the paper's sizes; prints everything and also writes it to $OUT
-#   BUDGET=120 ./runs/bench.sh --device cpu --width 96 --depth 4 --heads 4 --num-frames 8 --resolution 32   # other flags
+#   BUDGET=120 ./runs/bench.sh --device cpu --model vit_ti --num-frames 8 --resolution 64 --batch-size 2   # flags override
 #
 # A part that fails or takes too long is ended, and the next one starts. The last line counts the parts that succeeded.
 set -uo pipefail
