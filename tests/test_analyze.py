@@ -41,15 +41,15 @@ def runs(teacher, student):
     wide, snapshots = ["--width", 48], ["--log-every", 5, "--snapshot-every", 2]
     run_script(train_ema_baseline, *TINY, *wide, "--ema-momentum", 0.5, "--out", folder / "ema")
     run_script(train_teacher, *TINY, *snapshots, "--out", folder / "teacher-snapshots")
-    run_script(train_student, *TINY, *wide, *snapshots, "--steps", 12, "--teacher", teacher,
-               "--out", folder / "student-snapshots")  # fmt: skip
+    longer = [*wide, *snapshots, "--steps", 12, "--teacher", teacher]
+    run_script(train_student, *TINY, *longer, "--out", folder / "student-snapshots")
     run_script(train_student, *TINY, *SHORT, "--teacher", student, "--out", folder / "third")
     for seed in (1, 2):
-        run_script(train_student, *TINY, *wide, "--seed", seed, "--teacher", teacher,
-                   "--out", folder / f"student-{seed}")  # fmt: skip
+        flags = [*wide, "--seed", seed, "--teacher", teacher]
+        run_script(train_student, *TINY, *flags, "--out", folder / f"student-{seed}")
     for step in (2, 4, 6):
-        run_script(train_student, *TINY, *SHORT, "--teacher", folder / f"teacher-snapshots/checkpoint-{step:06}.pt",
-                   "--out", folder / f"of-{step}")  # fmt: skip
+        snapshot = folder / f"teacher-snapshots/checkpoint-{step:06}.pt"
+        run_script(train_student, *TINY, *SHORT, "--teacher", snapshot, "--out", folder / f"of-{step}")
     return folder
 
 
@@ -126,8 +126,8 @@ def rankme_by_hand(encoder, clips):
 
 def test_rankme_of_runs(teacher, student, tmp_path, capfd):
     file = tmp_path / "new" / "rank.json"
-    run_script(analyze, "rankme", teacher, student / "checkpoint.pt", "--clips", 110, "--first", 7, "--save", file,
-               "--device", "cpu")  # fmt: skip
+    flags = ["--clips", 110, "--first", 7, "--save", file, "--device", "cpu"]
+    run_script(analyze, "rankme", teacher, student / "checkpoint.pt", *flags)
     clips = data.Synthetic(4, 32, pictures.CLIP_SEED).batch(range(7, 117)).clips
     found, printed = json.loads(file.read_text()), capfd.readouterr().out
     assert list(found) == [str(teacher), str(student / "checkpoint.pt")]
@@ -206,8 +206,10 @@ def paper_flops_by_hand(run, steps, teacher=None):
 def test_lineage_of_three_stages(runs, teacher, student):
     stages = analyze.lineage(runs / "third")
     assert [(stage.kind, stage.path, stage.step) for stage in stages] == [
-        ("student", runs / "third", 2), ("student", student, 6), ("teacher", teacher, 6),
-    ]  # fmt: skip
+        ("student", runs / "third", 2),
+        ("student", student, 6),
+        ("teacher", teacher, 6),
+    ]
     for stage in stages:
         line = last_line(stage.path)
         assert line["step"] == stage.step and stage.encoder == load_encoder(stage.path).config
@@ -308,9 +310,13 @@ def test_runs_that_differ_in_their_seed_share_a_row(runs, student, probe_of, tmp
 def test_rows_of_every_kind(runs, student, probe_of, tmp_path):
     snapshot = runs / "student-snapshots" / "checkpoint-000004.pt"
     probes = [
-        probe_of(runs / "ema", 40.0, "student"), probe_of(runs / "ema", 50.0), probe_of(student, 60.0),
-        probe_of(snapshot, 65.0), probe_of(runs / "third", 70.0), probe_of(student, 10.0, "untrained"),
-    ]  # fmt: skip
+        probe_of(runs / "ema", 40.0, "student"),
+        probe_of(runs / "ema", 50.0),
+        probe_of(student, 60.0),
+        probe_of(snapshot, 65.0),
+        probe_of(runs / "third", 70.0),
+        probe_of(student, 10.0, "untrained"),
+    ]
     rows = table_of(tmp_path, *probes)
     names = ["EMA's student", "EMA (V-JEPA 2)", "student", "student", "student", "untrained"]
     assert [row["encoder"] for row in rows] == names and "runs" not in rows[0]
@@ -410,11 +416,17 @@ def lines(ax):
 
 
 def test_pareto(runs, student, teacher, probe_of, drawn):
-    students = [probe_of(runs / run, {TASKS[0]: a, TASKS[1]: b}) for run, a, b in
-                (("student", 20.0, 60.0), ("student-1", 30.0, 60.0), ("student-2", 25.0, 63.0))]  # fmt: skip
-    others = [probe_of(runs / "third", {TASKS[0]: 40.0}, spread=2.5), probe_of(teacher, {TASKS[0]: 15.0}),
-              probe_of(runs / "ema", {TASKS[1]: 35.0}), probe_of(runs / "ema", {TASKS[1]: 34.0}, "student"),
-              probe_of(student, {TASKS[0]: 9.0, TASKS[1]: 8.0}, "untrained")]  # fmt: skip
+    students = [
+        probe_of(runs / run, {TASKS[0]: a, TASKS[1]: b})
+        for run, a, b in (("student", 20.0, 60.0), ("student-1", 30.0, 60.0), ("student-2", 25.0, 63.0))
+    ]
+    others = [
+        probe_of(runs / "third", {TASKS[0]: 40.0}, spread=2.5),
+        probe_of(teacher, {TASKS[0]: 15.0}),
+        probe_of(runs / "ema", {TASKS[1]: 35.0}),
+        probe_of(runs / "ema", {TASKS[1]: 34.0}, "student"),
+        probe_of(student, {TASKS[0]: 9.0, TASKS[1]: 8.0}, "untrained"),
+    ]
     run_script(analyze, "pareto", others[0], *students, *others[1:])
     axes = {ax.get_title(): ax for ax in drawn[0].axes}
     assert list(axes) == list(TASKS) and {ax.get_xscale() for ax in axes.values()} == {"log"}
@@ -427,9 +439,10 @@ def test_pareto(runs, student, teacher, probe_of, drawn):
     pairs = sorted([near(three, 25, 5), near(all_stages, 40, 2.5)], key=lambda pair: pair.expected[0])
     assert motion == {"student": pairs, "teacher": [near(own["teacher"], 15, 0)]}
     assert shape == {
-        "student": [near(three, 61, math.sqrt(3))], "EMA (V-JEPA 2)": [near(own["ema"], 35, 0)],
+        "student": [near(three, 61, math.sqrt(3))],
+        "EMA (V-JEPA 2)": [near(own["ema"], 35, 0)],
         "EMA's student": [near(own["ema"], 34, 0)],
-    }  # fmt: skip
+    }
     for ax, floor in zip(axes.values(), (9, 8), strict=True):
         assert set(lines(ax)["untrained"].get_ydata()) == {floor}
         assert "untrained" in [text.get_text() for text in ax.get_legend().get_texts()]
@@ -515,8 +528,8 @@ def test_correlate_with_rankme_and_the_teachers_quantities(runs, probe_of, tmp_p
     top1, steps = [50.0, 20.0, 30.0], (2, 4, 6)
     probes = [probe_of(runs / f"of-{step}", x) for step, x in zip(steps, top1, strict=True)]
     capfd.readouterr()
-    run_script(analyze, "correlate", *probes, "--against", "rankme", "teacher-loss", "teacher-rankme", "--clips", 60,
-               "--save", tmp_path / "new" / "x.png", "--device", "cpu")  # fmt: skip
+    flags = ["--clips", 60, "--save", tmp_path / "new" / "x.png", "--device", "cpu"]
+    run_script(analyze, "correlate", *probes, "--against", "rankme", "teacher-loss", "teacher-rankme", *flags)
     clips = data.Synthetic(4, 32, pictures.CLIP_SEED).batch(range(60)).clips
     teachers = [runs / f"teacher-snapshots/checkpoint-{step:06}.pt" for step in steps]
     found = {
@@ -539,8 +552,8 @@ def test_correlate_uses_the_weights_that_were_probed(runs, student, probe_of, mo
     probes = probe_of(runs / "ema", 10.0, "student"), probe_of(runs / "ema", 20.0), probe_of(student, 35.0)
     run_script(analyze, "correlate", *probes, "--against", "rankme", "--clips", 4, "--first", 3, "--device", "cpu")
     clips = data.normalize(data.Synthetic(4, 32, pictures.CLIP_SEED).batch(range(3, 7)).clips, "cpu")
-    for x, (run, weights) in zip(seen, ((runs / "ema", "student"), (runs / "ema", "encoder"), (student, "encoder")),
-                                 strict=True):  # fmt: skip
+    probed = (runs / "ema", "student"), (runs / "ema", "encoder"), (student, "encoder")
+    for x, (run, weights) in zip(seen, probed, strict=True):
         torch.testing.assert_close(x, load_encoder(run, weights)(clips).mean(1), atol=1e-4, rtol=1e-4)
     assert not torch.allclose(seen[0], seen[1], atol=1e-3)
 
@@ -606,8 +619,10 @@ def test_pictures(command, runs, teacher, student, videos, tmp_path):
 def test_curves(runs, teacher, student, drawn):
     run_script(analyze, "curves", teacher, student, runs / "student-1", runs / "ema")
     assert [ax.get_title() for ax in drawn[0].axes] == [
-        "teacher (SALT stage 1)", "student (SALT stage 2)", "EMA baseline (V-JEPA 2)",
-    ]  # fmt: skip
+        "teacher (SALT stage 1)",
+        "student (SALT stage 2)",
+        "EMA baseline (V-JEPA 2)",
+    ]
     for ax, folders in zip(drawn[0].axes, ([teacher], [student, runs / "student-1"], [runs / "ema"]), strict=True):
         for line, run in zip(ax.lines, folders, strict=True):
             expected = [[x[name] for x in log(run)] for name in ("step", "loss")]

@@ -69,16 +69,14 @@ def lineage(path):
     """The training stages behind a checkpoint: a list of `Stage`, its own first, then its teacher's, and so on."""
     path = Path(path)
     checkpoint = load_checkpoint(path)
-    args, step = checkpoint["args"], checkpoint["step"]
+    kind, step, args = checkpoint["kind"], checkpoint["step"], checkpoint["args"]
     teachers = lineage(args["teacher"]) if "teacher" in args else []
     log = (path if path.is_dir() else path.parent) / "metrics.jsonl"
     logged = {}
     if log.exists():
         logged = next((line for line in read_log(log) if line["step"] == step), {})
-    stage = Stage(
-        path, checkpoint["kind"], step, checkpoint["model"]["encoder"], args, logged.get("loss"),
-        logged.get("seconds"), logged.get("flops"), paper_flops(checkpoint, teachers),
-    )  # fmt: skip
+    costs = logged.get("loss"), logged.get("seconds"), logged.get("flops"), paper_flops(checkpoint, teachers)
+    stage = Stage(path, kind, step, checkpoint["model"]["encoder"], args, *costs)
     return [stage, *teachers]
 
 
@@ -506,8 +504,8 @@ def parse_args():
     flag = add_command(pareto, "png", probes, nargs="*")
     flag("--paper", action="store_true", help="count FLOPs as the paper does, and add the points of its table 1")
     flag = add_command(correlate, "png", probes)
-    flag("--against", nargs="+", metavar="NAME", choices=AGAINST, default=["loss"],
-         help=f"what to correlate the accuracy with: {', '.join(AGAINST)}")  # fmt: skip
+    names = f"what to correlate the accuracy with: {', '.join(AGAINST)}"
+    flag("--against", nargs="+", metavar="NAME", choices=AGAINST, default=["loss"], help=names)
     add_embedding_flags(flag)
     return parser.parse_args()
 

@@ -303,10 +303,8 @@ def from_hf(path):
             resolution=c.crop_size, patch_size=c.patch_size, tubelet_size=c.tubelet_size,
         )  # fmt: skip
         if predictor_weights:
-            predictor = Predictor(
-                c.hidden_size, c.hidden_size, c.pred_hidden_size, c.pred_num_hidden_layers, c.pred_num_attention_heads,
-                c.pred_num_mask_tokens,
-            )  # fmt: skip
+            sizes = c.pred_hidden_size, c.pred_num_hidden_layers, c.pred_num_attention_heads, c.pred_num_mask_tokens
+            predictor = Predictor(c.hidden_size, c.hidden_size, *sizes)
     return make_checkpoint(encoder, weights, predictor, predictor_weights, HF)
 
 
@@ -380,8 +378,8 @@ def parse_args():
     add_command("to-hf", "our checkpoint (a run folder or a file)", folder, "new or empty folder")
     add_command("from-hf", folder, "our checkpoint", out)
     flag = add_command("from-vjepa2", "a file that V-JEPA 2 released", "our checkpoint", out)
-    flag("--key", choices=("target_encoder", "encoder"), default="target_encoder",
-         help="which of the file's encoders to convert; V-JEPA 2 evaluates target_encoder")  # fmt: skip
+    keys = "target_encoder", "encoder"
+    flag("--key", choices=keys, default=keys[0], help="which encoder to convert; V-JEPA 2 evaluates target_encoder")
     flag("--heads", type=int, help="attention heads of the encoder; default: the released encoder's of this width")
     flag("--predictor-heads", type=int, default=12, help="attention heads of the predictor")
     flag("--num-frames", type=int, default=64, help="frames of the clips it was trained on, for the record")
