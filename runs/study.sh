@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# SALT against V-JEPA 2 (EMA) at equal executed FLOPs: three seeds, two budgets, built-in videos. About an hour on two
-# CPU cores. A table, a Pareto figure and the loss against the accuracy, in out/study.
+# SALT against V-JEPA 2 (EMA) at equal executed FLOPs on built-in videos: three seeds, two budgets, about an hour on two
+# CPU cores. Writes a table, a Pareto figure, and figures of accuracy against loss to out/study.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH="$PWD/.venv/bin:$PATH"
-export OMP_NUM_THREADS=1 # SALT and EMA run side by side, a core each
+export OMP_NUM_THREADS=1 # SALT and EMA run side by side, on one core each
 OUT=${1:-out/study}
 rm -rf "$OUT"
 mkdir -p "$OUT"
 
-if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then # not yet tried on a GPU
+if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then # has never run on a GPU
     model=(--model vit_s --patch-size 8 --num-frames 8 --resolution 64 --predictor-width 192 --predictor-depth 6
            --predictor-heads 6)
     learning=(--batch-size 256 --micro-batch-size 256 --lr 1e-3 --workers 8)
@@ -24,7 +24,7 @@ else # the demo's networks
 fi
 learning+=(--clip-grad 1 --final-weight-decay 0.04 --log-every 100)
 probing+=(--task synthetic-motion synthetic-shape --batch-size 100 --lr 2e-3 --standardize)
-ema=(--ema-momentum 0.9998) # the best of six settings (NOTES.md)
+ema=(--ema-momentum 0.9998) # the best of six settings (docs/NOTES.md)
 
 train() { # script, seed, steps, run folder, further flags
     python "$1" "${model[@]}" "${learning[@]}" --seed "$2" --steps "$3" --warmup-steps $(($3 / 10)) --out "$4" "${@:5}"
@@ -34,7 +34,7 @@ probe() { # checkpoint, seed, folder for the results, further flags
 }
 
 # Run two commands side by side; end if either fails.
-set -m # each in a process group of its own, so that it can be ended whole
+set -m # gives each a process group, so that it can be killed with its children
 trap 'for job in $(jobs -p); do kill -- "-$job"; done' EXIT
 both() {
     "$1" & "$2" &
@@ -67,7 +67,7 @@ for seed in 0 1 2; do
     probe "$run/student" "$seed" "$OUT/untrained/probe-seed$seed" --untrained
 done
 
-echo "[does the loss tell the accuracy? one student over its course, then the students of all teachers]"
+echo "[does the loss predict the accuracy? checkpoints of one student, then the students of all teachers]"
 run=$OUT/$teacher+$student/seed0
 for checkpoint in "$run"/student/checkpoint-*.pt; do
     probe "$checkpoint" 0 "$run/course/$(basename "$checkpoint" .pt)"
