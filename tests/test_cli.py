@@ -1,0 +1,145 @@
+"""cli.py: one-line errors, durations, confidence intervals, and files that are never incomplete."""
+
+import argparse
+import json
+
+import pytest
+import torch
+
+import cli
+from model import SIZES
+
+# ---------------------------------------------------------------------------------------------------------------------
+# errors
+
+
+def failure(capfd, function, *args, **options):
+    """Call a function that must end the process with status 2. Returns what it prints to stderr."""
+    with pytest.raises(SystemExit) as stop:
+        function(*args, **options)
+    printed = capfd.readouterr()
+    assert stop.value.code == 2 and printed.out == ""
+    return printed.err
+
+
+def test_fail_prints_one_line(capfd, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["folder/script.py", "--flag"])
+    assert failure(capfd, cli.fail, "--flag 3: must be at least 4") == "script.py: --flag 3: must be at least 4\n"
+
+
+@pytest.mark.parametrize(
+    "initialized, agreed, rank, local_rank, prints",
+    [
+        # Before the process group exists: one process per node.
+        (False, False, 0, 0, True),
+        (False, False, 3, 1, False),
+        (False, False, 2, 0, True),
+        # Afterwards: the process that fails, whichever it is.
+        (True, False, 0, 0, True),
+        (True, False, 3, 1, True),
+        # All processes fail together: one of them.
+        (True, True, 0, 0, True),
+        (True, True, 2, 0, False),
+        (True, True, 3, 1, False),
+    ],
+)
+def test_which_processes_print_an_error(initialized, agreed, rank, local_rank, prints, capfd, monkeypatch):
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: initialized)
+    assert (failure(capfd, cli.fail, "message", agreed=agreed) != "") == prints
+
+
+def test_errors_of_the_parser_are_one_line(capfd):
+    parser = cli.Parser("description")
+    parser.add_argument("--steps", type=int)
+    for flags, message in (
+        (["--steps", "many"], "argument --steps: invalid int value: 'many' (--help lists the flags)"),
+        (["--step", "3"], "unrecognized arguments: --step 3 (--help lists the flags)"),  # no abbreviations
+    ):
+        error = failure(capfd, parser.parse_args, flags)
+        assert error.endswith(f": {message}\n") and error.count("\n") == 1
+
+
+def test_require_at_least(capfd):
+    args = argparse.Namespace(batch_size=0, steps=1)
+    cli.require_at_least(args, 0, "batch_size", "steps")
+    error = failure(capfd, cli.require_at_least, args, 1, "steps", "batch_size")
+    assert error.endswith(": --batch-size 0: must be at least 1\n")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# flags
+
+
+def test_resolve_device(capfd, monkeypatch):
+    def resolved(gpu, **flags):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+        args = argparse.Namespace(**dict(device=None, dtype=None) | flags)
+        cli.resolve_device(args)
+        return args.device, args.dtype
+
+    assert resolved(gpu=True) == ("cuda", "bfloat16")
+    assert resolved(gpu=False) == ("cpu", "float32")
+    assert resolved(gpu=True, device="cpu") == ("cpu", "float32")
+    assert resolved(gpu=True, dtype="float32") == ("cuda", "float32")
+    assert "no GPU" in failure(capfd, resolved, gpu=False, device="cuda")
+
+
+@pytest.mark.parametrize("clips, size", [(384, 24), (24, 24), (50, 10), (29, 1), (36, 18), (1, 1)])
+def test_default_micro_batch_size_is_the_largest_divisor_up_to_24(clips, size):
+    assert cli.default_micro_batch_size(clips) == size
+
+
+def test_flags_override_the_model_size():
+    parser = cli.training_flags("", out="out", steps=1)
+    shape = dict(num_frames=16, resolution=224, patch_size=16, tubelet_size=2)
+    assert cli.encoder_config(parser.parse_args(["--model", "vit_g"])) == SIZES["vit_g"] | shape
+    config = cli.encoder_config(parser.parse_args(["--model", "vit_g", "--depth", "2", "--resolution", "32"]))
+    assert config == SIZES["vit_g"] | shape | dict(depth=2, resolution=32)
+
+
+def test_plain_flags_can_be_saved_as_json_and_in_a_checkpoint(tmp_path):
+    args = cli.training_flags("", out="out/teacher", steps=5).parse_args(["--data", "a.csv", "b.csv"])
+    plain = cli.plain_flags(args)
+    assert plain["out"] == "out/teacher" and plain["betas"] == [0.9, 0.95] and plain["data"] == ["a.csv", "b.csv"]
+    assert plain.keys() == vars(args).keys() and json.loads(json.dumps(plain)) == plain
+    torch.save(plain, tmp_path / "flags.pt")
+    assert torch.load(tmp_path / "flags.pt", weights_only=True) == plain
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# results
+
+
+@pytest.mark.parametrize(
+    "seconds, text",
+    [(0, "0s"), (12.4, "12s"), (59.4, "59s"), (59.6, "1m00s"), (200, "3m20s"), (3599.7, "1h00m"), (3725, "1h02m")],
+)
+def test_duration(seconds, text):
+    assert cli.duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    "correct, total, low, high",
+    [(0, 10, 0, 27.753), (5, 10, 23.659, 76.341), (81, 263, 25.529, 36.617), (10, 10, 72.247, 100)],
+)
+def test_interval95(correct, total, low, high):
+    """Wilson's score interval; 81 of 263 is the example of Newcombe (1998), table I: 0.2553 to 0.3662."""
+    assert cli.interval95(correct, total) == pytest.approx([low, high], abs=0.01)
+
+
+def test_write_atomically_replaces_the_file_only_when_it_is_complete(tmp_path):
+    path = tmp_path / "results.json"
+    cli.write_atomically(path, lambda file: file.write_text("first"))
+    assert path.read_text() == "first"
+
+    def interrupted(file):
+        file.write_text("sec")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cli.write_atomically(path, interrupted)
+    assert path.read_text() == "first"
+    cli.write_atomically(path, lambda file: file.write_text("second"))
+    assert path.read_text() == "second" and list(tmp_path.iterdir()) == [path]
