@@ -1,4 +1,4 @@
-"""The masks have V-JEPA's distributions, lose no token silently, and are cut without its bias."""
+"""Masks have V-JEPA's distributions, account for every token, and are truncated without its bias to early frames."""
 
 import math
 from collections import Counter
@@ -10,31 +10,33 @@ import masking
 from masking import LONG_RANGE, SHORT_RANGE, sample_masks
 
 GRID, BATCH = (8, 14, 14), 24
-ALL = [(name, truncation) for name in masking.STRATEGIES for truncation in ("random", "raster")]
+STRATEGIES_AND_TRUNCATIONS = [(name, truncation) for name in masking.STRATEGIES for truncation in ("random", "raster")]
+every_strategy = pytest.mark.parametrize("name, truncation", STRATEGIES_AND_TRUNCATIONS)
 
 
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def blocks_hide(frame, clips, rng, truncation="raster", **mask):
-    """(clips, h*w) True in blocks; "raster": every clip as it was drawn."""
+def hidden_by_blocks(frame, clips, rng, truncation="raster", **mask):
+    """(clips, h*w), True at tokens inside blocks. With "raster", no clip is redrawn."""
     return ~masking._outside_blocks((1, *frame), clips, rng, rng, truncation, **mask)[0]
 
 
-def strategy(name, grid, batch, seed=0, truncation="random"):
+def draw_visible(name, grid, batch, seed=0, truncation="random"):
+    """The visible tokens of each mask before truncation: a list of (B, N) bool."""
     rng = generator(seed)
     return [visible for visible, _ in masking.STRATEGIES[name].draw(grid, batch, rng, rng, truncation)]
 
 
 def is_context(mask, grid):
-    """(B, t, h, w) bool: what is left as context after the cut."""
+    """(B, t, h, w) bool: the context tokens that are kept."""
     kept = torch.zeros(len(mask.context_ids), math.prod(grid), dtype=torch.bool)
     return kept.scatter(1, mask.context_ids, True).unflatten(1, grid)
 
 
 def assert_zero_mean(x, sigmas=5):
-    """Every column of x (samples, ...) has mean 0, within `sigmas` standard errors (the samples are independent)."""
+    """Check that the mean of x (samples, ...) over independent samples is 0, within `sigmas` standard errors."""
     error = x.std(0) / math.sqrt(len(x))
     assert (x.mean(0).abs() <= sigmas * error + 1e-9).all(), (x.mean(0).abs() / error).max()
 
@@ -46,12 +48,12 @@ def assert_zero_mean(x, sigmas=5):
 @pytest.mark.parametrize("frame", [(14, 14), (10, 24)])
 @pytest.mark.parametrize("scale", [SHORT_RANGE["scale"], LONG_RANGE["scale"]])
 def test_block_sizes(frame, scale):
-    """method.md section 3: n = int(h w scale); rows round(sqrt(n a)), columns round(sqrt(n / a)), a uniform."""
+    """docs/method.md, section 3: area n = int(h w scale), sqrt(n a) rows, sqrt(n / a) columns, rounded; uniform a."""
     h, w = frame
     n, draws, rng = int(h * w * scale), 3000, generator()
     found = Counter()
     for _ in range(draws):
-        hidden = blocks_hide(frame, 1, rng, blocks=1, scale=scale).view(h, w)
+        hidden = hidden_by_blocks(frame, 1, rng, blocks=1, scale=scale).view(h, w)
         rows, cols = hidden.any(1).sum().item(), hidden.any(0).sum().item()
         assert hidden.sum() == rows * cols  # one rectangle
         found[rows, cols] += 1
@@ -63,108 +65,111 @@ def test_block_sizes(frame, scale):
         assert abs(found[size] / draws - p) < 5 * math.sqrt(p * (1 - p) / draws) + 1e-3, size
 
 
-def test_block_places_are_uniform():
+def test_block_positions_are_uniform():
     clips = 20_000
-    hidden = blocks_hide((9, 12), clips, generator(), blocks=1, scale=0.15).view(clips, 9, 12)
+    hidden = hidden_by_blocks((9, 12), clips, generator(), blocks=1, scale=0.15).view(clips, 9, 12)
     for line in (hidden.any(2), hidden.any(1)):  # rows, columns
-        room = line.shape[1] - line[0].sum().item() + 1
+        positions = line.shape[1] - line[0].sum().item() + 1
         first = line.int().argmax(1)
-        assert first.max() == room - 1
-        assert_zero_mean(torch.nn.functional.one_hot(first, room).float() - 1 / room)
+        assert first.max() == positions - 1
+        assert_zero_mean(torch.nn.functional.one_hot(first, positions).float() - 1 / positions)
 
 
 @pytest.mark.parametrize("mask", [SHORT_RANGE, LONG_RANGE])
-def test_union_of_blocks_and_one_size_per_batch(mask):
-    """A place is hidden as often as the stated number of blocks of the batch's size hide it."""
-    one = blocks_hide((14, 14), 4000, generator(), **(mask | dict(blocks=1)))
-    many = blocks_hide((14, 14), 4000, generator(), **mask)  # the same seed: the same size
+def test_a_mask_is_the_union_of_equally_large_blocks(mask):
+    """The probability that a token is hidden is that of the given number of independent blocks of the same size."""
+    one = hidden_by_blocks((14, 14), 4000, generator(), **(mask | dict(blocks=1)))
+    many = hidden_by_blocks((14, 14), 4000, generator(), **mask)  # same seed, so same size
     assert one.sum(1).unique().numel() == 1
     p = one.float().mean(0)
     expected = 1 - (1 - p) ** mask["blocks"]
     assert (many.float().mean(0) - expected).abs().max() < 0.06  # 5 standard errors of 4000 clips are 0.04
 
 
-def test_masks_last_the_whole_clip_before_the_cut():
+def test_before_truncation_all_frames_have_the_same_mask():
     for name in ("multiblock", "tube", "tube2"):
-        for visible in strategy(name, GRID, BATCH):
+        for visible in draw_visible(name, GRID, BATCH):
             assert (visible.view(BATCH, 8, 196) == visible.view(BATCH, 8, 196)[:, :1]).all()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# what is left of them
+# truncation
 
 
 @pytest.fixture(scope="module", params=["random", "raster"])
 def drawn(request):
-    """250 batches of the two multi-block masks: (truncation, [[short, long], ...])."""
+    """(truncation, [[short-range mask, long-range mask], ...]) of 250 batches."""
     rng = generator(1)
     return request.param, [sample_masks("multiblock", GRID, BATCH, rng, request.param) for _ in range(250)]
 
 
-SHARES = {  # of the context before and after the cut, of the targets lost; raster: method.md section 3
+# Fractions, per mask: context of all tokens before and after truncation, and dropped targets of all targets. Those of
+# "raster" are in docs/method.md, section 3.
+FRACTIONS = {
     "raster": [(0.37, 0.23, 0.23), (0.19, 0.065, 0.13)],
-    "random": [(0.37, 0.255, 0.19), (0.195, 0.072, 0.12)],  # half as many clips as RARE says have little context
+    "random": [(0.37, 0.255, 0.19), (0.195, 0.072, 0.12)],
 }
 
 
 @pytest.mark.parametrize("i", [0, 1])
-def test_context_shares(drawn, i):
-    """250 batches: the standard errors are below 0.004, the figures are rounded to 0.005."""
-    (before, after, target_loss), masks = SHARES[drawn[0]][i], [pair[i] for pair in drawn[1]]
+def test_fractions_of_tokens_before_and_after_truncation(drawn, i):
+    """The standard errors of 250 batches are below 0.004; the expected values are rounded to 0.005."""
+    truncation, batches = drawn
+    (before, after, target_loss), masks = FRACTIONS[truncation][i], [pair[i] for pair in batches]
     kept = torch.tensor([m.context_ids.shape[1] for m in masks]) / 1568
-    whole = torch.stack([m.context_ids.shape[1] + m.context_lost.float().mean() for m in masks]) / 1568
+    context = torch.stack([m.context_ids.shape[1] + m.context_lost.float().mean() for m in masks]) / 1568
     targets = torch.tensor([m.target_ids.shape[1] for m in masks])
     lost = torch.stack([m.target_lost.float().mean() for m in masks])
-    assert max(x.std().item() for x in (kept, whole)) / math.sqrt(250) < 0.004
-    assert whole.mean().item() == pytest.approx(before, abs=0.015)
+    assert max(x.std().item() for x in (kept, context)) / math.sqrt(250) < 0.004
+    assert context.mean().item() == pytest.approx(before, abs=0.015)
     assert kept.mean().item() == pytest.approx(after, abs=0.015)
     assert (lost / (targets + lost)).mean().item() == pytest.approx(target_loss, abs=0.015)
 
 
-def test_time_steps_of_the_context(drawn):
-    """The default keeps all time steps alike, V-JEPA's cut keeps the first of them and loses the last."""
+def test_only_raster_truncation_favors_early_frames(drawn):
+    """Random truncation keeps all time steps equally often; V-JEPA's keeps the first and drops most of the last."""
     truncation, batches = drawn
     for i in range(2):
         by_step = torch.cat([is_context(pair[i], GRID).flatten(2).float().sum(2) for pair in batches])  # (clips, t)
         if truncation == "random":
             assert_zero_mean(by_step - by_step.mean(1, keepdim=True))
         else:
-            whole = torch.cat([(p[i].context_ids.shape[1] + p[i].context_lost) / 8 for p in batches])
-            share = by_step.sum(0) / whole.sum()
-            # One clip in 24, the shortest, keeps everything.
-            assert share[0] > 0.99 and 1 / 24 * 0.8 < share[7] < 0.06 and (share.diff() <= 0).all()
+            before = torch.cat([(p[i].context_ids.shape[1] + p[i].context_lost) / 8 for p in batches])
+            kept = by_step.sum(0) / before.sum()  # fraction of each time step
+            # One clip in 24, the one with the smallest context, keeps everything.
+            assert kept[0] > 0.99 and 1 / 24 * 0.8 < kept[7] < 0.06 and (kept.diff() <= 0).all()
 
 
-def test_visibility_is_symmetric(drawn):
+def test_context_is_symmetric_in_the_frame(drawn):
     truncation, batches = drawn
     if truncation == "raster":
-        pytest.skip("raster order is not symmetric, that is its point")
+        pytest.skip("truncation in raster order is not symmetric")
     for i in range(2):
-        places = torch.cat([is_context(pair[i], GRID).float().mean(1) for pair in batches])  # (clips, h, w)
-        assert_zero_mean(places - places.flip(1))
-        assert_zero_mean(places - places.flip(2))
-        assert places.mean(0)[7, 7] < places.mean(0)[0, 0]  # blocks lie inside the frame, so corners are seen most
+        visible = torch.cat([is_context(pair[i], GRID).float().mean(1) for pair in batches])  # (clips, h, w)
+        assert_zero_mean(visible - visible.flip(1))
+        assert_zero_mean(visible - visible.flip(2))
+        assert visible.mean(0)[7, 7] < visible.mean(0)[0, 0]  # blocks lie inside the frame and cover its corners least
 
 
-@pytest.mark.parametrize("name, truncation", ALL)
-def test_context_targets_and_lost_are_everything(name, truncation):
+@every_strategy
+def test_every_token_is_context_or_target_or_counted_as_lost(name, truncation):
     for seed in range(5):
-        visible = strategy(name, GRID, BATCH, seed, truncation)
+        visible = draw_visible(name, GRID, BATCH, seed, truncation)
         masks = sample_masks(name, GRID, BATCH, generator(seed), truncation)
         assert len(masks) == len(visible) == masking.STRATEGIES[name].num_masks
-        for mask, seen in zip(masks, visible, strict=True):
-            wanted = (mask.context_ids, mask.context_lost, seen), (mask.target_ids, mask.target_lost, ~seen)
-            for ids, lost, pool in wanted:
-                assert ids.dtype == torch.int64 and (ids.diff(dim=1) > 0).all()  # sorted, no repetition
+        for mask, shown in zip(masks, visible, strict=True):
+            parts = (mask.context_ids, mask.context_lost, shown), (mask.target_ids, mask.target_lost, ~shown)
+            for ids, lost, pool in parts:
+                assert ids.dtype == torch.int64 and (ids.diff(dim=1) > 0).all()  # sorted, without repetitions
                 assert pool.gather(1, ids).all()  # so context and targets are disjoint
                 assert (ids.shape[1] + lost == pool.sum(1)).all() and lost.min() >= 0
                 assert lost.min() == 0 or (name, truncation) == ("multiblock", "random")
 
 
-def test_raster_is_v_jepas_cut():
-    """A loop that does what V-JEPA's collator does: ids in raster order, cut to the shortest list of the batch."""
+def test_raster_truncation_is_v_jepas():
+    """V-JEPA's collator takes the ids in raster order and cuts them to the shortest list of the batch."""
     masks = sample_masks("multiblock", GRID, BATCH, generator(3), "raster")
-    for mask, visible in zip(masks, strategy("multiblock", GRID, BATCH, 3, "raster"), strict=True):
+    for mask, visible in zip(masks, draw_visible("multiblock", GRID, BATCH, 3, "raster"), strict=True):
         for ids, pool in ((mask.context_ids, visible), (mask.target_ids, ~visible)):
             lists = [[n for n, flag in enumerate(clip) if flag] for clip in pool.tolist()]
             shortest = min(map(len, lists))
@@ -172,11 +177,11 @@ def test_raster_is_v_jepas_cut():
 
 
 def test_tube():
-    (mask,), (first, second) = (strategy(name, GRID, 2000) for name in ("tube", "tube2"))
+    (mask,), (first, second) = (draw_visible(name, GRID, 2000) for name in ("tube", "tube2"))
     for visible in (mask, first, second):
-        places = visible.view(-1, 8, 196)[:, 0].float()
-        assert (places.sum(1) == 20).all()  # round(0.1 * 196)
-        assert_zero_mean(places - 20 / 196)
+        frame = visible.view(-1, 8, 196)[:, 0].float()
+        assert (frame.sum(1) == 20).all()  # round(0.1 * 196)
+        assert_zero_mean(frame - 20 / 196)
     both = (first & second).view(-1, 8, 196)[:, 0].sum(1).float()
     assert_zero_mean(both - 20 * 20 / 196)  # independent
 
@@ -189,45 +194,44 @@ def test_causal(t, steps):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_the_sizes_of_a_step_do_not_depend_on_its_clips():
-    """Batches of a step, of any size, share the sizes of the blocks and the number of tokens kept; few sizes occur."""
+def test_all_micro_batches_of_a_step_keep_equally_many_tokens():
+    """Whatever their size. Over many steps, only a few different numbers of tokens occur."""
     kept = set()
     for step in range(60):
-        of_step = set()
+        kept_in_step = set()
         for batch, seed in ((1, 0), (3, 1), (24, 2)):
             masks = sample_masks("multiblock", GRID, batch, generator(1000 * step + seed), sizes=generator(step))
-            of_step.add(tuple((m.context_ids.shape[1], m.target_ids.shape[1]) for m in masks))
-        assert len(of_step) == 1
-        kept |= of_step
+            kept_in_step.add(tuple((m.context_ids.shape[1], m.target_ids.shape[1]) for m in masks))
+        assert len(kept_in_step) == 1
+        kept |= kept_in_step
     short, long = ({masks[i] for masks in kept} for i in (0, 1))
     assert 3 <= len(short) <= 5 and 5 <= len(long) <= 9
 
 
 @pytest.mark.parametrize("mask", [SHORT_RANGE, LONG_RANGE])
-def test_only_rare_clips_are_drawn_again(mask):
-    """Of the clips as they are drawn, RARE have less context than is kept, and RARE fewer targets, or a tie's worth."""
+def test_only_rare_clips_are_redrawn(mask):
+    """RARE is the fraction of clips with too little context, and also of those with too few targets, up to ties."""
     for seed in range(4):
-        frame = (14, 14), 4000
-        as_drawn = blocks_hide(*frame, generator(seed), **mask).sum(1)
-        usual = blocks_hide(*frame, generator(seed), "random", **mask).sum(1)
-        for rare in (as_drawn < usual.min(), as_drawn > usual.max()):
+        before = hidden_by_blocks((14, 14), 4000, generator(seed), **mask).sum(1)
+        after = hidden_by_blocks((14, 14), 4000, generator(seed), "random", **mask).sum(1)
+        for rare in (before < after.min(), before > after.max()):
             assert rare.float().mean() < masking.RARE + 0.02
-        assert ((as_drawn <= usual.min()) | (as_drawn >= usual.max())).float().mean() > masking.RARE - 0.02
+        assert ((before <= after.min()) | (before >= after.max())).float().mean() > masking.RARE - 0.02
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # determinism and limits
 
 
-@pytest.mark.parametrize("name, truncation", ALL)
-def test_the_seed_decides(name, truncation):
+@every_strategy
+def test_masks_depend_on_the_seed_only(name, truncation):
     a, b, c = (sample_masks(name, GRID, 4, generator(seed), truncation) for seed in (5, 5, 6))
     assert all(torch.equal(x, y) for m, n in zip(a, b, strict=True) for x, y in zip(m, n, strict=True))
     if name != "causal":
         assert a[0].context_ids.tolist() != c[0].context_ids.tolist()
 
 
-@pytest.mark.parametrize("name, truncation", ALL)
+@every_strategy
 @pytest.mark.parametrize("grid", [(2, 3, 3), (2, 4, 4), (2, 3, 7), (4, 6, 4)])
 def test_small_grids_have_context_and_targets(grid, name, truncation):
     for seed in range(20):
@@ -238,11 +242,11 @@ def test_small_grids_have_context_and_targets(grid, name, truncation):
 @pytest.mark.parametrize(
     "name, grid", [("multiblock", (8, 2, 2)), ("multiblock", (8, 1, 1)), ("tube", (8, 1, 1)), ("causal", (1, 14, 14))]
 )
-def test_too_small_grids(name, grid):
+def test_too_small_grids_are_refused(name, grid):
     with pytest.raises(ValueError, match="too small"):
         sample_masks(name, grid, 4, generator())
 
 
-def test_unknown_truncation():
+def test_unknown_truncations_are_refused():
     with pytest.raises(ValueError, match="truncation"):
         sample_masks("tube", GRID, 4, generator(), "middle")

@@ -1,17 +1,14 @@
-"""The networks: sizes of the paper, V-JEPA 2's rotary embedding, what a context can see, and files read back."""
+"""The networks: the paper's sizes, V-JEPA 2's rotary embedding, what the context depends on, and checkpoints."""
 
 import decimal
 import math
 import os
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import randomize
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 import model
 from model import SIZES, AttentiveProbe, Encoder, Predictor, gather, rotate, tubelets, untubelets
 
@@ -38,27 +35,27 @@ def random_ids(N, K, batch=2):
 # sizes
 
 
-def printed_as(count, figure):
-    """Whether `count` cut or rounded at the last digit of `figure` ("303M", "1.012B") is that figure."""
-    value = decimal.Decimal(count) / {"M": 10**6, "B": 10**9}[figure[-1]]
-    printed = decimal.Decimal(figure[:-1])
+def is_printed_as(count, text):
+    """Whether `count`, rounded or truncated to as many digits, is `text`, such as "303M" or "1.012B"."""
+    value = decimal.Decimal(count) / {"M": 10**6, "B": 10**9}[text[-1]]
+    printed = decimal.Decimal(text[:-1])
     return printed in {value.quantize(printed, rounding=r) for r in (decimal.ROUND_DOWN, decimal.ROUND_HALF_UP)}
 
 
-def count(cls, *args, **sizes):
+def num_parameters(cls, *args, **sizes):
     with torch.device("meta"):
         return sum(p.numel() for p in cls(*args, **sizes).parameters())
 
 
 @pytest.mark.parametrize(
-    "name, figure", [("vit_b", "86M"), ("vit_l", "303M"), ("vit_h", "632M"), ("vit_g", "1.012B"), ("vit_G", "1.843B")]
+    "name, printed", [("vit_b", "86M"), ("vit_l", "303M"), ("vit_h", "632M"), ("vit_g", "1.012B"), ("vit_G", "1.843B")]
 )
-def test_encoder_sizes_are_the_papers(name, figure):
-    assert printed_as(count(Encoder, **SIZES[name]), figure)
+def test_encoder_sizes_match_the_paper(name, printed):
+    assert is_printed_as(num_parameters(Encoder, **SIZES[name]), printed)
 
 
 @pytest.mark.parametrize(
-    "in_width, teacher_width, figure",
+    "in_width, teacher_width, printed",
     [
         (768, 768, "21.88M"),
         (1024, 1024, "22.08M"),
@@ -67,12 +64,12 @@ def test_encoder_sizes_are_the_papers(name, figure):
         (1664, 1024, "22.32M"),
     ],
 )
-def test_predictor_sizes_are_the_papers(in_width, teacher_width, figure):
-    assert printed_as(count(Predictor, in_width, teacher_width), figure)
+def test_predictor_sizes_match_the_paper(in_width, teacher_width, printed):
+    assert is_printed_as(num_parameters(Predictor, in_width, teacher_width), printed)
 
 
-def test_hidden_widths():
-    # The paper's ViT-G has 8192; V-JEPA 2's misspelt ratio would give 6656.
+def test_hidden_widths_of_the_mlp():
+    # The paper's ViT-G has 8192. V-JEPA 2's misspelled ratio would result in 6656.
     with torch.device("meta"):
         assert Encoder(**SIZES["vit_g"] | dict(depth=1)).blocks[0].mlp.fc1.out_features == 6144
         assert Encoder(**SIZES["vit_G"] | dict(depth=1)).blocks[0].mlp.fc1.out_features == 8192
@@ -82,12 +79,12 @@ def test_hidden_widths():
 # tubelets
 
 
-def test_tubelets_come_back():
+def test_untubelets_inverts_tubelets():
     x = random_clips(T=6)
     tokens = tubelets(x, 2, 16)
     assert tokens.shape == (2, 3 * 3 * 5, 3 * 2 * 16 * 16)
     assert torch.equal(untubelets(tokens, (3, 3, 5), 2, 16), x)
-    # Token 22 is at time 1, row 1, column 2; channel, frame, row, column inside.
+    # Token 22 is at time 1, row 1, column 2. Inside a token: channel, frame, row, column.
     assert torch.equal(tokens[0, 22], x[0, :, 2:4, 16:32, 32:48].flatten())
 
 
@@ -110,18 +107,18 @@ def test_clips_that_do_not_divide_are_refused(shape):
 
 
 def vjepa2_rotation(x, ids, grid):
-    """V-JEPA 2's rotation of (B, h, K, d) at ids (B, K), spelt out from method.md: one number at a time."""
+    """V-JEPA 2's rotation of x (B, h, K, d) at ids (B, K), from docs/method.md, one number at a time."""
     _, rows, cols = grid
     out = x.clone()
     d = x.shape[-1]
     s = 2 * ((d // 3) // 2)
     for b in range(x.shape[0]):
         for k, i in enumerate(ids[b].tolist()):
-            places = i // (rows * cols), i // cols % rows, i % cols
-            for axis, place in enumerate(places):
+            positions = i // (rows * cols), i // cols % rows, i % cols
+            for axis, position in enumerate(positions):
                 for c in range(0, s, 2):
-                    # The quirk: neighbors are paired, yet each has its own frequency.
-                    first, second = (place * 10000 ** -((j % (s // 2)) / (s / 2)) for j in (c, c + 1))
+                    # The quirk: neighbors form a pair, but each has its own frequency.
+                    first, second = (position * 10000 ** -((j % (s // 2)) / (s / 2)) for j in (c, c + 1))
                     even, odd = x[b, :, k, axis * s + c], x[b, :, k, axis * s + c + 1]
                     out[b, :, k, axis * s + c] = even * math.cos(first) - odd * math.sin(first)
                     out[b, :, k, axis * s + c + 1] = odd * math.cos(second) + even * math.sin(second)
@@ -129,7 +126,7 @@ def vjepa2_rotation(x, ids, grid):
 
 
 @pytest.mark.parametrize("head_dim", [24, 32, 64, 80, 88])
-def test_rotation_is_vjepa2s(head_dim):
+def test_rotation_matches_vjepa2(head_dim):
     grid = (4, 3, 5)
     ids, x = random_ids(60, 9), torch.randn(2, 3, 9, head_dim)
     rope = model.rope_at(ids, grid, head_dim, x.device)
@@ -141,14 +138,14 @@ def test_rotation_is_vjepa2s(head_dim):
 
 
 def one_angle_per_pair(rope):
-    """The table without the quirk: both channels of a pair turn by the first one's angle."""
+    """The table without the quirk: both channels of a pair rotate by the angle of the first."""
     cos, sin = rope.unflatten(-1, (-1, 2))[..., 0]
     return torch.stack((torch.stack((cos, cos), -1), torch.stack((sin, -sin), -1))).flatten(-2)
 
 
-def test_translation_moves_the_scores_as_in_vjepa2():
-    # A textbook RoPE would leave the scores alone. V-JEPA 2's frequencies differ within a pair, so they move, and ours
-    # must move with them.
+def test_translation_changes_attention_scores_as_in_vjepa2():
+    # With textbook RoPE, scores would not depend on a translation. V-JEPA 2's frequencies differ within a pair, so they
+    # do, and ours must change equally.
     grid = (4, 4, 6)
     t, y, x = torch.cartesian_prod(torch.arange(3), torch.arange(3), torch.arange(4)).T
     here = (t * 24 + y * 6 + x).expand(2, -1)
@@ -161,19 +158,19 @@ def test_translation_moves_the_scores_as_in_vjepa2():
     textbook = [rotate(q, rope) @ rotate(k, rope).mT for rope in map(one_angle_per_pair, ropes)]
     torch.testing.assert_close(ours[1] - ours[0], theirs[1] - theirs[0], **close)
     assert (ours[1] - ours[0]).abs().max() > 1
-    torch.testing.assert_close(textbook[0], textbook[1], **close)  # so nothing but the quirk moves them
+    torch.testing.assert_close(textbook[0], textbook[1], **close)  # so only the quirk changes them
 
 
 @pytest.mark.parametrize("head_dim, rotated", [(64, 60), (24, 24), (32, 30), (80, 78), (104, 102)])
-def test_channels_left_over_are_not_touched(head_dim, rotated):
+def test_remaining_channels_are_not_rotated(head_dim, rotated):
     x = torch.randn(1, 1, 27, head_dim)
     out = rotate(x, model.rope_at(None, (3, 3, 3), head_dim, x.device))
     assert torch.equal(out[..., rotated:], x[..., rotated:])
-    assert (out[0, 0, -1, :rotated] != x[0, 0, -1, :rotated]).all()  # at (2, 2, 2) every rotated channel moves
-    assert torch.equal(out[0, 0, 0], x[0, 0, 0])  # at the origin none
+    assert (out[0, 0, -1, :rotated] != x[0, 0, -1, :rotated]).all()  # at (2, 2, 2) all of them change
+    assert torch.equal(out[0, 0, 0], x[0, 0, 0])  # at the origin, none
 
 
-def test_rope_table_is_computed_once_and_good_for_training_after_inference():
+def test_the_rope_table_is_cached_and_usable_for_training_after_inference():
     model.rope_table.cache_clear()
     encoder, x = small_encoder(), random_clips()
     with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
@@ -199,7 +196,7 @@ def test_rotation_keeps_the_dtype():
 
 @torch.no_grad()
 @pytest.mark.parametrize("T, H, W", [(2, 16, 16), (2, 32, 32), (4, 48, 80), (8, 16, 64), (16, 64, 64)])
-def test_encoder_takes_any_length_and_resolution(T, H, W):
+def test_encoder_accepts_any_length_and_resolution(T, H, W):
     encoder = small_encoder(num_frames=4, resolution=32)
     N = (T // 2) * (H // 16) * (W // 16)
     tokens = encoder(random_clips(T, H, W))
@@ -209,7 +206,7 @@ def test_encoder_takes_any_length_and_resolution(T, H, W):
 
 @torch.no_grad()
 def test_position_matters_along_every_axis():
-    # Moving the content by a token, round the edge, is not just moving the encoding, as it would be without places.
+    # Without positions, rolling the content by one token would only roll the encoding.
     encoder, x = small_encoder(), random_clips(batch=1)
     for axis, size in ((2, 2), (3, 16), (4, 16)):
         whole = encoder(x)
@@ -219,38 +216,38 @@ def test_position_matters_along_every_axis():
 
 
 @torch.no_grad()
-def test_all_ids_are_the_whole_clip_in_any_order():
+def test_all_ids_in_any_order_encode_the_whole_clip():
     encoder, x = small_encoder(), random_clips()
     everything = torch.arange(30).expand(2, -1)
     whole = encoder(x)
     torch.testing.assert_close(encoder(x, everything), whole, **CLOSE)
     permuted = random_ids(30, 30)
     torch.testing.assert_close(encoder(x, permuted), gather(whole, permuted), **CLOSE)
-    # A part sees less, so it is not a part of the whole.
+    # Fewer tokens attend to fewer tokens, so their encodings differ.
     assert not torch.allclose(encoder(x, permuted[:, :20]), gather(whole, permuted[:, :20]), atol=1e-2)
 
 
 @torch.no_grad()
-def test_context_does_not_see_targets():
+def test_context_does_not_depend_on_targets():
     encoder, x = small_encoder(), random_clips()
     ids = random_ids(30, 30)
     context_ids, target_ids = ids[:, :12], ids[:, 12:]
     pixels = tubelets(x, 2, 16)
     before = encoder(x, context_ids)
 
-    def changed(token_ids):
+    def with_noise_at(token_ids):
         noise = torch.randn(2, token_ids.shape[1], pixels.shape[-1])
         other = pixels.scatter(1, token_ids[..., None].expand_as(noise), noise)
         return untubelets(other, (2, 3, 5), 2, 16)
 
-    assert torch.equal(encoder(changed(target_ids), context_ids), before)
-    after = encoder(changed(context_ids[:, :1]), context_ids)
-    assert ((after - before).abs().amax(-1) > 1e-4).all()  # one context token changes them all
-    assert ((encoder(changed(target_ids[:, :1])) - encoder(x)).abs().amax(-1) > 1e-4).all()
+    assert torch.equal(encoder(with_noise_at(target_ids), context_ids), before)
+    after = encoder(with_noise_at(context_ids[:, :1]), context_ids)
+    assert ((after - before).abs().amax(-1) > 1e-4).all()  # every encoding depends on every context token
+    assert ((encoder(with_noise_at(target_ids[:, :1])) - encoder(x)).abs().amax(-1) > 1e-4).all()
 
 
 @torch.no_grad()
-def test_clips_of_a_batch_do_not_mix():
+def test_clips_of_a_batch_are_independent():
     encoder, x, ids = small_encoder(), random_clips(), random_ids(30, 8)
     for b in range(2):
         torch.testing.assert_close(encoder(x, ids)[b : b + 1], encoder(x[b : b + 1], ids[b : b + 1]), **CLOSE)
@@ -278,7 +275,7 @@ def test_gradients_reach_every_parameter():
 
 
 @torch.no_grad()
-def test_predictor_depends_on_place_mask_and_context_not_on_order():
+def test_predictor_depends_on_positions_mask_and_context_but_not_on_order():
     predictor, ids = small_predictor(), random_ids(30, 22)
     context_ids, target_ids = ids[:, :12], ids[:, 12:]
     context, grid = torch.randn(2, 12, 64), (2, 3, 5)
@@ -290,7 +287,7 @@ def test_predictor_depends_on_place_mask_and_context_not_on_order():
     assert not torch.allclose(predictor(context, context_ids, target_ids, grid, mask_index=1), z, atol=1e-2)
     assert not torch.allclose(predictor(context, context_ids.flip(1), target_ids, grid), z, atol=1e-2)
     assert not torch.allclose(predictor(context.flip(0), context_ids, target_ids, grid), z, atol=1e-2)
-    assert (z[:, 0] - z[:, 1]).abs().max() > 1e-3  # mask tokens are equal but for their place
+    assert (z[:, 0] - z[:, 1]).abs().max() > 1e-3  # mask tokens differ only by position
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -303,13 +300,13 @@ def norm(x, layer, eps):
 
 @torch.no_grad()
 def test_probe_pools_without_output_projection():
-    # Depth 1 is the cross-attention and the linear layer alone, here by hand, with two heads of 8.
+    # A probe of depth 1, the cross-attention block and the linear layer, computed by hand with two heads of 8 channels.
     probe = randomize(AttentiveProbe(16, 5, depth=1, heads=2))
     tokens, c = torch.randn(3, 7, 16) * 1e-2, probe.cross  # small, so that a wrong eps (1e-6) would show
     query = probe.query[0, 0]
-    seen = norm(tokens, c.norm1, 1e-5)
+    normed = norm(tokens, c.norm1, 1e-5)
     q = c.q.weight @ query + c.q.bias
-    k, v = (seen @ c.kv.weight[part].T + c.kv.bias[part] for part in (slice(0, 16), slice(16, 32)))
+    k, v = (normed @ c.kv.weight[part].T + c.kv.bias[part] for part in (slice(0, 16), slice(16, 32)))
     heads = []
     for channels in (slice(0, 8), slice(8, 16)):
         attention = (k[..., channels] @ q[channels] / math.sqrt(8)).softmax(-1)  # (B, N)
@@ -326,7 +323,7 @@ def test_probe_shape_parameters_and_gradients():
     probe = AttentiveProbe(32, 7, depth=4, heads=4)
     tokens = torch.randn(2, 9, 32)
     assert len(probe.blocks) == 3 and probe(tokens).shape == (2, 7)
-    order = torch.randperm(9)  # it knows no places
+    order = torch.randperm(9)  # the probe has no positions
     torch.testing.assert_close(probe(tokens[:, order]), probe(tokens), **CLOSE)
     assert probe.blocks[0].norm1.eps == probe.cross.norm1.eps == probe.cross.norm2.eps == 1e-5
     randomize(probe)(tokens).square().sum().backward()
@@ -338,11 +335,11 @@ def test_probe_shape_parameters_and_gradients():
 
 
 def assert_std(weight, std):
-    # A truncated normal (at 2, i.e. 100 deviations): the sample's deviation is within 4 standard errors.
+    # Within 4 standard errors. The normal distribution is truncated at 2, i.e. 100 standard deviations: never.
     assert abs(weight.std().item() / std - 1) < 4 / math.sqrt(2 * weight.numel())
 
 
-def test_residual_branches_start_smaller_the_deeper():
+def test_deeper_residual_branches_start_smaller():
     torch.manual_seed(0)
     for network in (Encoder(128, 4, 2), Predictor(128, 64, width=128, depth=4, heads=2)):
         for i, block in enumerate(network.blocks, start=1):
@@ -363,7 +360,7 @@ def test_residual_branches_start_smaller_the_deeper():
     assert probe.query.abs().max() > 0
 
 
-def test_odd_heads_are_refused():
+def test_heads_without_an_even_number_of_channels_are_refused():
     for width, heads in ((64, 3), (30, 2), (66, 22)):
         with pytest.raises(ValueError, match="heads"):
             Encoder(width, 1, heads)
@@ -374,7 +371,7 @@ def test_odd_heads_are_refused():
 
 
 def save(folder, **changes):
-    """A checkpoint with sizes that are nobody's default; returns encoder and predictor."""
+    """Save a checkpoint, with no size at its default. Returns its encoder and predictor."""
     sizes = dict(mlp_ratio=2.5, num_frames=6, resolution=32, patch_size=8, tubelet_size=3)
     encoder, predictor = small_encoder(**sizes), small_predictor(num_mask_tokens=3)
     checkpoint = dict(
@@ -401,17 +398,17 @@ def test_checkpoint_round_trip(tmp_path, name):
     assert torch.equal(loaded(*args), predictor(*args))
 
 
-def test_missing_checkpoint(tmp_path):
+def test_missing_checkpoints_are_named(tmp_path):
     for path in (tmp_path, tmp_path / "nowhere", tmp_path / "nowhere.pt"):
         with pytest.raises(FileNotFoundError, match="no checkpoint at"):
             model.load_checkpoint(path)
 
 
-@pytest.mark.parametrize("damage", ["cut", "text", "empty", "not a dictionary", "another format", "no format"])
-def test_damaged_checkpoint(tmp_path, damage):
+@pytest.mark.parametrize("damage", ["truncated", "text", "empty", "not a dictionary", "another format", "no format"])
+def test_damaged_checkpoints_are_refused(tmp_path, damage):
     file = tmp_path / "checkpoint.pt"
     save(tmp_path)
-    if damage == "cut":
+    if damage == "truncated":
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     elif damage == "text":
         file.write_text("hello, I am not a checkpoint\n" * 50)
@@ -420,7 +417,9 @@ def test_damaged_checkpoint(tmp_path, damage):
     else:
         contents = {"not a dictionary": [1], "another format": {"format": "salt-0"}, "no format": {"encoder": {}}}
         torch.save(contents[damage], file)
-    expected = "cannot be read" if damage in ("cut", "text", "empty") else f"not a {model.CHECKPOINT_FORMAT} checkpoint"
+    expected = (
+        "cannot be read" if damage in ("truncated", "text", "empty") else f"not a {model.CHECKPOINT_FORMAT} checkpoint"
+    )
     with pytest.raises(ValueError, match=expected) as error:
         model.load_checkpoint(tmp_path)
     assert str(file) in str(error.value)
@@ -431,13 +430,13 @@ class RunsCode:
         return os.mkdir, (os.environ["MODEL_TEST_TRAP"],)
 
 
-def test_checkpoint_that_would_run_code_does_not(tmp_path, monkeypatch):
+def test_code_in_a_checkpoint_is_not_run(tmp_path, monkeypatch):
     monkeypatch.setenv("MODEL_TEST_TRAP", str(tmp_path / "trap"))
     save(tmp_path, args=RunsCode())
     with pytest.raises(ValueError, match="cannot be read"):
         model.load_checkpoint(tmp_path)
     assert not (tmp_path / "trap").exists()
-    torch.load(tmp_path / "checkpoint.pt", weights_only=False)  # the trap is a real one
+    torch.load(tmp_path / "checkpoint.pt", weights_only=False)  # which would run it
     assert (tmp_path / "trap").exists()
 
 
