@@ -1,311 +1,215 @@
-"""What a training run needs of each GPU's memory, on paper and in truth.
+"""Per-GPU memory of a training run: estimated by a formula, and measured.
 
-    python memory.py --kind student --model vit_g --teacher vit_l --processes 128   # on paper: nothing is allocated
-    python memory.py --kind ema --model vit_l --processes 8 --micro-batch-size 12
-    python memory.py --kind student --model vit_l --batch-size 24 --peer hf         # beside Hugging Face's V-JEPA 2
-    python memory.py --check --kind teacher --model vit_s --resolution 112 --batch-size 8 --micro-batch-size 4
-    torchrun --nproc_per_node=2 memory.py --check --kind teacher --model vit_s --resolution 112 --batch-size 8
+    python -m bench.memory --kind student --model vit_g --teacher vit_l --processes 128    # estimate; allocates nothing
+    python -m bench.memory --kind ema --model vit_l --processes 8 --micro-batch-size 12
+    python -m bench.memory --check --kind teacher --model vit_s --resolution 112 --batch-size 8 --micro-batch-size 4
+    torchrun --nproc_per_node=2 -m bench.memory --check --kind teacher --model vit_s --resolution 112 --batch-size 8
 
-On paper: one step of the real networks, sharded by the real FSDP2, on tensors that have sizes and no memory (torch's
-FakeTensorMode), in a process that believes itself to be the first of --processes. Every storage is counted from its
-birth to its end. So gradients and activations add up as far as they are there at the same time: the gradients come
-while the activations of a step's first mask go, and are there from then on. Masks are the largest of --draws.
-Figures are for a GPU and bfloat16 unless --device and --dtype say otherwise, and for eager mode: torch.compile keeps
-less. Left out: the CUDA context, NCCL's buffers, workspaces inside kernels, fragmentation.
+The estimate adds up weights, gradients, optimizer state, what autograd saves in each block (model.py), and the
+temporaries at those moments of a step that can be its peak. It assumes a GPU and bfloat16 unless --device and --dtype
+say otherwise, and eager mode: torch.compile saves less. Not included: the CUDA context, NCCL's buffers, workspaces of
+kernels, fragmentation.
 
-In truth (--check): the training script itself runs three steps here, with masks that paper takes over; its peak is
-that of torch's allocator for the device. Exit status 1 if paper and truth are more than 15% apart. The flags of the
-training scripts apply.
+--check runs the training script for a few steps here, prints the estimate divided by the peak of torch's allocator, and
+exits with status 1 if they differ by more than 15%.
 """
 
-import argparse
-import contextlib
 import json
 import math
 import os
-import runpy
 import shutil
 import sys
 import tempfile
-import weakref
 from pathlib import Path
 from unittest import mock
 
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.tensor import DTensor
-from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import cli
 import data
 import flops
-import masking
-import training
-from bench import step as bench_step
-from model import CHECKPOINT_FORMAT, Encoder, Predictor, rope_table
+import train_ema_baseline
+import train_student
+import train_teacher
+from model import CHECKPOINT_FORMAT, Encoder, Predictor
 
 GIB = 2**30
-TOLERANCE, CHECKED_STEPS = 0.15, 3  # of --check
+TOLERANCE = 0.15  # of --check
+CHECKED_STEPS = 3
+SCRIPTS = {"teacher": train_teacher, "student": train_student, "ema": train_ema_baseline}
 
 # ---------------------------------------------------------------------------------------------------------------------
-# on paper
+# estimate
 
 
-class Live(TorchDispatchMode):
-    """Counts the bytes of all storages alive. `gathered`: of those that FSDP2 fills and frees by resizing them."""
-
-    def __init__(self):
-        super().__init__()
-        self.sizes, self.resized, self.bytes, self.gathered = {}, set(), 0, 0
-        self.start_again()
-
-    def start_again(self):
-        """Look for the peak from here on."""
-        self.peak, self.gathered_at_peak = self.bytes, self.gathered
-
-    def note(self, storage):
-        if id(storage) not in self.sizes:
-            weakref.finalize(storage, self.forget, id(storage)).atexit = False
-        self.bytes += storage.nbytes() - self.sizes.get(id(storage), 0)
-        self.sizes[id(storage)] = storage.nbytes()
-        if self.bytes > self.peak:
-            self.start_again()
-
-    def forget(self, key):
-        size = self.sizes.pop(key)
-        self.bytes -= size
-        if key in self.resized:
-            self.resized.remove(key)
-            self.gathered -= size
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if any(issubclass(t, DTensor) for t in types):
-            return NotImplemented  # its shards come by as tensors of their own
-        result = function(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor):
-                self.note(leaf.untyped_storage())
-        return result
-
-    def __enter__(self):
-        resize = torch.UntypedStorage.resize_
-
-        def noted(storage, size):
-            before = self.sizes.get(id(storage), 0) if id(storage) in self.resized else 0
-            resize(storage, size)
-            if id(storage) in self.sizes:
-                self.resized.add(id(storage))
-                self.gathered += storage.nbytes() - before
-                self.note(storage)
-            return storage
-
-        self.patch = mock.patch.object(torch.UntypedStorage, "resize_", noted)
-        self.patch.start()
-        return super().__enter__()
-
-    def __exit__(self, *error):
-        self.patch.stop()
-        return super().__exit__(*error)
+def _bytes_per_value(args):
+    """Bytes per value of --dtype, and per value in a layer norm, which autocast computes in float32 on a GPU."""
+    size = 2 if args.dtype == "bfloat16" else 4
+    return size, 4 if args.device == "cuda" else size
 
 
-class ReadAs(TorchDispatchMode):
-    """Answers with `number` to whoever reads a tensor's value: the peer does so for its largest target id."""
-
-    def __init__(self, number):
-        super().__init__()
-        self.number = number
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        reads = function is torch.ops.aten._local_scalar_dense.default
-        return self.number if reads else function(*args, **(kwargs or {}))
+def _hidden_width(config):
+    return round(config["width"] * config.get("mlp_ratio", 4.0))
 
 
-@contextlib.contextmanager
-def as_on_gpu():
-    """A context with what is different on a GPU: flash attention's kernel, and autocast's layer norms in float32.
+def is_sharded(args):
+    """Whether FSDP shards the trained networks."""
+    return args.processes > 1 and args.parallel != "replicate"
 
-    The tensors say that they are on the CPU: without a GPU, autograd refuses those that say they are on one.
+
+def micro_batches(args):
+    """Micro-batches per step and process."""
+    return args.batch_size // args.processes // args.micro_batch_size
+
+
+def block_bytes(config, args):
+    """Bytes per token of a block: (saved for its backward pass, allocated by the first operations of that pass)."""
+    size, norm_size = _bytes_per_value(args)
+    width, hidden = config["width"], _hidden_width(config)
+    norms = 2 * norm_size * width  # their inputs
+    attention = 6 * size * width  # q, k, v; q and k after RoPE; the output, which is the input of `proj`
+    if args.device == "cpu" and args.dtype == "bfloat16":
+        attention = (4 * 4 + size) * width  # q, k, v and the output in float32; the output in bfloat16
+    linears = 2 * size * width  # inputs of `qkv` and `fc1`
+    mlp = 2 * size * hidden  # inputs of GELU and `fc2`
+    statistics = 4 * (config["heads"] + 4)  # logsumexp per head; mean and standard deviation of both norms
+    return norms + attention + linears + mlp + statistics, size * (width + hidden)
+
+
+def activation_bytes(args, stage, context, targets, checkpointing, gathered):
+    """Peak bytes of the activations in the forward and backward pass of one mask, with the gathered weights.
+
+    context, targets: tokens per clip. gathered: bytes of the whole weights in --dtype, gathered by FSDP or cast by
+    autocast. With checkpointing, autocast frees them after the forward pass and casts them again block by block.
     """
-    layer_norm = F.layer_norm
+    encoder, predictor, _, _ = stage
+    size, norm_size = _bytes_per_value(args)
+    context, targets = context * args.micro_batch_size, targets * args.micro_batch_size
+    encoder_block, encoder_backward = block_bytes(encoder, args)
+    predictor_block, predictor_backward = block_bytes(predictor, args)
 
-    def in_float32(x, shape, weight=None, bias=None, eps=1e-5):
-        if torch.is_autocast_enabled("cpu"):
-            x, weight, bias = (t if t is None else t.float() for t in (x, weight, bias))
-        return layer_norm(x, shape, weight, bias, eps)
+    saved_per_block = size * encoder["width"] if checkpointing else encoder_block
+    tubelet = 3 * encoder["tubelet_size"] * encoder["patch_size"] ** 2 * size
+    rope = 2 * 4 * encoder["width"] // encoder["heads"]
+    last = (2 * norm_size + size) * encoder["width"]  # input and output of the final norm, input of the predictor
+    in_encoder = context * (tubelet + rope + encoder["depth"] * saved_per_block + last)
 
-    def flash(q, k, v):
-        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
+    saved_per_block = size * predictor["width"] if checkpointing else predictor_block
+    rope = 2 * 4 * predictor["width"] // predictor["heads"]
+    in_predictor = (context + targets) * (rope + predictor["depth"] * saved_per_block)
+    in_predictor += targets * (norm_size + size) * predictor["width"]  # input and output of the final norm
 
-    with mock.patch.object(F, "layer_norm", in_float32), mock.patch("model.attend", flash):
-        yield
-
-
-@contextlib.contextmanager
-def first_of(processes, per_node):
-    """As if this were the first process of several. One alone needs no process group."""
-    if processes > 1:
-        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=processes)
-    try:
-        with mock.patch.dict(os.environ, LOCAL_WORLD_SIZE=str(per_node)):
-            yield
-    finally:
-        if processes > 1:
-            dist.destroy_process_group()
-
-
-def built(cls, config, args, sharded=True, trained=True):
-    """cls(**config), ready for training, its weights (or this process's shards) without memory: on the meta device."""
-    with torch.device("meta"):
-        network = cls(**config).requires_grad_(trained)
-    return training.prepare(network, args, sharded)
-
-
-def fill(network, dtype=torch.float32):
-    """Give a network weights that count (and whose values nobody knows)."""
-
-    def filled(p):
-        if not isinstance(p, DTensor):
-            return torch.empty(p.shape, dtype=dtype)
-        local = torch.empty(p.to_local().shape, dtype=dtype)
-        return DTensor.from_local(local, p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
-
-    network.load_state_dict({name: filled(p) for name, p in network.state_dict().items()}, assign=True)
+    values = targets * predictor["out_width"]
+    in_loss = values * (size + 4)  # predictions and float32 targets
+    gathered_in_backward = gathered if is_sharded(args) or not checkpointing else 0
+    saved = in_encoder + in_predictor + in_loss
+    moments = [
+        saved + gathered + 8 * values,  # loss: the difference and its absolute value
+        saved + gathered_in_backward + 16 * values,  # its backward pass: the difference and three gradients
+    ]
+    predictor_start = (context + targets) * predictor_backward
+    if checkpointing:
+        predictor_start += (context + targets) * predictor_block
+        encoder_start = context * (encoder_block + encoder_backward)
+        moments.append(in_encoder + in_loss + gathered_in_backward + encoder_start)
+    moments.append(saved + gathered_in_backward + predictor_start)
+    return max(moments)
 
 
-def forward_and_backward(runner, clips, masks, autocast):
-    """What the training scripts do with a micro-batch. runner: bench_step's Ours or HuggingFace."""
-    with autocast:
-        targets = bench_step.targets(runner, clips)
-    for i, mask in enumerate(masks):
-        with autocast:
-            loss = runner.loss(targets, clips, mask, i) / len(masks)
-        loss.backward()
+def target_bytes(args, stage):
+    """Bytes of what computes the targets: (peak, the targets themselves)."""
+    _, predictor, teacher, _ = stage
+    size, _ = _bytes_per_value(args)
+    tokens = args.micro_batch_size * math.prod(cli.clip_grid(args))
+    targets = 4 * tokens * predictor["out_width"]
+    if not teacher:
+        return 3 * targets, targets  # pixels, minus their mean, over their standard deviation
+    width = teacher["width"]
+    attention = size * 5 * width + 12 * width  # q, k, v, the residual, the norm's output; rotating q takes float32
+    mlp = size * (2 * width + 2 * _hidden_width(teacher))
+    return max(tokens * max(attention, mlp), 2 * targets), targets
 
 
-def peer_on_meta(encoder, predictor, teacher):
-    """Hugging Face's (student, teacher or None) of these configs, on the meta device."""
+def estimate(args, stage, masks, checkpointing):
+    """Bytes of one process for one of `flops.stages`: {part: bytes}. masks: [(context, targets), ...] tokens per clip.
 
-    def weights(cls, config):
-        with torch.device("meta"):
-            return cls(**config).state_dict()
-
-    student = bench_step.hf_model(encoder, weights(Encoder, encoder), predictor, weights(Predictor, predictor))
-    return student, teacher and bench_step.hf_model(teacher, weights(Encoder, teacher)).encoder
-
-
-def on_paper(own, args, stage, masks, checkpointing, peer=False):
-    """{part: bytes of a process} for the networks of one of `flops.stages`; masks: [(context, targets), ...] counts.
-
-    weights, teacher, gradients, optimizer: each in full. step: the most that is alive in a forward and backward pass,
-    update: in the update, both with all that is there besides. activations: what `step` has more than those parts that
-    stay throughout; gathered: the whole weights among them that FSDP2 has gathered. peer: of Hugging Face's networks.
+    gathered: the whole weights in --dtype. activations: the most of any mask. step and update: the peak of the forward
+    and backward passes, and of the optimizer's update, with everything that is allocated then. Gradients appear while
+    the first mask's activations are freed, so `step` can be less than the sum of the parts.
     """
-    encoder_config, predictor_config, teacher_config, _ = stage
-    dtype, clips_at_once = getattr(torch, args.dtype), args.micro_batch_size
-    as_there = as_on_gpu() if args.device == "cuda" else contextlib.nullcontext()
-    args = argparse.Namespace(**vars(args) | {"device": "cpu", "activation_checkpointing": checkpointing})
-    rope_table.cache_clear()
-    parts, live = {}, Live()
-    with first_of(own.processes, own.processes_per_node):
-        frozen = own.kind == "student"
-        if peer:
-            student, teacher = peer_on_meta(encoder_config, predictor_config, teacher_config)
-            runner, trained = bench_step.HuggingFace(own.kind, args, student, teacher), [student]
-        else:
-            student, predictor = built(Encoder, encoder_config, args), built(Predictor, predictor_config, args)
-            sharded = own.shard_teacher or not frozen
-            teacher = teacher_config and built(Encoder, teacher_config, args, sharded, trained=False)
-            runner, trained = bench_step.Ours(own.kind, args, student, predictor, teacher), [student, predictor]
-        with FakeTensorMode(allow_non_fake_inputs=True), live, as_there:
-            if teacher:
-                fill(teacher, dtype if frozen else torch.float32)
-            parts["teacher"] = live.bytes
-            for network in trained:
-                fill(network)
-            parts["weights"] = live.bytes - sum(parts.values())
-            params = [p for network in trained for p in network.parameters()]
-            averages = [torch.zeros_like(p) for p in params for _ in range(2)]  # AdamW's; updates are in place
-            parts["optimizer"] = live.bytes - sum(parts.values())
-            gradients = [torch.zeros_like(p) for p in params]
-            parts["gradients"] = live.bytes - sum(parts.values())
-            del gradients
-            live.start_again()
+    encoder, predictor, teacher, _ = stage
+    size, _ = _bytes_per_value(args)
+    weights = flops.parameters(Encoder, encoder) + flops.parameters(Predictor, predictor)
+    sharded = is_sharded(args)
+    shards = 1
+    if sharded:
+        shards = args.processes_per_node if args.parallel == "hybrid" else args.processes
+    gathered = size * weights if sharded or args.dtype == "bfloat16" else 0
+    # Until the last micro-batch, FSDP keeps the gradients of the whole network in every process.
+    accumulated = 4 * weights if micro_batches(args) > 1 else 4 * weights / shards
+    parts = {"weights": 4 * weights / shards, "gradients": accumulated, "optimizer": 8 * weights / shards, "teacher": 0}
+    if teacher:
+        frozen = args.kind == "student"  # in --dtype, and whole without --shard-teacher
+        teacher_shards = 1 if frozen and not args.shard_teacher else shards
+        parts["teacher"] = (size if frozen else 4) * flops.parameters(Encoder, teacher) / teacher_shards
 
-            batch = torch.empty(clips_at_once, 3, args.num_frames, args.resolution, args.resolution, dtype=torch.uint8)
-            clips = data.normalize(batch, "cpu")
-            del batch  # on a GPU the host has it, on the CPU a loader process's shared memory
-            ids = [[torch.empty(clips_at_once, count, dtype=torch.long) for count in mask] for mask in masks]
-            masks = [masking.Mask(*mask_ids, None, None) for mask_ids in ids]
-            autocast = torch.autocast("cpu", torch.bfloat16, enabled=args.dtype == "bfloat16")
-            with ReadAs(math.prod(cli.clip_grid(args))) if peer else contextlib.nullcontext():
-                for last in (False, True)[-micro_batches(own, args) :]:  # more of them change nothing
-                    training.last_micro_batch(trained, last)
-                    forward_and_backward(runner, clips, masks, autocast)
-            stay = sum(parts.values()) - (0 if gradients_stay(own, args) else parts["gradients"])
-            parts |= {"activations": live.peak - stay, "gathered": live.gathered_at_peak, "step": live.peak}
-            together = parts["gradients"] if own.processes > 1 and args.parallel == "replicate" else 0
-            parts["update"] = live.bytes + together  # where training.average_gradients sums them
-            del averages  # were alive until here
-    rope_table.cache_clear()  # fake ones are of no use to others
+    clips = 4 * 3 * args.micro_batch_size * args.num_frames * args.resolution**2
+    ids = 8 * args.micro_batch_size * sum(map(sum, masks))
+    making_targets, targets = target_bytes(args, stage)
+    parts["inputs"] = clips + ids + targets
+    activations = [activation_bytes(args, stage, *mask, checkpointing, gathered) for mask in masks]
+    with_gradients = [used + accumulated for used in activations]
+    if micro_batches(args) == 1:
+        with_gradients[0] = activations[0]
+    before = accumulated if micro_batches(args) > 1 else 0
+    stay = parts["weights"] + parts["optimizer"] + parts["teacher"] + parts["inputs"]
+    parts["gathered"], parts["activations"] = gathered, max(activations) - gathered
+    parts["step"] = stay + max(*with_gradients, before + making_targets - targets)
+    parts["update"] = stay + 4 * weights / shards
+    if args.processes > 1 and args.parallel == "replicate":
+        parts["update"] += 4 * weights  # one tensor with all gradients, to average them
     return parts
-
-
-def micro_batches(own, args):
-    """Of a step and process."""
-    return args.batch_size // own.processes // args.micro_batch_size
-
-
-def gradients_stay(own, args):
-    """Whether p.grad is there from micro-batch to micro-batch, not only what a process has not yet given the others."""
-    return micro_batches(own, args) > 1 and (own.processes == 1 or args.parallel == "replicate")
 
 
 def peak(parts):
     return max(parts["step"], parts["update"])
 
 
-def largest(drawn, stage):
-    """The masks, of several micro-batches', that keep most: tokens x width x depth in the encoder and the predictor."""
-    e, p = (config["width"] * config["depth"] for config in stage[:2])
-    return max(drawn, key=lambda masks: sum(context * e + (context + targets) * p for context, targets in masks))
+def largest(args, stage, drawn):
+    """The masks of the micro-batch that needs the most memory. drawn: the masks of several micro-batches."""
+    return max(drawn, key=lambda masks: max(activation_bytes(args, stage, *mask, False, 0) for mask in masks))
 
 
-def print_paper(own, args, stage, masks):
-    """A table of what one process needs, without and with --activation-checkpointing; and of what the peer needs."""
-    columns = {"": on_paper(own, args, stage, masks, False), "checkpointed": on_paper(own, args, stage, masks, True)}
-    if own.peer:
-        columns["hf"] = on_paper(own, args, stage, masks, False, peer=True)
-    teacher = "moving average" if own.kind == "ema" else f"frozen teacher ({args.dtype})"
+def print_estimate(args, stage, masks):
+    """Print a table of the parts, without and with --activation-checkpointing."""
+    columns = [estimate(args, stage, masks, checkpointing) for checkpointing in (False, True)]
     rows = {
         "weights": "weights (float32)",
         "gradients": "gradients (float32)",
         "optimizer": "AdamW's two averages (float32)",
-        "teacher": f"{teacher}{'' if own.kind == 'ema' or own.shard_teacher else ', whole'}",
-        "activations": "activations" + ("" if gradients_stay(own, args) else ", and gradients as they come"),
-        "gathered": "  of which gathered weights",
-        "step": "peak of forward and backward pass",
+        "teacher": "EMA teacher (float32)" if args.kind == "ema" else f"frozen teacher ({args.dtype})",
+        "inputs": "clips, token ids and targets",
+        "gathered": f"whole weights ({args.dtype})",
+        "activations": "activations of one mask",
+        "step": "peak of the forward and backward passes",
         "update": "peak of the update",
     }
-    print(f"{own.processes} process(es) x {micro_batches(own, args)} micro-batch(es) "
-          f"x {args.micro_batch_size} clips, {args.dtype} on {'a GPU' if args.device == 'cuda' else 'the CPU'}, eager; "
-          f"masks: {', '.join(f'{c} + {t}' for c, t in masks)} tokens\n")  # fmt: skip
-    print(f"{f'GiB per process, {own.kind}':40}" + "".join(f"{name:>14}" for name in columns))
+    tokens = ", ".join(f"{context} + {targets}" for context, targets in masks)
+    print(f"{args.processes} process(es) x {micro_batches(args)} micro-batch(es) x {args.micro_batch_size} clips, "
+          f"{args.dtype} on {args.device}, without torch.compile; masks of {tokens} tokens\n")  # fmt: skip
+    print(f"{f'GiB per process, {args.kind}':40}{'':14}{'checkpointing':>14}")
     for part, label in rows.items():
-        if columns[""][part]:
-            print(f"{label:40}" + "".join(f"{column[part] / GIB:14.3f}" for column in columns.values()))
-    print(f"{'needed':40}" + "".join(f"{peak(column) / GIB:14.3f}" for column in columns.values()))
+        if columns[0][part]:
+            print(f"{label:40}" + "".join(f"{column[part] / GIB:14.3f}" for column in columns))
+    print(f"{'needed':40}" + "".join(f"{peak(column) / GIB:14.3f}" for column in columns))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# in truth
+# measurement
 
 
 def cpu_peak(run):
-    """Call run(); the most bytes that torch's CPU allocator had given out at a time, by its reports to the profiler."""
+    """Call run() and return the peak bytes of torch's CPU allocator, which the profiler records."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     with tempfile.TemporaryDirectory() as folder:
@@ -317,102 +221,111 @@ def cpu_peak(run):
     return max(report["Total Allocated"] for report in reports) - start
 
 
-def gpu_peak(run):
-    torch.cuda.reset_peak_memory_stats()
-    run()
-    return torch.cuda.max_memory_allocated()
+def training_command(args, stage, folder):
+    """The command line of the training script, on built-in videos; saves a random teacher if it needs one."""
+    names = (
+        "model", "width", "depth", "heads", "patch_size", "tubelet_size", "num_frames", "resolution",
+        "predictor_width", "predictor_depth", "predictor_heads", "mask", "mask_truncation", "batch_size",
+        "micro_batch_size", "seed", "device", "dtype",
+    )  # fmt: skip
+    flags = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    flags |= {"steps": CHECKED_STEPS, "warmup_steps": 1, "log_every": 1, "out": folder / "out"}
+    flags["workers"] = 1  # clips made in this process would count as its memory
+    if args.kind == "student":
+        flags["teacher"] = folder / f"teacher-{cli.rank_and_world()[0]}.pt"
+        checkpoint = {"format": CHECKPOINT_FORMAT, "kind": "teacher", "step": 0, "model": {"encoder": stage[2]},
+                      "encoder": Encoder(**stage[2]).state_dict(), "args": {}}  # fmt: skip
+        torch.save(checkpoint, flags["teacher"])
+    switches = {
+        "--no-compile": True,
+        "--activation-checkpointing": args.activation_checkpointing,
+        "--shard-teacher": args.shard_teacher,
+        "--replicate": args.parallel == "replicate",
+        "--hybrid": args.parallel == "hybrid",
+    }
+    command = [SCRIPTS[args.kind].__file__, *(flag for flag, given in switches.items() if given)]
+    return command + [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
 
 
-def in_truth(own, args, stage, flags):
-    """Peak bytes of this process while the training script runs CHECKED_STEPS steps of at most two micro-batches."""
+def measure(args, stage):
+    """Peak bytes of this process while the training script runs CHECKED_STEPS steps."""
     rank, world = cli.rank_and_world()
-    # one folder for the processes of a run
+    # The same folder for all processes of a run, which have the same parent.
     folder = Path(tempfile.gettempdir(), f"salt-memory-{os.getppid() if world > 1 else os.getpid()}")
     folder.mkdir(exist_ok=True)
-    script = Path(__file__).parents[1] / ("train_ema_baseline.py" if own.kind == "ema" else f"train_{own.kind}.py")
-    argv = [
-        str(script), *flags, f"--steps={CHECKED_STEPS}", "--warmup-steps=1", f"--batch-size={args.batch_size}",
-        f"--micro-batch-size={args.micro_batch_size}", "--no-compile", "--log-every=1", f"--out={folder}/out",
-        "--workers=1",  # made in this process, the built-in videos would count
-    ]  # fmt: skip
-    if own.kind == "student":
-        config, file = stage[2], folder / f"teacher-{rank}.pt"
-        torch.save({"format": CHECKPOINT_FORMAT, "kind": "teacher", "step": 0, "model": {"encoder": config},
-                    "encoder": Encoder(**config).state_dict(), "args": {}}, file)  # fmt: skip
-        argv += [f"--teacher={file}"] + ["--shard-teacher"] * own.shard_teacher
     try:
-        with mock.patch.object(sys, "argv", argv):
-            measure = gpu_peak if args.device == "cuda" else cpu_peak
-            return measure(lambda: runpy.run_path(str(script), run_name="__main__"))
+        with mock.patch.object(sys, "argv", training_command(args, stage, folder)):
+            if args.device == "cpu":
+                return cpu_peak(SCRIPTS[args.kind].main)
+            SCRIPTS[args.kind].main()
+            return torch.cuda.max_memory_allocated()
     finally:
         if rank == 0:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def check(own, args, stage, grid, flags):
-    """Compare, and say so; whether they agree."""
+def check(args, stage):
+    """Print the estimate and the measured peak; return whether they agree."""
     rank, world = cli.rank_and_world()
-    args.batch_size = min(args.batch_size, 2 * world * args.micro_batch_size)
+    args.batch_size = min(args.batch_size, 2 * world * args.micro_batch_size)  # more micro-batches need no more memory
     drawn = []
     for step in range(CHECKED_STEPS):
         for g in data.micro_batch_indices(args):
-            rng, sizes = training.generator(args.seed, step, g), training.generator(args.seed, step)
-            masks = masking.sample_masks(args.mask, grid, args.micro_batch_size, rng, args.mask_truncation, sizes)
+            masks = train_student.draw_masks(args, step, g)
             drawn.append([(mask.context_ids.shape[1], mask.target_ids.shape[1]) for mask in masks])
-    truth = in_truth(own, args, stage, flags)  # first: real process groups do not work after fake ones
-    parts = on_paper(own, args, stage, largest(drawn, stage), args.activation_checkpointing)
-    ratio = peak(parts) / truth
-    print(f"process {rank} of {world}, {own.kind}, {args.dtype}, checkpointing {args.activation_checkpointing}: "
-          f"paper {peak(parts) / GIB:.4f} GiB, truth {truth / GIB:.4f} GiB, ratio {ratio:.3f}")  # fmt: skip
+    estimated = peak(estimate(args, stage, largest(args, stage, drawn), args.activation_checkpointing))
+    measured = measure(args, stage)
+    ratio = estimated / measured
+    print(f"process {rank} of {world}, {args.kind}, {args.dtype}, checkpointing {args.activation_checkpointing}: "
+          f"estimated {estimated / GIB:.4f} GiB, measured {measured / GIB:.4f} GiB, ratio {ratio:.3f}")  # fmt: skip
     return abs(ratio - 1) <= TOLERANCE
 
 
-def main():
-    parser = cli.Parser(__doc__)
-    flag = parser.add_argument_group("which run (the training scripts' flags apply too, see theirs)").add_argument
-    flag("--kind", choices=("teacher", "student", "ema"), default="student", help="which training script")
-    flag("--teacher", metavar="SIZE|RUN|FILE", help="of a student; its own architecture without")
-    flag("--shard-teacher", action="store_true", help="as train_student.py's")
+def parse_flags():
+    """Parse the flags, check those that need no network, and fill in the defaults."""
+    parser = cli.training_flags(__doc__, out="out", steps=160_000)
+    flag = parser.add_argument_group("memory").add_argument
+    flag("--kind", choices=SCRIPTS, default="student", help="which training script")
+    flag("--teacher", metavar="SIZE|RUN|FILE", help="the student's teacher; default: the student's architecture")
+    flag("--shard-teacher", action="store_true", help="shard the student's teacher too")
     flag("--processes", type=int, default=1, help="GPUs of the run")
-    flag("--processes-per-node", type=int, default=8, help="for --hybrid")
-    flag("--draws", type=int, default=100, help="of masks; the largest count")
-    flag("--peer", choices=("hf",), help="the same step with transformers' VJEPA2Model, on paper")
-    flag("--check", action="store_true", help="run the script here (under torchrun for several processes) and compare")
-    own, flags = parser.parse_known_args()
-    own.teacher_steps = 0  # flops.stages counts steps, too
-    args = cli.training_flags(__doc__, out="out", steps=160_000).parse_args(flags)
-    cli.require_at_least(own, 1, "processes", "processes_per_node", "draws")
-    cli.require_at_least(args, 1, "batch_size")
-    world = cli.rank_and_world()[1] if own.check else own.processes
-    args.compile = False
-    if own.check:
+    flag("--processes-per-node", type=int, default=8, help="GPUs of a node, for --hybrid")
+    flag("--draws", type=int, default=100, help="micro-batches to draw masks for; the largest masks count")
+    flag("--check", action="store_true", help="run the script here (with torchrun: on several processes) and compare")
+    parser.set_defaults(teacher_steps=0)  # flops.stages also counts steps
+    args = parser.parse_args()
+    cli.require_at_least(args, 1, "processes", "processes_per_node", "draws", "batch_size")
+    if args.check and args.processes > 1:
+        cli.fail("--check runs on the processes that torchrun starts; --processes is only for estimates")
+    if args.check:
         cli.resolve_device(args)
+        args.processes = cli.rank_and_world()[1]
+        args.processes_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     args.device = args.device or "cuda"
     args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
-    share = args.batch_size // world
-    if args.batch_size % world:
-        cli.fail(f"--batch-size {args.batch_size} is not divisible by {world} processes")
+    clips = args.batch_size // args.processes
+    if args.batch_size % args.processes:
+        cli.fail(f"--batch-size {args.batch_size} is not divisible by {args.processes} processes")
     if args.micro_batch_size is None:
-        args.micro_batch_size = cli.default_micro_batch_size(share)
-    if args.micro_batch_size < 1 or share % args.micro_batch_size:
-        cli.fail(f"--micro-batch-size {args.micro_batch_size} does not divide {share} clips per process")
-    if own.kind != "student" and (own.teacher or own.shard_teacher):
-        cli.fail(f"--kind {own.kind} takes no --teacher: it has none that is frozen")
-    if own.peer and (own.check or own.processes > 1):
-        cli.fail("--peer is for paper and one process: nothing shards it")
-    if own.check and own.processes > 1:
-        cli.fail("--check runs on the processes that torchrun starts: --processes is for paper alone")
-    if own.check:
-        own.processes, own.processes_per_node = world, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if args.parallel == "hybrid" and own.processes % own.processes_per_node:
-        cli.fail(f"--hybrid: {own.processes} processes are not whole nodes of {own.processes_per_node}")
+        args.micro_batch_size = cli.default_micro_batch_size(clips)
+    if args.micro_batch_size < 1 or clips % args.micro_batch_size:
+        cli.fail(f"--micro-batch-size {args.micro_batch_size} does not divide {clips} clips per process")
+    if args.kind != "student" and (args.teacher or args.shard_teacher):
+        cli.fail(f"--kind {args.kind} takes no --teacher and no --shard-teacher: it has no frozen teacher")
+    if args.parallel == "hybrid" and args.processes % args.processes_per_node:
+        cli.fail(f"--hybrid: {args.processes} processes do not fill nodes of {args.processes_per_node}")
+    return args
+
+
+def main():
+    args = parse_flags()
     try:
         grid = cli.clip_grid(args)
-        stage = flops.stages(own, args)[own.kind]
-        if own.check:
-            sys.exit(0 if check(own, args, stage, grid, flags) else 1)
-        print_paper(own, args, stage, largest(flops.drawn_masks(args, grid, own.draws), stage))
-    except (ImportError, OSError, ValueError) as error:
+        stage = flops.stages(args)[args.kind]
+        if args.check:
+            sys.exit(0 if check(args, stage) else 1)
+        print_estimate(args, stage, largest(args, stage, flops.drawn_masks(args, grid, args.draws)))
+    except (OSError, ValueError) as error:
         cli.fail(str(error))
 
 
