@@ -1,15 +1,13 @@
-"""flops.py: the paper's tables, the executed FLOPs against torch's counter, and the command line."""
+"""Compute accounting: the paper's tables, the executed FLOPs compared with torch's counter, and the command line."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, refusal, run_script
+from conftest import TINY, read_metrics, refusal, run_script
 
 import cli
 import flops
-import train_ema_baseline
 import training
 from masking import STRATEGIES, sample_masks
 from model import SIZES, Encoder, Predictor, load_checkpoint
@@ -17,7 +15,7 @@ from model import SIZES, Encoder, Predictor, load_checkpoint
 # ---------------------------------------------------------------------------------------------------------------------
 # the paper's tables
 
-# 1e21 FLOPs by the formula of docs/method.md, section 8.
+# In 1e21 FLOPs, by the formula in docs/method.md, section 8.
 FORMULA = {
     "VideoMAEv2-g": 2.202,
     "V-JEPA 2 L, 240k steps at 256": 1.864,
@@ -43,12 +41,12 @@ FORMULA = {
     "student L, 220k steps": 1.3083,
     "two-step teacher L, 80k + 80k steps": 0.7180,
     "two-step teacher L, 40k + 80k steps": 0.5968,
-    # not in that table: shortened runs at 256
+    # shortened runs at 256, which are not in that table
     "V-JEPA 2 L, 240k steps, as if at 256": 1.864,
     "V-JEPA 2 L, 160k steps, as if at 256": 1.864 * 160 / 240,
     "V-JEPA 2 L, 120k steps, as if at 256": 1.864 * 120 / 240,
 }
-# What the paper prints, in the same order. It prints a second number for SALT g (table 10).
+# What the paper prints, in the same order. For SALT g, table 10 prints another number.
 PRINTED = [
     2.2, 1.9, 3.5, 5.3, 1.4, 2.6, 1.2, 1.5, 1.9, 2.6, 0.24, 0.061, 0.121, 0.241, 0.238, 0.476, 0.595, 0.714, 0.833,
     0.951, 1.190, 1.309, 0.717, 0.597, 1.9, 1.26, 0.951,
@@ -57,7 +55,7 @@ MISPRINT = ("SALT g, 80k + 160k steps", 1.8)
 DISAGREE = {MISPRINT, ("V-JEPA 2 L, 160k steps, as if at 256", 1.26), ("V-JEPA 2 L, 120k steps, as if at 256", 0.951)}
 
 
-def test_our_counts_agree_with_the_paper_or_a_note_explains_why_not(capfd, monkeypatch):
+def test_our_counts_agree_with_the_paper_or_a_note_explains_the_difference(capfd, monkeypatch):
     rows = flops.paper_rows()
     names = [(run, round(printed / 1e21, 6)) for _, run, _, printed, _ in rows]
     assert sorted(names) == sorted([*zip(FORMULA, PRINTED, strict=True), MISPRINT])
@@ -65,7 +63,7 @@ def test_our_counts_agree_with_the_paper_or_a_note_explains_why_not(capfd, monke
         assert ours == pytest.approx(FORMULA[run] * 1e21, rel=0.01), run
     notes = {name: row[4] for name, row in zip(names, rows, strict=True) if not flops.agrees(*row[2:4])}
     assert notes.keys() == DISAGREE and all(notes.values())
-    monkeypatch.setattr(flops, "paper_rows", lambda: rows)  # they take seconds
+    monkeypatch.setattr(flops, "paper_rows", lambda: rows)  # computing them takes seconds
     run_script(flops)
     lines = capfd.readouterr().out.splitlines()
     assert [line[11:55].rstrip() for line in lines[3:-2]] == [run for _, run, *_ in rows]
@@ -73,13 +71,13 @@ def test_our_counts_agree_with_the_paper_or_a_note_explains_why_not(capfd, monke
     assert len(marked) == 3 and all(note in line for note, line in zip(notes.values(), marked, strict=True))
 
 
-@pytest.mark.parametrize("ours, printed, same", [
+@pytest.mark.parametrize("ours, printed, agree", [
     (1.194, 1.2, True),  # within 1%
     (1.251, 1.26, True),
     (1.246, 1.26, False),
     (0.2432, 0.241, True),
     (0.2439, 0.241, False),
-    (1.851, 1.9, True),  # by rounding
+    (1.851, 1.9, True),  # rounds to the printed value
     (1.949, 1.9, True),
     (1.851, 1.8, False),
     (1.951, 1.9, False),
@@ -87,19 +85,19 @@ def test_our_counts_agree_with_the_paper_or_a_note_explains_why_not(capfd, monke
     (2.4, 2, True),
     (2.6, 2, False),
 ])  # fmt: skip
-def test_agreement_is_one_percent_or_rounding(ours, printed, same):
-    assert flops.agrees(ours * 1e21, printed * 1e21) == same
+def test_counts_agree_within_one_percent_or_after_rounding(ours, printed, agree):
+    assert flops.agrees(ours * 1e21, printed * 1e21) == agree
 
 
-def test_the_papers_formula():
-    """6 N D for the encoder on 10% of the tokens per mask and the predictor on all tokens; 2 N D for the teacher."""
+def test_formula_of_the_paper():
+    """N parameters, D tokens: 6 N D for encoder (on 10% of the tokens) and predictor per mask; 2 N D for teacher."""
     assert flops.paper_flops(1000, 7, 5) == 6 * 7 * 200 + 6 * 5 * 2000
     assert flops.paper_flops(1000, 7, 5, teacher=3, num_masks=1) == 6 * 7 * 100 + 2 * 3 * 1000 + 6 * 5 * 1000
     assert flops.paper_run("vit_l", 10, "vit_l") / flops.paper_run("vit_l", 10) == pytest.approx(0.2379 / 0.1211, 0.01)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# executed
+# executed FLOPs
 
 
 def encoder(**changes):
@@ -119,21 +117,21 @@ TWO, ONE = [(9, 20), (3, 25)], [(4, 28)]
 @pytest.mark.parametrize("student, predict, teacher, masks", [
     (encoder(), predictor(out_width=384), None, TWO),  # stage 1
     (encoder(), predictor(), encoder(), TWO),  # the EMA baseline
-    (encoder(), predictor(out_width=96), encoder(width=96, depth=3, heads=4), TWO),  # stage 2, another teacher
+    (encoder(), predictor(out_width=96), encoder(width=96, depth=3, heads=4), TWO),  # stage 2, with another teacher
     (encoder(width=88, mlp_ratio=SIZES["vit_g"]["mlp_ratio"]), predictor(88, 88, heads=4),
      encoder(width=88, mlp_ratio=SIZES["vit_g"]["mlp_ratio"]), TWO),
-    (encoder(heads=8, depth=1), predictor(depth=1, width=64), encoder(), ONE),  # tube: one mask
+    (encoder(heads=8, depth=1), predictor(depth=1, width=64), encoder(), ONE),  # one mask, as with tube
     (encoder(patch_size=4, tubelet_size=1), predictor(out_width=48, depth=1), encoder(patch_size=4, tubelet_size=1),
      [(60, 150), (20, 200)]),
     (VIT_B, predictor(768, 768, width=384, depth=12, heads=16), VIT_B, [(430, 900), (160, 1250)]),
 ])  # fmt: skip
-def test_the_formula_agrees_with_torchs_counter(student, predict, teacher, masks):
+def test_executed_flops_match_torchs_counter(student, predict, teacher, masks):
     tokens = student["num_frames"] // student["tubelet_size"] * (student["resolution"] // student["patch_size"]) ** 2
     counted = flops.counted_flops(student, predict, masks, teacher)
     assert flops.step_flops(student, predict, masks, teacher, tokens) == pytest.approx(counted, rel=1e-9)
 
 
-def parsed(*flags):
+def parsed_flags(*flags):
     """The parsed training flags, with a micro-batch size."""
     args = cli.training_flags("", out="out", steps=160_000).parse_args([str(flag) for flag in flags])
     args.micro_batch_size = args.micro_batch_size or cli.default_micro_batch_size(args.batch_size)
@@ -143,43 +141,32 @@ def parsed(*flags):
 def test_masks_are_drawn_as_in_training():
     grid, draws = (2, 6, 6), 30
     for strategy, truncation in [(name, "random") for name in STRATEGIES] + [("multiblock", "raster")]:
-        args = parsed("--mask", strategy, "--batch-size", 12, "--seed", 7, "--mask-truncation", truncation)
+        args = parsed_flags("--mask", strategy, "--batch-size", 12, "--seed", 7, "--mask-truncation", truncation)
         generator = torch.Generator().manual_seed(7)
         for counts in flops.drawn_masks(args, grid, draws):
             masks = sample_masks(strategy, grid, 12, generator, truncation)
             assert counts == [(m.context_ids.shape[1], m.target_ids.shape[1]) for m in masks]
     contexts = []  # of the first mask; larger micro-batches keep fewer tokens of each clip
     for size in (1, 4, 12):
-        args = parsed("--batch-size", 12, "--micro-batch-size", size, "--mask-truncation", "raster")
+        args = parsed_flags("--batch-size", 12, "--micro-batch-size", size, "--mask-truncation", "raster")
         contexts.append(sum(masks[0][0] for masks in flops.drawn_masks(args, grid, draws)) / draws)
     assert contexts[0] > 1.1 * contexts[1] > 1.2 * contexts[2]
 
 
-@pytest.fixture(scope="module")
-def ema(tmp_path_factory):
-    """The folder of a finished tiny run of the baseline."""
-    out = tmp_path_factory.mktemp("runs") / "ema"
-    run_script(train_ema_baseline, *TINY, "--out", out)
-    return out
-
-
-def test_the_training_log_counts_the_same(teacher, student, ema):
-    targets_by = {teacher: None, student: teacher, ema: ema}
-    for run, other in targets_by.items():
+def test_the_training_log_counts_executed_flops(teacher, student, ema):
+    for run, other in ((teacher, None), (student, teacher), (ema, ema)):  # other: the run of the target encoder
         checkpoint = load_checkpoint(run)
         drawn = []
-        for step in range(6):  # each has one micro-batch of four clips
-            masks = sample_masks(
-                "multiblock", (2, 4, 4), 4, training.generator(0, step, 0), sizes=training.generator(0, step)
-            )
+        for step in range(6):  # of one micro-batch of four clips
+            rng, sizes = training.generator(0, step, 0), training.generator(0, step)
+            masks = sample_masks("multiblock", (2, 4, 4), 4, rng, sizes=sizes)
             drawn.append([(m.context_ids.shape[1], m.target_ids.shape[1]) for m in masks])
         stage = *checkpoint["model"].values(), other and load_checkpoint(other)["model"]["encoder"], 6
-        line = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
-        assert line["flops"] == pytest.approx(24 * flops.per_clip(stage, drawn, 32)[0], rel=1e-12)
+        assert read_metrics(run)[-1]["flops"] == pytest.approx(24 * flops.per_clip(stage, drawn, 32)[0], rel=1e-12)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the command
+# the command line
 
 SMALL = ["--model", "vit_ti", "--depth", 2, "--resolution", 64, "--predictor-depth", 2, "--batch-size", 8]
 SMALL_SHAPE = dict(num_frames=16, resolution=64, patch_size=16, tubelet_size=2)
@@ -200,7 +187,7 @@ def test_executed_prints_the_cost_of_a_step(capfd):
     run_script(flops, "--executed", *SMALL, "--teacher", "vit_s", "--draws", 9, "--counted", 1,
                "--teacher-steps", 30, "--steps", 50)  # fmt: skip
     lines = capfd.readouterr().out.splitlines()
-    masks = flops.drawn_masks(parsed(*SMALL), (8, 4, 4), 9)
+    masks = flops.drawn_masks(parsed_flags(*SMALL), (8, 4, 4), 9)
     for i in range(2):
         context, targets = (sum(counts[i][j] for counts in masks) / 9 / 128 for j in range(2))
         assert lines[i] == f"multiblock mask {i + 1}: context {context:.1%}, targets {targets:.1%} of 128 tokens"
@@ -217,17 +204,17 @@ def test_executed_prints_the_cost_of_a_step(capfd):
 
 
 def by_the_paper(student, predict, teacher, tokens):
-    """FLOPs by the paper's convention; the pixel decoder of stage 1 counts as a predictor of latents."""
+    """FLOPs by the paper's convention, which counts the pixel decoder of stage 1 as if it predicted latents."""
     predict = predict if teacher else predict | {"out_width": student["width"]}
     sizes = (sum(p.numel() for p in x.parameters()) for x in (Encoder(**student), Predictor(**predict)))
     charged = sum(p.numel() for p in Encoder(**teacher).parameters()) if teacher else 0
     return flops.paper_flops(tokens, *sizes, charged)
 
 
-def test_matched_steps_cost_the_same(capfd):
+def test_matched_runs_cost_the_same(capfd):
     run_script(flops, "--match", *SMALL, "--teacher", "vit_s", "--draws", 9, "--teacher-steps", 3000, "--steps", 5000)
     lines = [line.split() for line in capfd.readouterr().out.splitlines()]
-    masks = flops.drawn_masks(parsed(*SMALL), (8, 4, 4), 9)
+    masks = flops.drawn_masks(parsed_flags(*SMALL), (8, 4, 4), 9)
     stages = [stage[1:4] for stage in small_stages((3000, 5000))]
     executed = [sum(flops.step_flops(*nets, counts, maker, 128) for counts in masks) / 9 for *nets, maker in stages]
     for line, (t, s, e) in zip(lines, (executed, [by_the_paper(*stage, 128) for stage in stages]), strict=True):
@@ -236,8 +223,8 @@ def test_matched_steps_cost_the_same(capfd):
         assert float(line[-1]) == pytest.approx(8 * (3000 * t + 5000 * s), rel=1e-3)
 
 
-def test_the_papers_runs_matched(capfd):
-    """SALT L costs 1.194e21 at 224, 240k steps of V-JEPA 2 L cost 1.427e21."""
+def test_matched_runs_of_the_paper(capfd):
+    """At resolution 224, SALT L costs 1.194e21 FLOPs, and 240k steps of V-JEPA 2 L cost 1.427e21."""
     run_script(flops, "--match", "--draws", 1)
     executed, paper = capfd.readouterr().out.splitlines()
     assert int(paper.split()[0]) == pytest.approx(240_000 * 1.194 / 1.427, rel=0.01)
@@ -245,7 +232,7 @@ def test_the_papers_runs_matched(capfd):
     assert executed.endswith(f"by executed FLOPs: {executed.split()[-1]}") and float(executed.split()[-1]) > 1e21
 
 
-def test_the_teacher_can_be_a_run(student, capfd):
+def test_the_teacher_can_be_a_run_folder(student, capfd):
     run_script(flops, "--executed", *TINY, "--draws", 1, "--counted", 1, "--teacher", student)
     made = {line.split()[0]: float(line.split()[3]) for line in capfd.readouterr().out.splitlines()[-3:]}
     wide, narrow = (flops.encoder_flops(encoder(width=w, depth=1), 32, train=False) / 1e9 for w in (48, 32))
@@ -253,7 +240,7 @@ def test_the_teacher_can_be_a_run(student, capfd):
 
 
 @pytest.mark.parametrize(
-    "flags, says",
+    "flags, message",
     [
         ("--executed --match", "not allowed with argument --executed"),
         ("--model vit_l", "other flags need --executed or --match"),
@@ -278,10 +265,10 @@ def test_the_teacher_can_be_a_run(student, capfd):
         ("everything", "everything"),
     ],
 )
-def test_wrong_flags_end_in_one_line(flags, says, tmp_path, monkeypatch, capfd):
+def test_invalid_flags_are_one_line_errors(flags, message, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     Path("text.pt").write_text("hello")
-    assert says in refusal(capfd, flops, *flags.split())
+    assert message in refusal(capfd, flops, *flags.split())
 
 
 def test_a_teacher_with_other_tubelets_is_refused(teacher, capfd):
