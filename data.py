@@ -308,27 +308,29 @@ def end_workers():
         worker.kill()
 
 
-_waiting = False  # whether the main thread is waiting for a batch
+_awaited = []  # the worker processes of the loader that the main thread is waiting for
 
 
-def _report_dead_workers(*_):
-    """SIGCHLD handler: raise a RuntimeError if a worker died, but only while waiting for a batch.
+def _raise_if_worker_died(*_):
+    """SIGCHLD handler: raise a RuntimeError if a worker died, but only while waiting for its loader's next batch.
 
     torch's own handler raises it anywhere in the main thread, for example in an `except` clause or during a save.
     """
-    if _waiting:
-        torch._C._error_if_any_worker_fails()
+    for worker in _awaited:
+        code = worker.exitcode  # None: alive, 0: finished
+        if code:
+            how = f"killed by signal {-code}" if code < 0 else f"exited unexpectedly with status {code}"
+            raise RuntimeError(f"DataLoader worker (pid {worker.pid}) {how}")
 
 
-def _wait_for_batch(batches):
+def _await_batch(batches):
     """The next batch of a DataLoader's iterator, None at the end. RuntimeError if a worker died since the last one."""
-    global _waiting
-    _waiting = True
     try:
-        _report_dead_workers()
+        _awaited.extend(getattr(batches, "_workers", []))
+        _raise_if_worker_died()
         return next(batches, None)
     finally:
-        _waiting = False
+        _awaited.clear()
 
 
 def clip_loader(source, batches, workers=0, pin_memory=False, timeout=0):
@@ -344,8 +346,8 @@ def clip_loader(source, batches, workers=0, pin_memory=False, timeout=0):
     try:
         loaded = iter(loader)  # starts the workers
         if workers:
-            signal.signal(signal.SIGCHLD, _report_dead_workers)
-        while (batch := _wait_for_batch(loaded)) is not None:
+            signal.signal(signal.SIGCHLD, _raise_if_worker_died)
+        while (batch := _await_batch(loaded)) is not None:
             yield batch
     except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
         # A worker that dies while it hands over a tensor breaks the connection: EOFError, ConnectionResetError,

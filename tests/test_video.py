@@ -1,0 +1,286 @@
+"""Clips hold exactly the frames they should, from any file that FFmpeg can decode; what they cannot read they name."""
+
+from fractions import Fraction
+
+import av
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from conftest import SHARED_DATA, frame_numbers, numbered, write_image, write_video
+from torchvision.transforms import v2
+
+import video
+from video import BadVideo, read_clip, read_clips
+
+# Containers with and without an index; with and without B-frames; short and long groups of pictures; odd time stamps.
+VIDEOS = {
+    "keyframes only.mp4": dict(gop=1),
+    "gop 12.mp4": dict(gop=12),
+    "b-frames.mp4": dict(gop=12, bframes=3),
+    "long gop.mp4": dict(gop=250, bframes=2),
+    "ntsc.mp4": dict(gop=30, bframes=2, rate="30000/1001"),
+    "late start.mp4": dict(gop=12, bframes=2, start=40),
+    "matroska.mkv": dict(gop=12, bframes=3),
+    "late start.mkv": dict(gop=12, bframes=2, start=40),
+    "motion jpeg.avi": dict(codec="mjpeg"),
+    "mpeg4.avi": dict(codec="mpeg4"),
+    "b-frames.avi": dict(gop=12, bframes=2),  # time stamps in decoding order
+}
+LENGTH = 90
+
+
+@pytest.fixture(scope="module", params=VIDEOS)
+def sample(request, tmp_path_factory):
+    """A video's path, and all its frames."""
+    options = dict(VIDEOS[request.param])
+    options["rate"] = Fraction(options.get("rate", 25))
+    path = tmp_path_factory.mktemp("video") / request.param
+    write_video(path, map(numbered, range(LENGTH)), **options)
+    with av.open(str(path)) as container:
+        frames = video._to_rgb(list(container.decode(video=0)), None, None)
+    assert frame_numbers(frames) == list(range(LENGTH))
+    return path, frames
+
+
+def gradients(height, width):
+    """A smooth RGB image (H, W, 3) that differs everywhere."""
+    y, x = np.mgrid[:height, :width] / 10
+    return (128 + 100 * np.sin(np.stack((x * y / 3, x + y, x * x / 8), -1))).astype(np.uint8)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# which frames
+
+
+def test_read_clip_returns_exactly_the_wanted_frames(sample):
+    path, frames = sample
+    for num_frames, step in ((1, 1), (4, 1), (4, 7), (16, 4), (16, 5), (90, 1)):
+        room = LENGTH - (num_frames - 1) * step - 1
+        for place in (0, 0.3, 0.5, 0.77, 1):
+            clip = read_clip(path, num_frames, step, place)
+            numbers = frame_numbers(clip)
+            assert numbers == list(range(numbers[0], numbers[0] + num_frames * step, step))
+            assert abs(numbers[0] - place * room) <= {0: 0, 0.5: 0.5, 1: 0}.get(place, 1)
+            assert torch.equal(clip, frames[numbers])
+
+
+def test_read_clips_equals_read_clip_at_every_place(sample):
+    path, places = sample[0], [0.5, 0, 1, 0.3, 0.3]
+    for place, clip in zip(places, read_clips(path, 4, 3, places), strict=True):
+        assert torch.equal(clip, read_clip(path, 4, 3, place))
+
+
+def test_all_first_frames_are_equally_likely(tmp_path):
+    path = write_video(tmp_path / "v.mp4", map(numbered, range(8)))
+    first = [frame_numbers(read_clip(path, 2, 3, (i + 0.5) / 100))[0] for i in range(100)]
+    assert [first.count(n) for n in range(5)] == [20] * 5
+
+
+@pytest.mark.parametrize("length, expected", [(1, [0, 0, 0, 0]), (5, [0, 3, 3, 3]), (9, [0, 3, 6, 6])])
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+def test_short_videos_repeat_the_last_frame(tmp_path, length, expected, suffix):
+    path = write_video(tmp_path / f"v.{suffix}", map(numbered, range(length)))
+    assert [frame_numbers(read_clip(path, 4, 3, place)) for place in (0, 0.5, 1)] == [expected] * 3
+
+
+def test_variable_frame_rate(tmp_path):
+    """50 frames in the time of 60, none between 20 and 30: the clip's frames are evenly spaced in time."""
+    pts = [n for n in range(60) if not 20 <= n < 30]
+    path = write_video(tmp_path / "v.mp4", map(numbered, pts), pts=pts)
+    whole = frame_numbers(read_clip(path, 50, 1, 0))
+    assert whole == sorted(whole)
+    assert all(abs(shown - (19 if 20 <= n * 1.2 < 29.4 else n * 1.2)) <= 0.61 for n, shown in enumerate(whole))
+    for place, first in ((0.5, 20), (0.77, 31), (1, 40)):  # the same after seeking
+        assert frame_numbers(read_clip(path, 10, 1, place)) == whole[first : first + 10]
+
+
+@pytest.mark.parametrize("rate", [24, 25, 30, 60])
+def test_fps_shows_the_same_times_at_any_frame_rate(tmp_path, rate):
+    """Up to half a frame."""
+    path = write_video(tmp_path / "v.mp4", map(numbered, range(3 * rate)), rate=rate)
+    shown = np.array(frame_numbers(read_clip(path, 8, None, 0, fps=5))) / rate
+    assert np.abs(shown - np.arange(8) / 5).max() <= 0.5 / rate + 1e-9
+    last = frame_numbers(read_clip(path, 8, None, 1, fps=5))
+    assert abs(last[-1] - (3 * rate - 1)) <= 1 and last[-1] - last[0] == round(7 / 5 * rate)
+
+
+def test_fps_with_a_variable_frame_rate(tmp_path):
+    pts = [*range(30), *range(30, 90, 3)]  # 25 frames per second, then 8.3
+    path = write_video(tmp_path / "v.mp4", map(numbered, pts), pts=pts)
+    shown = frame_numbers(read_clip(path, 17, None, 0, fps=5))
+    assert all(abs(number - 5 * k) <= (0.5 if number < 30 else 2) + 1 for k, number in enumerate(shown))
+    assert shown[:6] == [0, 5, 10, 15, 20, 25]
+
+
+def test_a_folder_of_numbered_images_is_a_video(tmp_path):
+    for n in range(12):
+        write_image(torch.from_numpy(numbered(n)).permute(2, 0, 1), str(tmp_path / f"{n + 1}.png"))
+    (tmp_path / "notes.txt").write_text("not an image")
+    assert frame_numbers(read_clip(tmp_path, 4, 3, 0)) == [0, 3, 6, 9]  # 10 comes after 9
+    assert frame_numbers(read_clip(tmp_path, 4, 3, 1)) == [2, 5, 8, 11]
+    with pytest.raises(BadVideo, match="no time for --fps"):
+        read_clip(tmp_path, 4, None, 0, fps=5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what is decoded
+
+
+class DecoderSpy:
+    """Stands in for a stream and its decoder, and collects the time stamps of the frames that are decoded."""
+
+    def __init__(self, stream, decoded):
+        self.codec_context, self.codec, self.decoded = self, stream.codec_context, decoded
+        self.name, self.open, self.flush_buffers = self.codec.name, self.codec.open, self.codec.flush_buffers
+
+    def decode(self, packet):
+        self.codec.skip_frame = self.skip_frame
+        frames = self.codec.decode(packet)
+        self.decoded.extend(frame.pts for frame in frames)
+        return frames
+
+
+def test_only_needed_frames_are_decoded(tmp_path, monkeypatch):
+    """Not unwanted B-frames, nor the ends of groups of pictures. The clips equal those cut from the whole video."""
+    path = write_video(tmp_path / "v.mp4", map(numbered, range(LENGTH)), gop=30, bframes=3)
+    decoded, frames = [], video._frames
+    monkeypatch.setattr(video, "_frames", lambda stream, *rest: frames(DecoderSpy(stream, decoded), *rest))
+    assert frame_numbers(read_clip(path, 3, 21, 0)) == [0, 21, 42]  # 21 is a B-frame that no other depends on
+    numbers = {pts // 512 for pts in decoded}  # a frame lasts 512 time units
+    assert {0, 21, 30, 42} <= numbers and not numbers & {19, *range(23, 30)} and len(decoded) < 0.55 * 43
+    monkeypatch.undo()
+    whole = read_clip(path, LENGTH, 1, 0)
+    for first in range(LENGTH - 40):
+        clip = read_clip(path, 3, 20, (first + 0.5) / (LENGTH - 40))
+        assert torch.equal(clip, whole[[first, first + 20, first + 40]])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# from decoded frames to clips
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "JPEG"])
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA"])
+def test_images(tmp_path, suffix, mode):
+    image = torch.arange(24 * 20).view(1, 24, 20).div(2).byte().expand(3, -1, -1)
+    picture = PIL.Image.fromarray(image.permute(1, 2, 0).numpy()).convert(mode if suffix == "png" else mode[:3])
+    picture.save(tmp_path / f"x.{suffix}")
+    clip = read_clip(tmp_path / f"x.{suffix}", 5, 4, 0.5)
+    assert clip.shape == (5, 3, 24, 20) and clip.dtype == torch.uint8
+    assert (clip.int() - image.int()).abs().max() < (1 if suffix == "png" else 30)
+
+
+@pytest.mark.parametrize("degrees", [0, 90, 180, 270])
+def test_frames_are_turned_upright(tmp_path, degrees):
+    """A rotation matrix in the header of an mp4 turns the picture clockwise by that many degrees."""
+    rng = np.random.default_rng(0)
+    picture = np.kron(rng.integers(0, 256, (4, 6, 1), np.uint8), np.ones((16, 16, 3), np.uint8))
+    path = write_video(tmp_path / "v.mp4", [picture] * 3)
+    zero, one, minus = bytes(4), (1 << 16).to_bytes(4, "big"), (-(1 << 16)).to_bytes(4, "big", signed=True)
+    cos, sin, minus_sin = {
+        0: (one, zero, zero), 90: (zero, one, minus), 180: (minus, zero, zero), 270: (zero, minus, one),
+    }[degrees]  # fmt: skip
+    content, identity = path.read_bytes(), one + zero + zero + zero + one
+    at = content.index(identity, content.index(b"tkhd"))
+    path.write_bytes(content[:at] + cos + sin + zero + minus_sin + cos + content[at + len(identity) :])
+    clip = read_clip(path, 2, 1, 0)
+    expected = np.rot90(picture, -degrees // 90)
+    assert clip.shape[2:] == expected.shape[:2]
+    assert (clip[0].permute(1, 2, 0).int() - torch.from_numpy(expected.copy()).int()).abs().float().mean() < 4
+
+
+def test_crops_are_exact_and_antialiased(tmp_path):
+    """They equal torchvision's antialiased resized crop in floating point, up to rounding and the outermost pixels.
+
+    There FFmpeg's filter repeats the box's border pixel where torchvision leaves out what lies outside the box.
+    """
+    image = gradients(90, 162)
+    PIL.Image.fromarray(image).save(tmp_path / "x.png")
+    whole = torch.from_numpy(image).permute(2, 0, 1).float()
+    for box, size in (((10, 20, 64, 128), 24), ((3, 5, 31, 17), 50), ((0, 0, 90, 162), 33), ((1, 1, 80, 80), 64)):
+        clip = read_clips(tmp_path / "x.png", 2, 1, [0.5], crops=[lambda height, width, box=box: box], size=size)[0]
+        expected = v2.functional.resized_crop(whole, *box, [size, size], antialias=True)
+        assert clip.shape == (2, 3, size, size) and (clip[0] - expected).abs().mean() < 0.6
+        assert (clip[0] - expected)[:, 1:-1, 1:-1].abs().max() < 1.5
+
+
+def test_boxes_are_rounded_down_to_even_numbers_where_color_is_subsampled(tmp_path):
+    image = gradients(90, 160)
+    path = write_video(tmp_path / "v.mp4", [image] * 2)
+    clip = read_clips(path, 1, 1, [0], crops=[lambda height, width: (11, 21, 63, 127)], size=30)[0][0]
+    whole = torch.from_numpy(image).permute(2, 0, 1).float()
+    expected = v2.functional.resized_crop(whole, 10, 20, 62, 126, [30, 30], antialias=True)
+    assert (clip - expected).abs().mean() < 6
+
+
+def test_no_garbage_at_the_right_edge(tmp_path):
+    image = gradients(90, 154)  # 154 is not a multiple of 16
+    path = write_video(tmp_path / "v.mp4", [image] * 2)
+    whole = torch.from_numpy(image).permute(2, 0, 1).float()
+    assert (read_clip(path, 1, 1, 0)[0, :, :, -9:] - whole[:, :, -9:]).abs().mean() < 12
+
+
+def test_size_and_format_may_change_within_a_clip():
+    """Frames of another size are scaled to the first frame's before they are cropped."""
+    frames = []
+    for height, width, format, value in ((48, 64, "yuv420p", 40), (30, 100, "yuv420p", 120), (30, 100, "yuv444p", 200)):
+        image = np.full((height, width, 3), value, np.uint8)
+        image[:, width // 2 :] += 50
+        frames.append(av.VideoFrame.from_ndarray(image, format="rgb24").reformat(format=format))
+    whole = video._to_rgb(frames, None, None)
+    right = video._to_rgb(frames, lambda height, width: (0, width // 2, height, width // 2), 16)
+    assert whole.shape == (3, 3, 48, 64) and right.shape == (3, 3, 16, 16)
+    for t, value in enumerate((40, 120, 200)):
+        assert (whole[t, :, :, :28].int() - value).abs().max() < 3
+        assert (right[t, :, :, 2:].int() - value - 50).abs().max() < 3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# bad and odd files
+
+
+def write_bad_videos(folder):
+    """Write files and folders from which no clip can be read, and return their names."""
+    good = write_video(folder / "good.mp4", map(numbered, range(30))).read_bytes()
+    with av.open(str(folder / "audio.mp4"), "w") as container:
+        stream = container.add_stream("aac", rate=44100)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame.rate = 44100
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    contents = {
+        "empty.mp4": b"", "text.mp4": b"not a video\n" * 50, "cut.mp4": good[: len(good) // 2],
+        "empty.png": b"", "text.jpg": b"hello", "noise.mp4": np.random.default_rng(0).bytes(5000),
+    }  # fmt: skip
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+    (folder / "folder.mp4").mkdir()
+    (folder / "folder").mkdir()
+    (folder / "folder" / "x.png").write_bytes(b"no number")
+    return ["missing.mp4", "missing.png", "audio.mp4", "folder.mp4", "folder", *contents]
+
+
+def test_errors_name_the_file_and_the_reason(tmp_path):
+    for name in write_bad_videos(tmp_path):
+        with pytest.raises(BadVideo) as error:
+            read_clip(tmp_path / name, 4, 1, 0.5)
+        path, _, reason = str(error.value).partition(": ")
+        assert path == str(tmp_path / name) and len(reason) > 5 and "\n" not in reason
+
+
+@pytest.mark.skipif(not SHARED_DATA.is_dir(), reason=f"{SHARED_DATA} is missing")
+def test_odd_videos_of_other_projects():
+    """Each gives a clip or the reason why not."""
+    files = [f for f in sorted((SHARED_DATA / "odd_videos").rglob("*")) if f.is_file() and f.suffix != ".csv"]
+    assert len(files) > 50
+    bad = []
+    for file in files:
+        try:
+            clip = read_clips(file, 8, 2, [0.5], None, [video.center_crop], 48)[0]
+            assert clip.shape == (8, 3, 48, 48) and clip.dtype == torch.uint8, file
+        except BadVideo as error:
+            assert str(error).startswith(f"{file}: ") and "\n" not in str(error)
+            bad.append(file.name)
+    truncated = {"trunc_90pct.mp4", "trunc_half.mp4", "trunc_half_faststart.mp4"}
+    assert set(bad) == {"empty.mp4", "text.mp4", "audio_only.mp4", "doc_medias__result.webm"} | truncated
