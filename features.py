@@ -77,8 +77,8 @@ class Videos(data.Manifest):
     """
 
     def __init__(self, manifests, args, train, skip_bad=False):
-        super().__init__(manifests, args.num_frames, args.frame_step, args.resolution, train=train,
-                         num_classes=args.num_classes, fps=args.fps)  # fmt: skip
+        shape = args.num_frames, args.frame_step, args.resolution
+        super().__init__(manifests, *shape, train=train, num_classes=args.num_classes, fps=args.fps)
         self.segments, self.views = args.segments, 1 if train else args.views
         self.flip, self.skip_bad = args.flip, skip_bad
 
@@ -119,10 +119,10 @@ class Videos(data.Manifest):
         offsets = rng.random(self.segments) if self.train else np.full(self.segments, 0.5)
         places = ((np.arange(self.segments) + offsets) / self.segments).tolist()
         crop_of_clip = [crop for crop in crops for _ in places]
+        path, places_of_clips = self.paths[line], places * len(crops)
         clips = video.read_clips(
-            self.paths[line], self.num_frames, self.frame_step, places * len(crops), self.fps, crop_of_clip,
-            self.resolution,
-        )  # fmt: skip
+            path, self.num_frames, self.frame_step, places_of_clips, self.fps, crop_of_clip, self.resolution
+        )
         return torch.stack(clips).unflatten(0, (len(crops), len(places))).transpose(2, 3)
 
 
@@ -250,8 +250,9 @@ class Tokens:
         rank, world = rank_and_world()
         numbers = torch.arange(len(self.source))
         mine = numbers[rank::world]
-        tokens = torch.empty((len(mine), 1, *self.shape), dtype=getattr(torch, self.args.dtype),
-                             device=self.args.device)  # fmt: skip
+        tokens = torch.empty(
+            (len(mine), 1, *self.shape), dtype=getattr(torch, self.args.dtype), device=self.args.device
+        )
         labels, readable, started, done = [], [], time.perf_counter(), 0
         for batch in itertools.chain(*self.read(numbers.split(self.videos_at_once * world))):
             tokens[done : done + len(batch.tokens)] = batch.tokens

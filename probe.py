@@ -86,13 +86,12 @@ SYNTHETIC_SEED = 2**31  # for clips that no training run sees, as long as its --
 
 
 def make_parser():
-    parser = Parser(__doc__)
+    parser, yes_or_no = Parser(__doc__), argparse.BooleanOptionalAction
     flag = parser.add_argument_group("encoder").add_argument
     flag("--checkpoint", default="out/student", metavar="RUN|FILE", help="run folder or checkpoint file")
     flag("--weights", choices=("encoder", "student"), help="student: that of an EMA run; default: encoder")
     flag("--untrained", action="store_true", help="random weights in the checkpoint's architecture")
-    flag("--layers", nargs="+", type=int, help="blocks (1 is the first) whose outputs the probe gets, each through the "
-         "encoder's final norm as in V-JEPA 2; default: the last block")  # fmt: skip
+    flag("--layers", nargs="+", type=int, help="blocks whose normed outputs the probe sees, from 1; default: the last")
     flag("--combine", choices=("mean", "concat"), default="concat", help="how to combine the outputs of --layers")
 
     flag = parser.add_argument_group("task (defaults: the task's protocol, at the top of probe.py)").add_argument
@@ -110,10 +109,8 @@ def make_parser():
     flag("--views", type=int, help="crops per validation video, spread along its long side")
     flag("--resolution", type=int, help="height and width of a clip in pixels; default: as the encoder was trained")
     flag("--single-frame", action="store_true", help="repeat each clip's middle frame: what is possible without motion")
-    flag("--augment", action=argparse.BooleanOptionalAction, default=True,
-         help="--no-augment: crop training clips like validation clips, and compute their features once")  # fmt: skip
-    flag("--flip", action=argparse.BooleanOptionalAction,
-         help="mirror half of the training videos; not if the classes distinguish left from right")  # fmt: skip
+    flag("--augment", action=yes_or_no, default=True, help="--no-augment: crop training videos like validation videos")
+    flag("--flip", action=yes_or_no, help="mirror half of the training videos; not if classes tell left from right")
     flag("--skip-bad", action="store_true", help="count an unreadable validation video as a miss; default: an error")
     flag("--workers", type=int, default=min(8, os.cpu_count() or 1), help="loader processes per process")
 
@@ -124,8 +121,7 @@ def make_parser():
     flag("--weight-decay", type=float, nargs="+", help="see --lr")
     flag("--probe-depth", type=int, default=4, help="blocks per probe, the last one cross-attention (appendix D)")
     flag("--probe-heads", type=int, default=16, help="attention heads (V-JEPA 2)")
-    flag("--standardize", action=argparse.BooleanOptionalAction, default=False,
-         help="scale tokens to zero mean and unit variance per channel; helps when epochs are few")  # fmt: skip
+    flag("--standardize", action=yes_or_no, default=False, help="scale token channels to zero mean and unit variance")
     flag("--seeds", type=int, default=1, help="number of repetitions with other initial weights and sample order")
     flag("--seed", type=int, default=0, help="seed of the first repetition, and of the untrained encoder")
     flag("--knn", type=int, metavar="K", help="classify by the K nearest training videos (mean tokens); no probes")
@@ -142,8 +138,8 @@ def parse_args():
     args = make_parser().parse_args()
     resolve_device(args)
     apply_protocol(args)
-    require_at_least(args, 1, "epochs", "batch_size", "train_clips", "val_clips", "seeds", "probe_depth", "frame_step",
-                     "segments", "views")  # fmt: skip
+    require_at_least(args, 1, "epochs", "batch_size", "train_clips", "val_clips", "seeds", "probe_depth")
+    require_at_least(args, 1, "frame_step", "segments", "views")
     require_at_least(args, 0, "seed", "workers")
     if args.knn is not None:
         require_at_least(args, 1, "knn")
@@ -308,8 +304,8 @@ def train_probes(args, probes, tokens, column, seed, state_file, key):
 
 
 # Flags that do not change the training of a probe, or that `resume_key` and the file's name cover in another form.
-NOT_IN_KEY = {"checkpoint", "weights", "untrained", "task", "fast", "train_data", "val_data", "skip_bad", "workers",
-              "seed", "seeds", "knn", "device", "out"}  # fmt: skip
+NOT_IN_KEY = {"checkpoint", "weights", "untrained", "task", "fast", "train_data", "val_data", "skip_bad"}
+NOT_IN_KEY |= {"workers", "seed", "seeds", "knn", "device", "out"}
 
 
 def resume_key(args, encoder, checkpoint_step):
@@ -318,11 +314,12 @@ def resume_key(args, encoder, checkpoint_step):
     for tensor in encoder.state_dict().values():
         weights.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
     manifests = [os.path.abspath(path) for path in (args.train_data or []) + (args.val_data or [])]
-    return json.dumps({
+    key = {
         "flags": {name: value for name, value in plain_flags(args).items() if name not in NOT_IN_KEY},
         "encoder": [encoder.config, checkpoint_step, weights.hexdigest()],
         "manifests": {path: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in manifests},
-    })  # fmt: skip
+    }
+    return json.dumps(key)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -391,8 +388,8 @@ def train_and_predict(args, train, val, task, key):
             if step == steps or now > shown + 1:
                 shown = now
                 left = (now - started) / done * (args.epochs * steps - epoch * steps - step)
-                say(f"\r{task.name} seed {seed} epoch {epoch + 1}/{args.epochs}  step {step}/{steps}  "
-                    f"loss {loss.item():.3f}, {duration(left)} left  ", end="")  # fmt: skip
+                place = f"{task.name} seed {seed} epoch {epoch + 1}/{args.epochs}  step {step}/{steps}"
+                say(f"\r{place}  loss {loss.item():.3f}, {duration(left)} left  ", end="")
         say("")
         predictions.append(predict_with_probes(args, probes, val, task.column))
     return predictions
@@ -497,9 +494,11 @@ def announce(args, name, train, val, tasks):
     method = f"{num_probes} probes" if num_probes > 1 else "1 probe"
     if args.knn:
         method = f"{args.knn} nearest neighbors"
-    say(f"probing {name} on {', '.join(task.name for task in tasks)} ({method}): {len(train)} training and {len(val)} "
+    say(
+        f"probing {name} on {', '.join(task.name for task in tasks)} ({method}): {len(train)} training and {len(val)} "
         f"validation videos, {args.segments} segments x {args.num_frames} frames x {args.views} views, {args.device} "
-        f"{args.dtype}")  # fmt: skip
+        f"{args.dtype}"
+    )
 
 
 def prepare_tokens(args, train, val):
@@ -530,9 +529,11 @@ def measure_speed(args, train, val, seconds):
         "peak_memory_gib": peak_memory(torch.device(args.device)) / 2**30,
         **{f"{part}_share": share for part, share in shares.items()},
     }
-    say(f"{speed['clips_per_s']:.1f} clips/s per process; {duration(seconds)}: "
+    say(
+        f"{speed['clips_per_s']:.1f} clips/s per process; {duration(seconds)}: "
         f"{', '.join(f'{part} {share:.0%}' for part, share in shares.items())}; "
-        f"peak memory {speed['peak_memory_gib']:.1f} GiB")  # fmt: skip
+        f"peak memory {speed['peak_memory_gib']:.1f} GiB"
+    )
     return speed
 
 
@@ -569,8 +570,15 @@ def evaluate(args):
 
     seconds = time.perf_counter() - started
     speed = measure_speed(args, train, val, seconds)
-    record = {"checkpoint": str(args.checkpoint), "step": checkpoint_step, "weights": weights, "tasks": results,
-              "seconds": seconds, "speed": speed, "args": plain_flags(args)}  # fmt: skip
+    record = {
+        "checkpoint": str(args.checkpoint),
+        "step": checkpoint_step,
+        "weights": weights,
+        "tasks": results,
+        "seconds": seconds,
+        "speed": speed,
+        "args": plain_flags(args),
+    }
     if rank_and_world()[0] == 0:
         write_results(args, record, confusions)
     say(args.out / "results.json")
