@@ -270,21 +270,21 @@ def release_memory():
 
 
 def note_reading(line):
-    """In a worker, record the manifest line it is about to read, for `loader_failed`."""
+    """In a worker, record the manifest line it is about to read, for `_failure`."""
     worker = torch.utils.data.get_worker_info()
     if worker:
         worker.dataset.reading[worker.id] = line
 
 
-def loader_failed(error):
-    """One line for an error of DataLoader, which torch may raise anywhere: what happened, and what was being read."""
+def _failure(error):
+    """One line for an error of DataLoader: what happened, and which files its workers were reading."""
     reason = (str(error).strip().splitlines() or [f"a worker process died ({type(error).__name__})"])[-1]
     files = [d.source.paths[line] for d in _DATASETS for line in d.reading.tolist() if line >= 0]
     where = f"; its workers are reading {', '.join(files)}" if files else ""
     return f"the loader failed: {reason}{where}"
 
 
-def is_dead_worker(error):
+def _is_dead_worker(error):
     """Whether torch raised this error because a loader worker died or hangs."""
     signs = ("timed out", "exited unexpectedly", "killed by signal")
     message = str(error)
@@ -353,9 +353,9 @@ def clip_loader(source, batches, workers=0, pin_memory=False, timeout=0):
         # A worker that dies while it hands over a tensor breaks the connection: EOFError, ConnectionResetError,
         # FileNotFoundError, ... Exceptions that a living worker raises say so in their message.
         raised_by_worker = not workers or "in DataLoader worker process" in str(error)
-        if raised_by_worker or (isinstance(error, RuntimeError) and not is_dead_worker(error)):
+        if raised_by_worker or (isinstance(error, RuntimeError) and not _is_dead_worker(error)):
             raise
-        raise LoaderFailed(loader_failed(error)) from error
+        raise LoaderFailed(_failure(error)) from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ import os
 import resource
 import sys
 import warnings
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -108,15 +107,12 @@ def lost_a_process(error):
 
 
 def _exception_hook(kind, error, traceback):
-    """Report a lost peer or a dead loader worker in one line."""
-    if data.is_dead_worker(error):  # torch raises this anywhere in a step
-        print(f"{Path(sys.argv[0]).name}: {data.loader_failed(error)}", file=sys.stderr, flush=True)
-    elif lost_a_process(error):
-        rank, _ = rank_and_world()
-        print(f"process {rank} ends: it lost another process, whose message says why", file=sys.stderr, flush=True)
-    else:
+    """Report a lost peer in one line; it has printed the cause."""
+    if not lost_a_process(error):
         sys.__excepthook__(kind, error, traceback)
         return
+    rank, _ = rank_and_world()
+    print(f"process {rank} ends: it lost another process, whose message says why", file=sys.stderr, flush=True)
     data.end_workers()
     os._exit(2)
 
