@@ -49,6 +49,7 @@ def _bytes_per_value(args):
 
 
 def _hidden_width(config):
+    """Hidden width of a block's MLP; Predictor's configs leave mlp_ratio at its default."""
     return round(config["width"] * config.get("mlp_ratio", 4.0))
 
 
@@ -116,18 +117,12 @@ def activation_bytes(args, stage, context, targets, checkpointing, gathered):
     return max(moments)
 
 
-def target_bytes(args, stage):
-    """Bytes of what computes the targets: (peak, the targets themselves)."""
-    _, predictor, teacher, _ = stage
+def inference_bytes(encoder, args):
+    """Peak bytes per token of a forward pass without gradients."""
     size, _ = _bytes_per_value(args)
-    tokens = args.micro_batch_size * math.prod(cli.clip_grid(args))
-    targets = 4 * tokens * predictor["out_width"]
-    if not teacher:
-        return 3 * targets, targets  # pixels, minus their mean, over their standard deviation
-    width = teacher["width"]
-    attention = size * 5 * width + 12 * width  # q, k, v, the residual, the norm's output; rotating q takes float32
-    mlp = size * (2 * width + 2 * _hidden_width(teacher))
-    return max(tokens * max(attention, mlp), 2 * targets), targets
+    width, hidden = encoder["width"], _hidden_width(encoder)
+    attention = 5 * size * width + 3 * 4 * width  # residual, norm, q, k, v; RoPE of q in float32
+    return max(attention, 2 * size * (width + hidden))  # or in the MLP: residual, norm, input and output of GELU
 
 
 def estimate(args, stage, masks, checkpointing):
@@ -155,23 +150,28 @@ def estimate(args, stage, masks, checkpointing):
 
     clips = 4 * 3 * args.micro_batch_size * args.num_frames * args.resolution**2
     ids = 8 * args.micro_batch_size * sum(map(sum, masks))
-    making_targets, targets = target_bytes(args, stage)
+    tokens = args.micro_batch_size * math.prod(cli.clip_grid(args))
+    targets = 4 * tokens * predictor["out_width"]
+    # Pixel targets: the pixels, minus their mean, over their standard deviation.
+    computing_targets = tokens * inference_bytes(teacher, args) if teacher else 3 * targets
     parts["inputs"] = clips + ids + targets
     activations = [activation_bytes(args, stage, *mask, checkpointing, gathered) for mask in masks]
-    with_gradients = [used + accumulated for used in activations]
-    if micro_batches(args) == 1:
-        with_gradients[0] = activations[0]
-    before = accumulated if micro_batches(args) > 1 else 0
-    stay = parts["weights"] + parts["optimizer"] + parts["teacher"] + parts["inputs"]
     parts["gathered"], parts["activations"] = gathered, max(activations) - gathered
-    parts["step"] = stay + max(*with_gradients, before + making_targets - targets)
-    parts["update"] = stay + 4 * weights / shards
+
+    persistent = parts["weights"] + parts["optimizer"] + parts["teacher"] + parts["inputs"]
+    # No gradients exist before the first backward pass of a step; later micro-batches start with all of them.
+    first = accumulated if micro_batches(args) > 1 else 0
+    moments = [first + computing_targets - targets, first + activations[0]]
+    moments += [accumulated + later for later in activations[1:]]
+    parts["step"] = persistent + max(moments)
+    parts["update"] = persistent + 4 * weights / shards
     if args.processes > 1 and args.parallel == "replicate":
         parts["update"] += 4 * weights  # one tensor with all gradients, to average them
     return parts
 
 
 def peak(parts):
+    """Peak bytes of a step."""
     return max(parts["step"], parts["update"])
 
 
@@ -268,13 +268,13 @@ def check(args, stage):
     """Print the estimate and the measured peak; return whether they agree."""
     rank, world = cli.rank_and_world()
     args.batch_size = min(args.batch_size, 2 * world * args.micro_batch_size)  # more micro-batches need no more memory
+    measured = measure(args, stage)  # before any mask is drawn: the script picks this process's GPU
     drawn = []
     for step in range(CHECKED_STEPS):
         for g in data.micro_batch_indices(args):
             masks = train_student.draw_masks(args, step, g)
             drawn.append([(mask.context_ids.shape[1], mask.target_ids.shape[1]) for mask in masks])
     estimated = peak(estimate(args, stage, largest(args, stage, drawn), args.activation_checkpointing))
-    measured = measure(args, stage)
     ratio = estimated / measured
     print(f"process {rank} of {world}, {args.kind}, {args.dtype}, checkpointing {args.activation_checkpointing}: "
           f"estimated {estimated / GIB:.4f} GiB, measured {measured / GIB:.4f} GiB, ratio {ratio:.3f}")  # fmt: skip
