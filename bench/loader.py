@@ -186,8 +186,11 @@ def compare(args, videos):
             make_clips(n)
     parts = ", ".join(f"{part} {1000 * seconds[part] / args.clips:.1f}" for part in PARTS)
     ours, theirs = seconds["ours"] / args.clips, seconds["theirs"] / args.clips  # per clip
-    print(f"{videos.name}: ours {1 / ours:.1f} clips/s, decord {1 / theirs:.1f}, ratio {theirs / ours:.2f}; "
-          f"our milliseconds per clip: {parts}, total {1000 * ours:.1f}", flush=True)  # fmt: skip
+    print(
+        f"{videos.name}: ours {1 / ours:.1f} clips/s, decord {1 / theirs:.1f}, ratio {theirs / ours:.2f}; "
+        f"our milliseconds per clip: {parts}, total {1000 * ours:.1f}",
+        flush=True,
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -228,8 +231,10 @@ def measure_manifest(args):
     source.paths[source.line(0)]
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
     size, peak = manifest.stat().st_size / 1e6, training.peak_memory(torch.device("cpu")) / 1e6
-    print(f"{args.lines} lines, {size:.0f} MB: {seconds:.1f} s ({cpu_seconds:.1f} s of CPU time); "
-          f"memory before {before:.0f} MB, after {resident_memory():.0f} MB, peak {peak:.0f} MB")  # fmt: skip
+    print(
+        f"{args.lines} lines, {size:.0f} MB: {seconds:.1f} s ({cpu_seconds:.1f} s of CPU time); "
+        f"memory before {before:.0f} MB, after {resident_memory():.0f} MB, peak {peak:.0f} MB"
+    )
     print_worker_memory(source)
 
 
@@ -248,8 +253,10 @@ def print_worker_memory(source):
     for pid in workers:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-    print(f"memory of this process and {NUM_WORKERS} workers, dividing what they share: "
-          f"{' + '.join(f'{megabytes:.0f}' for megabytes in memory)} = {sum(memory):.0f} MB")  # fmt: skip
+    print(
+        f"memory of this process and {NUM_WORKERS} workers, dividing what they share: "
+        f"{' + '.join(f'{megabytes:.0f}' for megabytes in memory)} = {sum(memory):.0f} MB"
+    )
 
 
 def main():
@@ -270,8 +277,10 @@ def main():
         cli.fail("--copies needs --data: the videos they are copies of")
     speed = not args.lines and not args.memory
     if speed and not importlib.util.find_spec("decord"):
-        cli.fail("decord, which we compare with, is missing: pip install decord (or decord2, if it has no wheel for "
-                 "this machine)")  # fmt: skip
+        cli.fail(
+            "decord, which we compare with, is missing: pip install decord (or decord2, if it has no wheel for "
+            "this machine)"
+        )
     torch.set_num_threads(1)
     try:
         if args.lines:

@@ -387,9 +387,11 @@ def time_kind(kind, args):
     """Time and print the steps of one kind, ours and the others' in turn. Returns whether all first losses agree."""
     torch._dynamo.reset()  # because torch limits the compilations of a function over all networks of a process
     stage, clips = flops.stages(args)[kind], random_clips(args)
-    print(f"\n{kind}, {args.num_frames} frames of {args.resolution}x{args.resolution}, encoder of width "
-          f"{stage[0]['width']} and depth {stage[0]['depth']}, {args.batch_size} clips in micro-batches of "
-          f"{args.micro_batch_size}, {args.dtype}, {'compiled' if args.compile else 'eager'}")  # fmt: skip
+    print(
+        f"\n{kind}, {args.num_frames} frames of {args.resolution}x{args.resolution}, encoder of width "
+        f"{stage[0]['width']} and depth {stage[0]['depth']}, {args.batch_size} clips in micro-batches of "
+        f"{args.micro_batch_size}, {args.dtype}, {'compiled' if args.compile else 'eager'}"
+    )
     runners, results = [], []
     for runner in build_runners(kind, stage, args):
         runners.append(runner)
@@ -403,8 +405,10 @@ def time_kind(kind, args):
             result.seconds.append(seconds_per_step(runner, steps, clips))
     peak = max(peak, matmul_peak(args))
 
-    print(f"{args.rounds} rounds of {args.round_steps} steps, in turn; median (fastest to slowest round); peak: "
-          f"{peak / 1e12:.4g} TFLOP/s, the fastest matrix product")  # fmt: skip
+    print(
+        f"{args.rounds} rounds of {args.round_steps} steps, in turn; median (fastest to slowest round); peak: "
+        f"{peak / 1e12:.4g} TFLOP/s, the fastest matrix product"
+    )
     for runner, result in zip(runners, results, strict=True):
         print_speed(runner, result, step_flops, peak)
         if runner is not runners[0]:
@@ -420,9 +424,11 @@ def print_speed(runner, result, step_flops, peak):
     """Print a runner's speed and memory. step_flops: FLOPs of a step, one value for each round."""
     args = runner.args
     rate = statistics.median(f / s for f, s in zip(step_flops, result.seconds, strict=True))
-    line = (f"{runner.name:13} {spread([1e3 * s for s in result.seconds], '.1f')} ms, "
-            f"{args.batch_size / statistics.median(result.seconds):.3g} clips/s, {rate / 1e12:.4g} TFLOP/s = "
-            f"{rate / peak:.0%} of the peak")  # fmt: skip
+    line = (
+        f"{runner.name:13} {spread([1e3 * s for s in result.seconds], '.1f')} ms, "
+        f"{args.batch_size / statistics.median(result.seconds):.3g} clips/s, {rate / 1e12:.4g} TFLOP/s = "
+        f"{rate / peak:.0%} of the peak"
+    )
     if args.device == "cuda" or runner.name == "ours":  # on the CPU, the process's memory includes earlier runners
         line += f", {result.memory / 2**30:.2f} GiB"
     print(line)
@@ -434,8 +440,10 @@ def print_comparison(result, our_result, args):
     norm_off = abs(result.grad_norm / our_result.grad_norm - 1)
     verdict = "" if same_loss(result, our_result, args) else ": NOT THE SAME COMPUTATION"
     ratios = [theirs / ours for ours, theirs in zip(our_result.seconds, result.seconds, strict=True)]
-    print(f"{'':13} first loss {result.loss:.6g}, relative difference from ours {off:.1e}; gradient norm {norm_off:.1e}"
-          f"{verdict}\n{'':13} takes {spread(ratios, '.2f')} times as long as ours")  # fmt: skip
+    print(
+        f"{'':13} first loss {result.loss:.6g}, relative difference from ours {off:.1e}; gradient norm {norm_off:.1e}"
+        f"{verdict}\n{'':13} takes {spread(ratios, '.2f')} times as long as ours"
+    )
 
 
 def same_loss(result, our_result, args):

@@ -140,8 +140,10 @@ def measure_all(cells, args):
         if args.device == "cuda":
             torch.cuda.empty_cache()
     if not any(cost.seconds for cost in costs.values()):
-        cli.fail(f"--time-budget {args.time_budget:g} is too short for a single step: increase it, or decrease --model "
-                 "or --batch-size")  # fmt: skip
+        cli.fail(
+            f"--time-budget {args.time_budget:g} is too short for a single step: increase it, or decrease --model "
+            "or --batch-size"
+        )
     return costs
 
 
@@ -157,22 +159,28 @@ def estimated_seconds(cost, costs):
 def print_growth(cells, costs, args):
     """Print a table with a row for each cell."""
     print(f"\n{args.kind} step, {args.dtype}, {'compiled' if args.compile else 'eager'}; ~ extrapolated by FLOPs")
-    print(f"{'model':8}{'frames':>7}{'pixels':>7}{'batch':>6}{'GFLOPs/clip':>13}{'ms':>10}{'clips/s':>9}"
-          f"{'TFLOP/s':>9}{'GiB':>7}")  # fmt: skip
+    print(
+        f"{'model':8}{'frames':>7}{'pixels':>7}{'batch':>6}{'GFLOPs/clip':>13}{'ms':>10}{'clips/s':>9}"
+        f"{'TFLOP/s':>9}{'GiB':>7}"
+    )
     for cell in cells:
         cost = costs[cell]
         seconds = estimated_seconds(cost, costs.values())
         mark = "" if cost.seconds else "~"
         memory = f"{cost.memory / 2**30:7.2f}" if cost.memory else f"  {cost.reason or '-'}"
-        print(f"{cell.model:8}{cell.num_frames:7}{cell.resolution:7}{cell.batch_size:6}"
-              f"{cost.flops / cell.batch_size / 1e9:13.4g}{mark:>2}{1e3 * seconds:8.1f}"
-              f"{cell.batch_size / seconds:9.3g}{cost.flops / seconds / 1e12:9.3g}{memory}")  # fmt: skip
+        print(
+            f"{cell.model:8}{cell.num_frames:7}{cell.resolution:7}{cell.batch_size:6}"
+            f"{cost.flops / cell.batch_size / 1e9:13.4g}{mark:>2}{1e3 * seconds:8.1f}"
+            f"{cell.batch_size / seconds:9.3g}{cost.flops / seconds / 1e12:9.3g}{memory}"
+        )
 
 
 def print_paper_runs(costs, args):
     """Print a table with the hours of each of the paper's runs, here and in the paper."""
-    print(f"\nthe paper's runs with a batch size of {PAPER_BATCH_SIZE}, in hours of one device; ~ at least partly "
-          "extrapolated by FLOPs")  # fmt: skip
+    print(
+        f"\nthe paper's runs with a batch size of {PAPER_BATCH_SIZE}, in hours of one device; ~ at least partly "
+        "extrapolated by FLOPs"
+    )
     print(f"{'run':12}{'here':>9}{'paper, A100':>13}")
     for name, stages, paper_hours in PAPER_RUNS:
         seconds, mark = 0.0, ""
@@ -193,8 +201,7 @@ def main():
     flag("--teacher", metavar="SIZE", choices=SIZES, help="teacher of the student; default: the size of --model")
     flag("--sizes", nargs="+", choices=SIZES, default=["vit_l", "vit_h", "vit_g", "vit_G"], help="models to compare")
     flag("--timed-steps", type=int, default=4, help="steps to time in each cell, after the warm-up")
-    flag("--attention", choices=bench_step.ATTENTION_KERNELS, help="attention kernel to prefer, on a GPU; default: "
-         "torch's choice")  # fmt: skip
+    flag("--attention", choices=bench_step.ATTENTION_KERNELS, help="attention kernel to prefer, on a GPU")
     args = parser.parse_args()
     cli.require_at_least(args, 1, "timed_steps")
     if any(value is not None for value in (args.width, args.depth, args.heads)):
