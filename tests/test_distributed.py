@@ -313,11 +313,11 @@ def undisturbed(teacher, tmp_path_factory):
         kill((0, 1), "training.update", 3),
         kill((1,), "run.dcp.save", 2),
         kill((0, 1), "run.dcp.save", 2, after=True),
-        kill((0,), "run.checksum", 4),  # before the first one of the second save
-        kill((0,), "run.write_atomically", 3),  # between a state and its checkpoint.pt
+        kill((0,), "run.checksum", 4),  # before the first checksum of the second save
+        kill((0,), "run.write_atomically", 3),  # before the second checkpoint.pt is written
         kill((0,), "run.Run.finish", 1),
     ],
-    ids=["one", "all", "one-saving", "all-saved", "checksums", "between-files", "finishing"],
+    ids=["one", "all", "one-saving", "all-saved", "checksums", "checkpoint", "finishing"],
 )
 def test_a_killed_run_resumes_exactly(patch, undisturbed, teacher, tmp_path):
     flags = [*TINY, "--teacher", teacher, "--out", tmp_path / "run"]
@@ -441,7 +441,7 @@ def test_a_failing_process_ends_the_run_and_its_error_is_printed(patch, messages
     command = [str(part) for part in (*torchrun, *flags)]
     started = time.monotonic()
     run = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert run.returncode and time.monotonic() - started < 40  # half of it starts torchrun and torch
+    assert run.returncode and time.monotonic() - started < 40  # half of that is the start of torchrun and torch
     assert all(message in run.stderr for message in messages), run.stderr
     assert "training.py" not in run.stderr  # no traceback of our code
 
@@ -510,7 +510,7 @@ def test_a_loader_that_hangs_ends_the_run(tmp_path):
     action = "lambda: test_distributed.time.sleep(300)"
     error = loader_error(tmp_path, f"do_on_reading({str(tmp_path / '7.png')!r}, {action})", "--loader-timeout", 3)
     assert "7.png" in error and "3 seconds" in error
-    assert time.monotonic() - started < 60  # much of it starts torch
+    assert time.monotonic() - started < 60  # much of that is the start of torch
 
 
 @pytest.mark.parametrize(
