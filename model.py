@@ -294,9 +294,19 @@ class CrossAttention(nn.Module):
         self.mlp = MLP(width, round(width * mlp_ratio))
 
     def forward(self, query, tokens):
-        k, v = self.kv(self.norm1(tokens)).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)  # 2 x (B, h, N, d)
-        q = self.q(query).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, h, 1, d)
-        x = query + F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        """query (1, 1, D), the same for all clips; tokens (B, N, D) -> (B, 1, D).
+
+        No token needs its own key or value: q . (W_k x) = (W_k' q) . x, and sum a_n (W_v x_n) = W_v (sum a_n x_n).
+        This is what makes it cheap to train many probes at once.
+        """
+        x = self.norm1(tokens)
+        W_k, W_v = self.kv.weight.view(2, self.heads, -1, x.shape[-1])  # (h, d, D) each
+        q = self.q(query).view(self.heads, 1, -1)
+        keys = (q @ W_k).squeeze(1) / math.sqrt(q.shape[-1])  # (h, D); the bias of k adds the same to all scores
+        attention = (x @ keys.mT).softmax(1)  # (B, N, h)
+        pooled = (attention.mT @ x).transpose(0, 1)  # (h, B, D)
+        values = (pooled @ W_v.mT).transpose(0, 1).flatten(1)  # (B, D)
+        x = query + (values + self.kv.bias.chunk(2)[1]).unsqueeze(1)
         return x + self.mlp(self.norm2(x))
 
 
@@ -320,7 +330,7 @@ class AttentiveProbe(nn.Module):
     def forward(self, tokens):
         for block in self.blocks:
             tokens = block(tokens)
-        pooled = self.cross(self.query.expand(len(tokens), -1, -1), tokens)
+        pooled = self.cross(self.query, tokens)
         return self.linear(pooled.squeeze(1))
 
 
