@@ -21,6 +21,7 @@ import pickle
 import re
 import signal
 import weakref
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,6 +36,19 @@ from video import IMAGE_SUFFIXES, BadVideo, center_crop, random_crop
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as V-JEPA
 LIBC = ctypes.CDLL(None)
 INTEGER = re.compile(b"-?[0-9]+")
+
+
+def seed_sequence(purpose, *key):
+    """The seed of an independent random stream: for a purpose (a string) and a key of non-negative integers.
+
+    SeedSequence pads keys with zeros, so that without the length (seed, step) and (seed, step, 0) would be one stream.
+    """
+    return np.random.SeedSequence((zlib.crc32(purpose.encode()), len(key), *key))
+
+
+def stream_seed(purpose, *key):
+    """An integer seed (62 bits) for an independent random stream, for generators that take a single number."""
+    return int(seed_sequence(purpose, *key).generate_state(1, np.uint64)[0] >> np.uint64(2))
 
 
 class Batch(NamedTuple):
@@ -127,14 +141,14 @@ def write_manifest(path, lines):
     print(f"{path}: {len(lines):,} lines")
 
 
-def shuffled(position, length, *key):
-    """The element at a position of the permutation of range(length) that `key` (integers) determines.
+def shuffled(position, length, seed, epoch):
+    """The element at a position of a random permutation of range(length), which `seed` and `epoch` determine.
 
     Computed for one position at a time, so that no worker has to hold the whole permutation. A Feistel network permutes
     the next larger power of 4; applying it until the result is below `length` restricts it to the range.
     """
     half = max(1, ((length - 1).bit_length() + 1) // 2)  # bits of each half of a number
-    round_keys = np.random.SeedSequence(key).generate_state(6, np.uint64).tolist()
+    round_keys = seed_sequence("order", seed, epoch).generate_state(6, np.uint64).tolist()
     while True:
         left, right = position >> half, position & ((1 << half) - 1)
         for round_key in round_keys:
@@ -185,7 +199,7 @@ class Manifest:
             return number
         number //= self.clips_per_video
         if self.weights is not None:
-            rng, ends = np.random.default_rng((self.seed, number)), self.paths.ends
+            rng, ends = np.random.default_rng(seed_sequence("mixture", self.seed, number)), self.paths.ends
             part = rng.choice(len(ends), p=self.weights)
             return int(rng.integers(ends[part - 1] if part else 0, ends[part]))
         epoch, position = divmod(number, len(self))
@@ -194,7 +208,7 @@ class Manifest:
     def samples(self, numbers):
         """Samples of one video: [(clip (3, T, H, W) uint8, label, skipped, path), ...]."""
         line, skipped = self.line(numbers[0]), []
-        rngs = [np.random.default_rng((self.seed, number, 1)) for number in numbers]
+        rngs = [np.random.default_rng(seed_sequence("crop", self.seed, number)) for number in numbers]
         crops = [functools.partial(random_crop, rng) if self.train else center_crop for rng in rngs]
         while True:
             places = [rng.random() if self.train else 0.5 for rng in rngs]
@@ -364,13 +378,14 @@ def clip_loader(source, batches, workers=0, pin_memory=False, timeout=0):
 
 def clip_source(args):
     """The training data that the flags name. Ends the script if a manifest cannot be read."""
+    seed = stream_seed("data", args.stage, args.seed)
     if not args.data:
         if rank_and_world()[0] == 0:
             print("no --data: training on the built-in synthetic videos")
-        return Synthetic(args.num_frames, args.resolution, args.seed)
+        return Synthetic(args.num_frames, args.resolution, seed)
     try:
         return Manifest(
-            args.data, args.num_frames, args.frame_step, args.resolution, args.seed, weights=args.data_weights,
+            args.data, args.num_frames, args.frame_step, args.resolution, seed, weights=args.data_weights,
             fps=args.fps, clips_per_video=args.clips_per_video,
         )  # fmt: skip
     except (OSError, ValueError) as error:

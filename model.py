@@ -14,6 +14,7 @@ Letters in shape comments:
 """
 
 import functools
+import hashlib
 import math
 import pickle
 from pathlib import Path
@@ -344,7 +345,8 @@ def load_checkpoint(path):
     """Read a checkpoint.pt, or the one in a run folder, as a dictionary of plain tensors and values, on the CPU.
 
     Keys: format, kind ("teacher", "student" or "ema"), step, model {"encoder": config, "predictor": config}, encoder
-    and predictor (state dicts), encoder_is (the kind again), args. An EMA run also has student.
+    and predictor (state dicts), encoder_is (the kind again), args, stage (1 for a V-Pixel teacher, else 1 more than its
+    teacher's), teacher (None, or the path, step and sha256 of a student's teacher). An EMA run also has student.
     FileNotFoundError if there is no such file; ValueError if it is damaged or of another format.
     """
     file = Path(path)
@@ -381,6 +383,30 @@ def check_state_dict(expected, weights, name):
     ]
     if problems:
         raise ValueError(f"weights do not fit {name}: " + "; ".join(problems))
+
+
+def fingerprint(weights):
+    """SHA-256 of a state dict: of the names, shapes, dtypes and values of its tensors. Identifies a frozen teacher."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        tensor = weights[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def load_teacher_of(student, path):
+    """Load the checkpoint of a student's teacher. student: its checkpoint. path: run folder or checkpoint file.
+
+    ValueError if its weights are not those that the student was trained with. Errors otherwise: `load_checkpoint`'s.
+    """
+    teacher, identity = load_checkpoint(path), student.get("teacher")
+    if identity and fingerprint(teacher["encoder"]) != identity["sha256"]:
+        raise ValueError(
+            f"{path} (step {teacher['step']}) is not the teacher that the student was trained with: "
+            f"{identity['path']} at step {identity['step']}"
+        )
+    return teacher
 
 
 def load_encoder(path, weights="encoder"):

@@ -41,7 +41,7 @@ from torchvision.transforms.v2 import functional as TF
 import data
 import video
 from cli import Parser, duration, fail, interval95, plain_flags, require_at_least, resolve_device, write_atomically
-from model import Encoder, Predictor, build, load_checkpoint, load_encoder, token_grid, tubelets
+from model import Encoder, Predictor, build, load_checkpoint, load_teacher_of, token_grid, tubelets
 from synthetic import synthetic_pair
 
 matplotlib.use("Agg")
@@ -140,7 +140,8 @@ def _load_target_encoder(args, checkpoint, encoder, predictor):
     if not args.teacher:
         fail(f"{args.checkpoint} does not record its teacher: give --teacher")
     try:
-        target_encoder = load_encoder(args.teacher)
+        teacher = load_teacher_of(checkpoint, args.teacher)
+        target_encoder = build(Encoder, teacher["model"]["encoder"], teacher["encoder"])
     except (OSError, ValueError) as error:
         fail(f"the teacher of {args.checkpoint}: {error}; say where it is with --teacher")
     same_grid = all(target_encoder.config[name] == encoder.config[name] for name in ("patch_size", "tubelet_size"))

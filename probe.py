@@ -293,7 +293,7 @@ def train_probes(args, probes, tokens, column, seed, state_file, key):
         if tokens.source.train:  # an endless sequence of samples; every seed and epoch takes its own
             order = torch.arange(length) + (seed * args.epochs + epoch) * length
         else:
-            order = torch.randperm(length, generator=generator(seed, epoch))
+            order = torch.randperm(length, generator=generator("probe order", seed, epoch))
         losses = train_epoch(args, probes, tokens, column, order, epoch * steps, args.epochs * steps)
         for step, loss in enumerate(losses, start=1):
             yield epoch, step, loss

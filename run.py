@@ -48,7 +48,17 @@ from cli import clip_grid, duration, fail, plain_flags, rank_and_world, write_at
 from model import CHECKPOINT_FORMAT
 
 PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989, "B200": 2250}  # dense bfloat16, SXM modules
-RECORD_KEYS = {"step", "kind", "model", "args", "seconds", "flops", "counted", "files"}  # of a state's run.json
+RECORD_KEYS = {
+    "step",
+    "kind",
+    "model",
+    "args",
+    "seconds",
+    "flops",
+    "counted",
+    "teacher",
+    "files",
+}  # of a state's run.json
 
 
 class StepRecord(NamedTuple):
@@ -65,14 +75,16 @@ class Run:
 
     kind: "teacher", "student" or "ema". networks: what is saved, by name: "encoder" (what a checkpoint is loaded for),
     "predictor", and whatever else resuming needs. teacher: the network that makes the targets, if there is one.
+    teacher_identity: path, stage, step and fingerprint of a frozen teacher; a run never continues with another one.
     Restores networks and optimizer in place if --out holds an earlier part of this run; `start_step` is the step to
     continue with.
     """
 
-    def __init__(self, kind, args, networks, optimizer, teacher=None):
+    def __init__(self, kind, args, networks, optimizer, teacher=None, teacher_identity=None):
         self.kind, self.args, self.networks, self.optimizer = kind, args, networks, optimizer
         self.model = {name: networks[name].config for name in ("encoder", "predictor")}
         self.teacher_config = teacher.config if teacher else None
+        self.teacher_identity = teacher_identity
         self.rank, self.world = rank_and_world()
         self.device = torch.device(args.device)
         self.num_tokens = math.prod(clip_grid(args))
@@ -271,7 +283,8 @@ class Run:
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         weights = {name: get_model_state_dict(network, options=options) for name, network in self.networks.items()}
         checkpoint = {"format": CHECKPOINT_FORMAT, "kind": self.kind, "step": step, "model": self.model,
-                      "encoder_is": self.kind, **weights, "args": plain_flags(self.args)}  # fmt: skip
+                      "encoder_is": self.kind, **weights, "args": plain_flags(self.args), "stage": self.args.stage,
+                      "teacher": self.teacher_identity}  # fmt: skip
         names = ["checkpoint.pt"]
         if snapshot:
             names.append(f"checkpoint-{step:06}.pt")
@@ -302,6 +315,7 @@ class Run:
         if self.rank == 0:
             record = {"step": step, "kind": self.kind, "model": self.model, "args": plain_flags(self.args),
                       "seconds": self.seconds, "flops": self.flops, "counted": self.counted,
+                      "teacher": self.teacher_identity,
                       "files": {path.name: checksum(path) for path in sorted(temporary.iterdir())}}  # fmt: skip
             (temporary / "run.json").write_text(json.dumps(record))
             shutil.rmtree(folder, ignore_errors=True)
@@ -384,6 +398,7 @@ class Run:
             return False
         if record["kind"] != self.kind or record["model"] != self.model:
             fail(f"{self.args.out} holds a run of another kind or model; choose another --out, or --fresh", agreed=True)
+        self._check_teacher(record["teacher"])
         networks, state = self._state()
         dcp.load(state, checkpoint_id=folder)
         set_model_state_dict(networks, state["networks"])
@@ -395,6 +410,14 @@ class Run:
             self._discard_after(folder)
             self._announce_resume(record["args"])
         return True
+
+    def _check_teacher(self, earlier):
+        """End the run if its teacher is not the one it began with."""
+        now = self.teacher_identity
+        if now and now["sha256"] != earlier["sha256"]:
+            fail(f"{self.args.out} was trained with another teacher: {earlier['path']} at step {earlier['step']}, now "
+                 f"{now['path']} at step {now['step']}; restore that teacher, or start over with --fresh",
+                 agreed=True)  # fmt: skip
 
     def _newest_state(self):
         """(folder, record) of the newest undamaged state, (None, None) if the run has not saved anything yet."""
@@ -436,7 +459,7 @@ class Run:
 
     def _announce_resume(self, earlier_args):
         print(f"continuing {self.args.out} at step {self.start_step} of {self.args.steps}")
-        unimportant = ("fresh", "out", "schedule_steps")
+        unimportant = ("fresh", "out", "schedule_steps", "teacher")
         changed = [name for name, value in plain_flags(self.args).items()
                    if name not in unimportant and earlier_args.get(name) != value]  # fmt: skip
         if changed:

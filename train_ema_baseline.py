@@ -36,7 +36,8 @@ def update_teacher(teacher, student, momentum):
 
 def draw_masks(args, step, g):
     """The masks of micro-batch g of a step, one per mask type. Block sizes are the same for all micro-batches."""
-    rng, sizes = training.generator(args.seed, step, g), training.generator(args.seed, step)
+    rng = training.generator("masks", args.stage, args.seed, step, g)
+    sizes = training.generator("block sizes", args.stage, args.seed, step)
     masks = sample_masks(args.mask, cli.clip_grid(args), args.micro_batch_size, rng, args.mask_truncation, sizes)
     return [mask.to(args.device) for mask in masks]
 
@@ -76,7 +77,7 @@ def main():
     flag("--final-ema-momentum", type=float, help="momentum at the end of a linear ramp; default --ema-momentum")
     flag("--ema-stretch", type=float, default=1.0, help="length of all schedules relative to --steps (V-JEPA: 1.25)")
     args = parser.parse_args()
-    training.setup(args)
+    training.setup(args, stage=2)
     args.final_ema_momentum = args.ema_momentum if args.final_ema_momentum is None else args.final_ema_momentum
     if not (0 <= args.ema_momentum <= 1 and 0 <= args.final_ema_momentum <= 1 and 1 <= args.ema_stretch < math.inf):
         cli.fail("--ema-momentum and --final-ema-momentum must be between 0 and 1, --ema-stretch at least 1")

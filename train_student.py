@@ -15,26 +15,37 @@ import cli
 import data
 import training
 from masking import sample_masks
-from model import Encoder, Predictor, gather, load_encoder
+from model import Encoder, Predictor, build, fingerprint, gather, load_checkpoint
 from run import Run
 
 
 def load_teacher(args):
-    """The frozen teacher, in eval mode. Ends the script if there is none, or if its token grid is not the student's."""
+    """The frozen teacher in eval mode, on the CPU, and what identifies it: its path, stage, step and fingerprint.
+
+    Ends the script if there is no such checkpoint, or if its token grid is not the student's.
+    """
     try:
-        teacher = load_encoder(args.teacher)
+        checkpoint = load_checkpoint(args.teacher)
+        teacher = build(Encoder, checkpoint["model"]["encoder"], checkpoint["encoder"])
     except (OSError, ValueError) as error:
         cli.fail(f"--teacher: {error}; train_teacher.py makes one")
     for name in ("patch_size", "tubelet_size"):
         if teacher.config[name] != getattr(args, name):
             cli.fail(f"the teacher has {name} {teacher.config[name]}, the student {getattr(args, name)}; their token "
                      "grids must be the same")  # fmt: skip
-    return teacher.requires_grad_(False).to(args.device, getattr(torch, args.dtype))
+    step, steps = checkpoint["step"], checkpoint["args"].get("steps")
+    if cli.rank_and_world()[0] == 0:
+        unfinished = "" if steps is None or step >= steps else "; WARNING: its training has not finished"
+        print(f"teacher: {args.teacher}, step {step} of {steps}{unfinished}", flush=True)
+    identity = {"path": str(args.teacher), "stage": checkpoint.get("stage", 1), "step": step,
+                "sha256": fingerprint(checkpoint["encoder"])}  # fmt: skip
+    return teacher.float().eval().requires_grad_(False), identity
 
 
 def draw_masks(args, step, g):
     """The masks of micro-batch g of a step, one per mask type. Block sizes are the same for all micro-batches."""
-    rng, sizes = training.generator(args.seed, step, g), training.generator(args.seed, step)
+    rng = training.generator("masks", args.stage, args.seed, step, g)
+    sizes = training.generator("block sizes", args.stage, args.seed, step)
     masks = sample_masks(args.mask, cli.clip_grid(args), args.micro_batch_size, rng, args.mask_truncation, sizes)
     return [mask.to(args.device) for mask in masks]
 
@@ -73,12 +84,13 @@ def main():
     flag("--teacher", required=True, metavar="RUN|FILE", help="stage-1 or stage-2 checkpoint")
     flag("--shard-teacher", action="store_true", help="shard the teacher too; default: a whole copy in each process")
     args = parser.parse_args()
-    training.setup(args)
+    teacher, teacher_identity = load_teacher(args)
+    training.setup(args, stage=1 + teacher_identity["stage"])
     encoder_config = cli.encoder_config(args)
     source = data.clip_source(args)
 
     student = Encoder(**encoder_config).to(args.device)
-    teacher = load_teacher(args)
+    teacher = teacher.to(args.device, getattr(torch, args.dtype))
     predictor = Predictor(**cli.predictor_config(args, student.width, teacher.width)).to(args.device)
     training.compile_and_shard(teacher, args, sharded=args.shard_teacher)
     for network in (student, predictor):
@@ -86,7 +98,7 @@ def main():
     optimizer = training.make_optimizer([student, predictor], args)
     fixed = training.fixed_batch(source, args)
     networks = {"encoder": student, "predictor": predictor}
-    run = Run("student", args, networks, optimizer, teacher)
+    run = Run("student", args, networks, optimizer, teacher, teacher_identity)
     loader = data.training_loader(source, args, run.start_step)
     autocast = torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16")
 

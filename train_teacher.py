@@ -19,7 +19,8 @@ from run import Run
 
 def draw_masks(args, step, g):
     """The masks of micro-batch g of a step, one per mask type. Block sizes are the same for all micro-batches."""
-    rng, sizes = training.generator(args.seed, step, g), training.generator(args.seed, step)
+    rng = training.generator("masks", args.stage, args.seed, step, g)
+    sizes = training.generator("block sizes", args.stage, args.seed, step)
     masks = sample_masks(args.mask, cli.clip_grid(args), args.micro_batch_size, rng, args.mask_truncation, sizes)
     return [mask.to(args.device) for mask in masks]
 
@@ -55,7 +56,7 @@ def fixed_batch_metrics(encoder, predictor, fixed, args, autocast):
 
 def main():
     args = cli.training_flags(__doc__, out="out/teacher", steps=80_000).parse_args()
-    training.setup(args)
+    training.setup(args, stage=1)
     encoder_config = cli.encoder_config(args)
     source = data.clip_source(args)
 

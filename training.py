@@ -1,7 +1,8 @@
 """The training recipe that the three training scripts share: processes and sharding, AdamW, schedules, the update.
 
 A run depends only on its flags. Sample n, the masks of micro-batch g of step s, and the initial weights are functions
-of the seed and of n, g and s. So neither a restart nor a different number of processes changes a run.
+of n, g, s, --seed and the stage. So neither a restart nor a different number of processes changes a run, and a student
+shares no randomness with its teacher. A student and the EMA baseline with the same --seed share all of it.
 """
 
 import contextlib
@@ -28,14 +29,18 @@ from cli import clip_grid, default_micro_batch_size, fail, rank_and_world, requi
 # processes and sharding
 
 
-def setup(args):
-    """Check the flags, fill in (in place) those that depend on the machine, and join torchrun's process group."""
+def setup(args, stage):
+    """Check the flags, fill in (in place) those that depend on the machine, and join torchrun's process group.
+
+    stage: 1 for a V-Pixel teacher, for others 1 more than their teacher's. It selects the random streams.
+    """
     rank, world = rank_and_world()
     resolve_device(args)
     gpu = args.device == "cuda"
     args.compile = gpu if args.compile is None else args.compile
     args.workers = (8 if gpu else 1) if args.workers is None else args.workers
     args.start_lr = 0.32 * args.lr if args.start_lr is None else args.start_lr
+    args.stage = stage
     args.schedule_steps = args.steps  # where the schedules end; V-JEPA stretches them beyond the last step
     if args.steps < 1 or args.batch_size < 1 or args.batch_size % world:
         fail(f"--steps and --batch-size must be at least 1, and --batch-size divisible by the {world} processes")
@@ -56,7 +61,7 @@ def setup(args):
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nobody writes into that view
     warnings.filterwarnings("ignore", "torch.distributed is disabled")  # intended with a single process
     torch.set_float32_matmul_precision("high")
-    torch.manual_seed(args.seed)
+    torch.manual_seed(data.stream_seed("initialization", stage, args.seed))
     if rank == 0:
         name = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads (no GPU is used)"
         print(f"running on {world} x {name}, {args.dtype}; batch of {args.batch_size} clips = {world} processes x "
@@ -117,10 +122,9 @@ def _exception_hook(kind, error, traceback):
     os._exit(2)
 
 
-def generator(*key):
-    """A CPU random generator that depends only on `key`, non-negative integers."""
-    state = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(state >> np.uint64(1)))
+def generator(purpose, *key):
+    """A CPU random generator for a purpose (a string), which depends only on it and on `key`, non-negative integers."""
+    return torch.Generator().manual_seed(data.stream_seed(purpose, *key))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -193,7 +197,7 @@ def update(optimizer, loss, args):
 # ---------------------------------------------------------------------------------------------------------------------
 # metrics of a fixed batch
 
-FIXED_BATCH_SEED = 2**30  # for built-in clips that no run trains on, as long as its --seed is smaller
+FIXED_BATCH_SEED = 2**30  # for built-in clips that no run trains on
 
 
 class FixedBatch(NamedTuple):
@@ -218,7 +222,7 @@ def fixed_batch(source, args):
     elif not args.data:
         source = data.Synthetic(args.num_frames, args.resolution, FIXED_BATCH_SEED)
     try:
-        rng = generator(args.seed, FIXED_BATCH_SEED)
+        rng = generator("fixed batch", args.seed)
         masks = masking.sample_masks(args.mask, clip_grid(args), len(numbers), rng, args.mask_truncation)
     except ValueError as error:
         fail(f"--mask {args.mask}: {error}")

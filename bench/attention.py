@@ -127,7 +127,7 @@ def main():
     flag("--calls", type=int, default=1, help="calls per turn")
     args = parser.parse_args()
     cli.require_at_least(args, 1, "rounds", "calls")
-    training.setup(args)
+    training.setup(args, stage=2)
     try:
         shapes = attention_shapes(flops.stages(args)["student"], args)
     except ValueError as error:

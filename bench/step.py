@@ -547,7 +547,7 @@ def parse_args():
     cli.require_at_least(args, 1, "rounds", "round_steps")
     if args.compiles:
         args.compile = True
-    training.setup(args)
+    training.setup(args, stage=2)
     return args
 
 

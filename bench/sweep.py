@@ -206,7 +206,7 @@ def main():
     cli.require_at_least(args, 1, "timed_steps")
     if any(value is not None for value in (args.width, args.depth, args.heads)):
         cli.fail("the sweep compares model sizes, so it takes no --width, --depth or --heads")
-    training.setup(args)
+    training.setup(args, stage=2)
     growth = growth_cells(args)
     paper = [paper_cell(stage, args) for _, stages, _ in PAPER_RUNS for stage in stages]
     try:

@@ -28,7 +28,7 @@ def tiny_args(*more, teacher=None, device="cpu"):
     parser = cli.training_flags("", out="out", steps=160_000)
     parser.set_defaults(teacher=teacher, teacher_steps=1)
     args = parser.parse_args([*TINY, "--device", device, *map(str, more)])
-    training.setup(args)
+    training.setup(args, stage=2)
     torch.set_float32_matmul_precision("highest")
     return args
 

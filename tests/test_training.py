@@ -48,7 +48,7 @@ every_script = pytest.mark.parametrize("script", list(OUT_WIDTH), ids=lambda scr
 def parsed_flags(steps, *flags):
     """The training flags after `training.setup`. The defaults are the paper's."""
     args = cli.training_flags("", out="out", steps=steps).parse_args(["--device", "cpu", *flags])
-    training.setup(args)
+    training.setup(args, stage=2)
     return args
 
 

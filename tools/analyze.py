@@ -26,7 +26,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 import data
 import flops
 from cli import Parser, duration, fail, require_at_least, resolve_device
-from model import load_checkpoint, load_encoder, token_grid
+from model import load_checkpoint, load_encoder, load_teacher_of, token_grid
 from tools.pictures import features, load_clips, reconstruct, save
 from training import effective_rank
 
@@ -66,11 +66,18 @@ def read_log(path):
 
 
 def lineage(path):
-    """The training stages behind a checkpoint: a list of `Stage`, its own first, then its teacher's, and so on."""
-    path = Path(path)
-    checkpoint = load_checkpoint(path)
+    """The training stages behind a checkpoint: a list of `Stage`, its own first, then its teacher's, and so on.
+
+    ValueError if a teacher has been retrained since.
+    """
+    return _lineage(Path(path), load_checkpoint(path))
+
+
+def _lineage(path, checkpoint):
     kind, step, args = checkpoint["kind"], checkpoint["step"], checkpoint["args"]
-    teachers = lineage(args["teacher"]) if "teacher" in args else []
+    teachers = []
+    if "teacher" in args:
+        teachers = _lineage(Path(args["teacher"]), load_teacher_of(checkpoint, args["teacher"]))
     log = (path if path.is_dir() else path.parent) / "metrics.jsonl"
     logged = {}
     if log.exists():

@@ -80,7 +80,9 @@ def reconstruct(args):
     encoder, predictor = load_encoder(run), load_predictor(run)
     clips = load_clips(args, encoder.config, args.first, args.clips)
     x = data.normalize(clips, "cpu")
-    mask = sample_masks(checkpoint["args"]["mask"], encoder.grid(x), len(x), generator(0), "random")[0]
+    mask = sample_masks(checkpoint["args"]["mask"], encoder.grid(x), len(x), generator("reconstruction", 0), "random")[
+        0
+    ]
     context, predicted = predict_pixels(encoder, predictor, x, mask)
     rows = []
     for b in range(len(clips)):
