@@ -176,8 +176,19 @@ class Manifest:
     Evaluation: sample n is the middle clip of line n, center-cropped. An unreadable video raises BadVideo.
     """
 
-    def __init__(self, manifests, num_frames, frame_step, resolution, seed=0, train=True, weights=None,
-                 num_classes=None, fps=None, clips_per_video=1):  # fmt: skip
+    def __init__(
+        self,
+        manifests,
+        num_frames,
+        frame_step,
+        resolution,
+        seed=0,
+        train=True,
+        weights=None,
+        num_classes=None,
+        fps=None,
+        clips_per_video=1,
+    ):
         if weights and len(weights) != len(manifests):
             raise ValueError(f"{len(manifests)} manifests but {len(weights)} weights")
         if weights and (min(weights) < 0 or not 0 < sum(weights) < math.inf):
@@ -353,10 +364,15 @@ def clip_loader(source, batches, workers=0, pin_memory=False, timeout=0):
     LoaderFailed if a worker dies, or if a batch takes longer than `timeout` seconds (0: wait forever).
     """
     loader = torch.utils.data.DataLoader(
-        _Batches(source, workers), batch_sampler=batches, collate_fn=_identity, num_workers=workers,
-        pin_memory=pin_memory, timeout=timeout if workers else 0, worker_init_fn=_start_worker,
+        _Batches(source, workers),
+        batch_sampler=batches,
+        collate_fn=_identity,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        timeout=timeout if workers else 0,
+        worker_init_fn=_start_worker,
         multiprocessing_context="fork" if workers else None,
-    )  # fmt: skip
+    )
     try:
         loaded = iter(loader)  # starts the workers
         if workers:
@@ -385,9 +401,15 @@ def clip_source(args):
         return Synthetic(args.num_frames, args.resolution, seed)
     try:
         return Manifest(
-            args.data, args.num_frames, args.frame_step, args.resolution, seed, weights=args.data_weights,
-            fps=args.fps, clips_per_video=args.clips_per_video,
-        )  # fmt: skip
+            args.data,
+            args.num_frames,
+            args.frame_step,
+            args.resolution,
+            seed,
+            weights=args.data_weights,
+            fps=args.fps,
+            clips_per_video=args.clips_per_video,
+        )
     except (OSError, ValueError) as error:
         fail(f"--data: {error}")
 

@@ -135,8 +135,16 @@ def paper_rows():
     rows.append(("11", "SALT stage 1 L, 80k steps", paper_run("vit_l", 80_000), 0.24, ""))
     for steps, printed, note in ((20, 0.061, ""), (40, 0.121, ""), (80, 0.241, "twice 0.121 is 0.242")):
         rows.append(("16", f"teacher L, {steps}k steps", paper_run("vit_l", steps * 1000), printed, note))
-    for steps, printed in ((40, 0.238), (80, 0.476), (100, 0.595), (120, 0.714), (140, 0.833), (160, 0.951),
-                           (200, 1.190), (220, 1.309)):  # fmt: skip
+    for steps, printed in (
+        (40, 0.238),
+        (80, 0.476),
+        (100, 0.595),
+        (120, 0.714),
+        (140, 0.833),
+        (160, 0.951),
+        (200, 1.190),
+        (220, 1.309),
+    ):
         rows.append(("16", f"student L, {steps}k steps", paper_run("vit_l", steps * 1000, "vit_l"), printed, ""))
     second = paper_run("vit_l", 80_000, "vit_l")
     for steps, printed in ((80, 0.717), (40, 0.597)):
@@ -217,11 +225,15 @@ def print_executed(args, grid):
     for i, counts in enumerate(zip(*masks, strict=True)):
         context, targets = (sum(c) / len(c) / tokens for c in zip(*counts, strict=True))
         print(f"{args.mask} mask {i + 1}: context {context:.1%}, targets {targets:.1%} of {tokens} tokens")
-    print(f"means over {args.draws} micro-batches of {args.micro_batch_size} clips; 'formula / counter' compares the "
-          f"first {args.counted} with torch's FLOP counter\n")  # fmt: skip
+    print(
+        f"means over {args.draws} micro-batches of {args.micro_batch_size} clips; 'formula / counter' compares the "
+        f"first {args.counted} with torch's FLOP counter\n"
+    )
     print("                executed GFLOPs per clip             formula /  paper convention,  executed FLOPs of a")
-    print(f"{'':9}{'encoder':>10}{'predictor':>10}{'targets':>10}{'total':>10}{'counter':>10}{'GFLOPs per clip':>18}"
-          f"{f'step of {args.batch_size}':>14}{'run':>10}")  # fmt: skip
+    print(
+        f"{'':9}{'encoder':>10}{'predictor':>10}{'targets':>10}{'total':>10}{'counter':>10}{'GFLOPs per clip':>18}"
+        f"{f'step of {args.batch_size}':>14}{'run':>10}"
+    )
     for kind, stage in stages(args).items():
         encoder, predictor, teacher, steps = stage
         executed, paper = per_clip(stage, masks, tokens)
@@ -232,8 +244,10 @@ def print_executed(args, grid):
         formula = sum(step_flops(encoder, predictor, counts, teacher, tokens) for counts in some)
         parts = [executed - targets - predicting, predicting, targets, executed]
         per_step = executed * args.batch_size
-        print(f"{kind:9}" + "".join(f"{x / 1e9:10.4g}" for x in parts) + f"{formula / counted:10.4f}{paper / 1e9:18.4g}"
-              f"{per_step:14.3g}{per_step * steps:10.3g}")  # fmt: skip
+        print(
+            f"{kind:9}" + "".join(f"{x / 1e9:10.4g}" for x in parts) + f"{formula / counted:10.4f}{paper / 1e9:18.4g}"
+            f"{per_step:14.3g}{per_step * steps:10.3g}"
+        )
 
 
 def print_match(args, grid):
@@ -242,8 +256,10 @@ def print_match(args, grid):
     cost = {kind: per_clip(stage, masks, math.prod(grid)) for kind, stage in plan.items()}
     for i, convention in enumerate(("executed FLOPs", "the paper's convention")):
         salt = sum(cost[kind][i] * plan[kind][3] for kind in ("teacher", "student"))
-        print(f"{round(salt / cost['ema'][i])} EMA steps cost as much as {args.teacher_steps} teacher and {args.steps} "
-              f"student steps by {convention}: {salt * args.batch_size:.4g}")  # fmt: skip
+        print(
+            f"{round(salt / cost['ema'][i])} EMA steps cost as much as {args.teacher_steps} teacher and {args.steps} "
+            f"student steps by {convention}: {salt * args.batch_size:.4g}"
+        )
 
 
 def main():

@@ -175,8 +175,11 @@ class Run:
         if self.stop:
             if self.rank == 0:
                 name = signal.Signals(self.stop).name
-                print(f"{name}: saved and stopped after step {done} of {self.args.steps}; rerun the same command to "
-                      "continue", flush=True)  # fmt: skip
+                print(
+                    f"{name}: saved and stopped after step {done} of {self.args.steps}; rerun the same command to "
+                    "continue",
+                    flush=True,
+                )
             self._leave()
             sys.exit(0)
 
@@ -226,9 +229,11 @@ class Run:
         for record, (loss, norm) in zip(self.steps, values, strict=True):
             if not math.isfinite(loss + norm):
                 lr = training.learning_rate(record.step, self.args)
-                fail(f"step {record.step + 1}: loss {loss:.4g}, gradient norm {norm:.4g}, lr {lr:.3g}; the weights "
-                     "were not updated and the last checkpoint is kept; a lower --lr may help. Clips of process "
-                     f"{self.rank}: {', '.join(record.clip_names)}")  # fmt: skip
+                fail(
+                    f"step {record.step + 1}: loss {loss:.4g}, gradient norm {norm:.4g}, lr {lr:.3g}; the weights "
+                    "were not updated and the last checkpoint is kept; a lower --lr may help. Clips of process "
+                    f"{self.rank}: {', '.join(record.clip_names)}"
+                )
         return zip(*values, strict=True)
 
     def _usage(self):
@@ -265,9 +270,12 @@ class Run:
         if self.tensorboard:
             for name, value in line.items():
                 self.tensorboard.add_scalar(name, value, line["step"])
-        print(f"{self.kind} {line['step']}/{self.args.steps}  loss {line['loss']:.4f}  lr {line['lr']:.1e}  grad "
-              f"{line['grad_norm']:.3f}  {line['clips_per_s']:.0f} clips/s  waiting for data {line['data_wait']:.0%}  "
-              f"{time_left} left", flush=True)  # fmt: skip
+        print(
+            f"{self.kind} {line['step']}/{self.args.steps}  loss {line['loss']:.4f}  lr {line['lr']:.1e}  grad "
+            f"{line['grad_norm']:.3f}  {line['clips_per_s']:.0f} clips/s  waiting for data {line['data_wait']:.0%}  "
+            f"{time_left} left",
+            flush=True,
+        )
 
     def _open_tensorboard(self):
         try:
@@ -282,9 +290,17 @@ class Run:
         """Write checkpoint.pt, and the state in resume/ to continue from; with `snapshot`, checkpoint-STEP.pt too."""
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         weights = {name: get_model_state_dict(network, options=options) for name, network in self.networks.items()}
-        checkpoint = {"format": CHECKPOINT_FORMAT, "kind": self.kind, "step": step, "model": self.model,
-                      "encoder_is": self.kind, **weights, "args": plain_flags(self.args), "stage": self.args.stage,
-                      "teacher": self.teacher_identity}  # fmt: skip
+        checkpoint = {
+            "format": CHECKPOINT_FORMAT,
+            "kind": self.kind,
+            "step": step,
+            "model": self.model,
+            "encoder_is": self.kind,
+            **weights,
+            "args": plain_flags(self.args),
+            "stage": self.args.stage,
+            "teacher": self.teacher_identity,
+        }
         names = ["checkpoint.pt"]
         if snapshot:
             names.append(f"checkpoint-{step:06}.pt")
@@ -302,8 +318,10 @@ class Run:
             if training.lost_a_process(error):
                 raise
             reason = str(error).strip().splitlines()[-1]
-            fail(f"step {step} could not be saved in {self.args.out}, the previous one is kept; is the disk full? "
-                 f"{reason}")  # fmt: skip
+            fail(
+                f"step {step} could not be saved in {self.args.out}, the previous one is kept; is the disk full? "
+                f"{reason}"
+            )
         if dist.is_initialized():
             dist.barrier()
 
@@ -313,10 +331,17 @@ class Run:
             dist.barrier()
         dcp.save(self._state()[1], checkpoint_id=temporary)
         if self.rank == 0:
-            record = {"step": step, "kind": self.kind, "model": self.model, "args": plain_flags(self.args),
-                      "seconds": self.seconds, "flops": self.flops, "counted": self.counted,
-                      "teacher": self.teacher_identity,
-                      "files": {path.name: checksum(path) for path in sorted(temporary.iterdir())}}  # fmt: skip
+            record = {
+                "step": step,
+                "kind": self.kind,
+                "model": self.model,
+                "args": plain_flags(self.args),
+                "seconds": self.seconds,
+                "flops": self.flops,
+                "counted": self.counted,
+                "teacher": self.teacher_identity,
+                "files": {path.name: checksum(path) for path in sorted(temporary.iterdir())},
+            }
             (temporary / "run.json").write_text(json.dumps(record))
             shutil.rmtree(folder, ignore_errors=True)
             temporary.rename(folder)
@@ -336,8 +361,11 @@ class Run:
     def finish(self):
         """Print what the run has produced, and leave the process group."""
         if self.rank == 0:
-            print(f"{self.kind} done: {self.args.steps} steps in {duration(self.seconds)}, "
-                  f"{self.flops:.3g} FLOPs; {self.args.out / 'checkpoint.pt'}", flush=True)  # fmt: skip
+            print(
+                f"{self.kind} done: {self.args.steps} steps in {duration(self.seconds)}, "
+                f"{self.flops:.3g} FLOPs; {self.args.out / 'checkpoint.pt'}",
+                flush=True,
+            )
         self._leave()
 
     def _leave(self):
@@ -383,13 +411,22 @@ class Run:
     def _describe(self):
         """Write args.json and an empty log, and print what is trained."""
         versions = {"python": platform.python_version(), "torch": torch.__version__, "av": av.__version__}
-        record = {"kind": self.kind, "args": plain_flags(self.args), "model": self.model, "world_size": self.world,
-                  "versions": versions, "git_commit": git_commit()}  # fmt: skip
+        record = {
+            "kind": self.kind,
+            "args": plain_flags(self.args),
+            "model": self.model,
+            "world_size": self.world,
+            "versions": versions,
+            "git_commit": git_commit(),
+        }
         write_atomically(self.args.out / "args.json", lambda path: path.write_text(json.dumps(record, indent=2) + "\n"))
         self.metrics_file.write_text("")
         encoder, predictor = (sum(p.numel() for p in self.networks[name].parameters()) / 1e6 for name in self.model)
-        print(f"{self.kind}: encoder of {encoder:.2f}M parameters, predictor of {predictor:.2f}M; "
-              f"{self.args.steps} steps into {self.args.out}", flush=True)  # fmt: skip
+        print(
+            f"{self.kind}: encoder of {encoder:.2f}M parameters, predictor of {predictor:.2f}M; "
+            f"{self.args.steps} steps into {self.args.out}",
+            flush=True,
+        )
 
     def _resume(self):
         """Restore the newest undamaged state. Returns whether there was one."""
@@ -415,9 +452,11 @@ class Run:
         """End the run if its teacher is not the one it began with."""
         now = self.teacher_identity
         if now and now["sha256"] != earlier["sha256"]:
-            fail(f"{self.args.out} was trained with another teacher: {earlier['path']} at step {earlier['step']}, now "
-                 f"{now['path']} at step {now['step']}; restore that teacher, or start over with --fresh",
-                 agreed=True)  # fmt: skip
+            fail(
+                f"{self.args.out} was trained with another teacher: {earlier['path']} at step {earlier['step']}, now "
+                f"{now['path']} at step {now['step']}; restore that teacher, or start over with --fresh",
+                agreed=True,
+            )
 
     def _newest_state(self):
         """(folder, record) of the newest undamaged state, (None, None) if the run has not saved anything yet."""
@@ -429,8 +468,10 @@ class Run:
                     print(f"{folder} is damaged ({error}); trying the previous one", file=sys.stderr, flush=True)
         interrupted = any(self.resume_folder.iterdir())  # while it saved for the first time
         if self._states() or ((self.args.out / "checkpoint.pt").exists() and not interrupted):
-            fail(f"{self.args.out} holds a run, but no undamaged state to continue from; --fresh starts over",
-                 agreed=True)  # fmt: skip
+            fail(
+                f"{self.args.out} holds a run, but no undamaged state to continue from; --fresh starts over",
+                agreed=True,
+            )
         return None, None
 
     def _verified(self, folder):
@@ -460,8 +501,11 @@ class Run:
     def _announce_resume(self, earlier_args):
         print(f"continuing {self.args.out} at step {self.start_step} of {self.args.steps}")
         unimportant = ("fresh", "out", "schedule_steps", "teacher")
-        changed = [name for name, value in plain_flags(self.args).items()
-                   if name not in unimportant and earlier_args.get(name) != value]  # fmt: skip
+        changed = [
+            name
+            for name, value in plain_flags(self.args).items()
+            if name not in unimportant and earlier_args.get(name) != value
+        ]
         if changed:
             print("  flags that changed: " + ", ".join("--" + name.replace("_", "-") for name in changed))
 

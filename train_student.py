@@ -31,14 +31,20 @@ def load_teacher(args):
         cli.fail(f"--teacher: {error}; train_teacher.py makes one")
     for name in ("patch_size", "tubelet_size"):
         if teacher.config[name] != getattr(args, name):
-            cli.fail(f"the teacher has {name} {teacher.config[name]}, the student {getattr(args, name)}; their token "
-                     "grids must be the same")  # fmt: skip
+            cli.fail(
+                f"the teacher has {name} {teacher.config[name]}, the student {getattr(args, name)}; their token "
+                "grids must be the same"
+            )
     step, steps = checkpoint["step"], checkpoint["args"].get("steps")
     if cli.rank_and_world()[0] == 0:
         unfinished = "" if steps is None or step >= steps else "; WARNING: its training has not finished"
         print(f"teacher: {args.teacher}, step {step} of {steps}{unfinished}", flush=True)
-    identity = {"path": str(args.teacher), "stage": checkpoint.get("stage", 1), "step": step,
-                "sha256": fingerprint(checkpoint["encoder"])}  # fmt: skip
+    identity = {
+        "path": str(args.teacher),
+        "stage": checkpoint.get("stage", 1),
+        "step": step,
+        "sha256": fingerprint(checkpoint["encoder"]),
+    }
     return teacher.float().eval().requires_grad_(False), identity
 
 

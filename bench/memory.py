@@ -195,8 +195,10 @@ def print_estimate(args, stage, masks):
         "update": "peak of the update",
     }
     tokens = ", ".join(f"{context} + {targets}" for context, targets in masks)
-    print(f"{args.processes} process(es) x {micro_batches(args)} micro-batch(es) x {args.micro_batch_size} clips, "
-          f"{args.dtype} on {args.device}, without torch.compile; masks of {tokens} tokens\n")  # fmt: skip
+    print(
+        f"{args.processes} process(es) x {micro_batches(args)} micro-batch(es) x {args.micro_batch_size} clips, "
+        f"{args.dtype} on {args.device}, without torch.compile; masks of {tokens} tokens\n"
+    )
     print(f"{f'GiB per process, {args.kind}':40}{'':14}{'checkpointing':>14}")
     for part, label in rows.items():
         if columns[0][part]:
@@ -224,17 +226,38 @@ def cpu_peak(run):
 def training_command(args, stage, folder):
     """The command line of the training script, on built-in videos; saves a random teacher if it needs one."""
     names = (
-        "model", "width", "depth", "heads", "patch_size", "tubelet_size", "num_frames", "resolution",
-        "predictor_width", "predictor_depth", "predictor_heads", "mask", "mask_truncation", "batch_size",
-        "micro_batch_size", "seed", "device", "dtype",
-    )  # fmt: skip
+        "model",
+        "width",
+        "depth",
+        "heads",
+        "patch_size",
+        "tubelet_size",
+        "num_frames",
+        "resolution",
+        "predictor_width",
+        "predictor_depth",
+        "predictor_heads",
+        "mask",
+        "mask_truncation",
+        "batch_size",
+        "micro_batch_size",
+        "seed",
+        "device",
+        "dtype",
+    )
     flags = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     flags |= {"steps": CHECKED_STEPS, "warmup_steps": 1, "log_every": 1, "out": folder / "out"}
     flags["workers"] = 1  # clips made in this process would count as its memory
     if args.kind == "student":
         flags["teacher"] = folder / f"teacher-{cli.rank_and_world()[0]}.pt"
-        checkpoint = {"format": CHECKPOINT_FORMAT, "kind": "teacher", "step": 0, "model": {"encoder": stage[2]},
-                      "encoder": Encoder(**stage[2]).state_dict(), "args": {}}  # fmt: skip
+        checkpoint = {
+            "format": CHECKPOINT_FORMAT,
+            "kind": "teacher",
+            "step": 0,
+            "model": {"encoder": stage[2]},
+            "encoder": Encoder(**stage[2]).state_dict(),
+            "args": {},
+        }
         torch.save(checkpoint, flags["teacher"])
     switches = {
         "--no-compile": True,
@@ -276,8 +299,10 @@ def check(args, stage):
             drawn.append([(mask.context_ids.shape[1], mask.target_ids.shape[1]) for mask in masks])
     estimated = peak(estimate(args, stage, largest(args, stage, drawn), args.activation_checkpointing))
     ratio = estimated / measured
-    print(f"process {rank} of {world}, {args.kind}, {args.dtype}, checkpointing {args.activation_checkpointing}: "
-          f"estimated {estimated / GIB:.4f} GiB, measured {measured / GIB:.4f} GiB, ratio {ratio:.3f}")  # fmt: skip
+    print(
+        f"process {rank} of {world}, {args.kind}, {args.dtype}, checkpointing {args.activation_checkpointing}: "
+        f"estimated {estimated / GIB:.4f} GiB, measured {measured / GIB:.4f} GiB, ratio {ratio:.3f}"
+    )
     return abs(ratio - 1) <= TOLERANCE
 
 

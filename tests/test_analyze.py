@@ -693,7 +693,9 @@ def test_videos_of_different_lengths_play_together(tmp_path):
 def test_reconstruction_does_not_depend_on_hidden_pixels(teacher, drawn, monkeypatch):
     """Whatever the brightness, contrast and content of hidden tubelets, context and predictions stay the same."""
     clips = data.Synthetic(4, 32, 1).batch(range(2)).clips
-    mask = sample_masks(load_checkpoint(teacher)["args"]["mask"], (2, 4, 4), 2, generator(0), "random")[0]
+    mask = sample_masks(
+        load_checkpoint(teacher)["args"]["mask"], (2, 4, 4), 2, generator("reconstruction", 0), "random"
+    )[0]
     seen = torch.zeros(2, 32, dtype=torch.bool).scatter(1, mask.context_ids, True)
     pixels = tubelets(clips, 2, 8)
     pixels[~seen] = (pixels[~seen] * 0.4 + 120).to(torch.uint8)

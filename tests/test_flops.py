@@ -158,7 +158,9 @@ def test_the_training_log_counts_executed_flops(teacher, student, ema):
         checkpoint = load_checkpoint(run)
         drawn = []
         for step in range(6):  # of one micro-batch of four clips
-            rng, sizes = training.generator(0, step, 0), training.generator(0, step)
+            stage = 1 if run == teacher else 2
+            rng = training.generator("masks", stage, 0, step, 0)
+            sizes = training.generator("block sizes", stage, 0, step)
             masks = sample_masks("multiblock", (2, 4, 4), 4, rng, sizes=sizes)
             drawn.append([(m.context_ids.shape[1], m.target_ids.shape[1]) for m in masks])
         stage = *checkpoint["model"].values(), other and load_checkpoint(other)["model"]["encoder"], 6

@@ -399,3 +399,11 @@ def test_pairs_of_real_videos(student, tmp_path):
     results = json.loads((tmp_path / "results.json").read_text())
     assert [pair["frames"] for pair in results["pairs"]][:3] == [[25, 25], [21, 21], [8, 8]]
     assert sum(pair["event"] is not None for pair in results["pairs"]) >= 5  # the others differ too little
+
+
+def test_a_retrained_teacher_is_refused(student, teacher, tmp_path, capfd):
+    checkpoint = load_checkpoint(teacher)
+    checkpoint["encoder"]["norm.bias"][0] += 1e-3
+    torch.save(checkpoint, tmp_path / "other.pt")
+    error = refusal(capfd, physics, "--checkpoint", student, "--teacher", tmp_path / "other.pt", "--out", tmp_path)
+    assert f"is not the teacher that the student was trained with: {teacher} at step 6" in error

@@ -50,7 +50,7 @@ def test_contents_of_a_run_folder(teacher, student, ema):
         assert record["versions"]["torch"] == torch.__version__ and "git_commit" in record
         check_log(read_metrics(out))
         checkpoint = torch.load(out / "checkpoint.pt", weights_only=True)
-        keys = {"format", "kind", "step", "model", "encoder", "encoder_is", "predictor", "args"}
+        keys = {"format", "kind", "step", "model", "encoder", "encoder_is", "predictor", "args", "stage", "teacher"}
         assert set(checkpoint) == keys | ({"student"} if kind == "ema" else set())
         assert (checkpoint["kind"], checkpoint["step"], checkpoint["args"]) == (kind, 6, args)
         assert checkpoint["encoder_is"] == kind

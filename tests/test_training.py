@@ -5,6 +5,7 @@ import contextlib
 import copy
 import difflib
 import inspect
+import itertools
 import math
 import shutil
 from pathlib import Path
@@ -36,7 +37,7 @@ import train_ema_baseline
 import train_student
 import train_teacher
 import training
-from model import Encoder, Predictor, gather, load_checkpoint, load_encoder
+from model import Encoder, Predictor, fingerprint, gather, load_checkpoint, load_encoder
 
 ROOT = Path(__file__).parents[1]
 GRID = (2, 4, 4)
@@ -256,8 +257,9 @@ def loaded_teachers(monkeypatch):
     load_teacher, loaded = train_student.load_teacher, []
 
     def load_and_remember(args):
-        loaded.append(load_teacher(args))
-        return loaded[-1]
+        network, identity = load_teacher(args)
+        loaded.append(network)
+        return network, identity
 
     monkeypatch.setattr(train_student, "load_teacher", load_and_remember)
     return loaded
@@ -289,7 +291,8 @@ def test_every_micro_batch_is_new_and_losses_are_averaged(script, teacher, tmp_p
 
     monkeypatch.setattr(script, name, recorded_loss)
     run_script(script, *TINY, *extra_flags(script, teacher), "--micro-batch-size", 2, "--seed", 3, "--out", tmp_path)
-    expected = data.Synthetic(4, 32, 3).batch(range(6 * 4)).clips
+    stage = 1 if script is train_teacher else 2
+    expected = data.Synthetic(4, 32, data.stream_seed("data", stage, 3)).batch(range(6 * 4)).clips
     torch.testing.assert_close(torch.stack(clips), data.normalize(expected, "cpu"))  # every clip once
     assert len(set(zip(masks[::2], masks[1::2], strict=True))) == 12
     assert [loss for (loss,) in read_metrics(tmp_path, "loss")] == pytest.approx(
@@ -321,6 +324,81 @@ def test_bfloat16_keeps_float32_weights(tmp_path):
     run_script(train_teacher, *TINY, "--dtype", "bfloat16", "--out", tmp_path)
     assert all(x.dtype == torch.float32 for x in load_checkpoint(tmp_path)["encoder"].values())
     assert all(math.isfinite(line["loss"]) for line in read_metrics(tmp_path))
+
+
+def test_a_student_shares_no_randomness_with_its_teacher(tmp_path, monkeypatch):
+    """Equal size and seed, but other initial weights, clips and masks; the next student differs from both."""
+    seen = {}
+
+    def record(script, name):
+        draw_masks = script.draw_masks
+
+        def draw(args, step, g):
+            masks = draw_masks(args, step, g)
+            seen[name] = seen.get(name, []) + [mask.context_ids.tolist() for mask in masks]
+            return masks
+
+        monkeypatch.setattr(script, "draw_masks", draw)
+
+    first, weights = [], []
+    for name, script, flags in (
+        ("1", train_teacher, ()),
+        ("2", train_student, ("--teacher", tmp_path / "1")),
+        ("3", train_student, ("--teacher", tmp_path / "2")),
+    ):
+        with monkeypatch.context():
+            record(script, name)
+            run_script(script, *TINY, *flags, "--steps", 3, "--lr", 1e-9, "--final-lr", 0, "--out", tmp_path / name)
+        monkeypatch.undo()
+        checkpoint = load_checkpoint(tmp_path / name)
+        assert checkpoint["stage"] == int(name)
+        weights.append(checkpoint["encoder"]["blocks.0.mlp.fc1.weight"])
+        seed = data.stream_seed("data", int(name), 0)
+        first.append(data.Synthetic(4, 32, seed).batch([0]).clips)
+    for a, b in itertools.combinations(range(3), 2):
+        assert (weights[a] - weights[b]).abs().mean() > 1e-3  # a shared initialization would differ by about 1e-9
+        assert not torch.equal(first[a], first[b])
+        assert seen[str(a + 1)] != seen[str(b + 1)]
+
+
+def test_random_streams_are_independent_of_trailing_zeros_and_of_each_other():
+    keys = [("masks", 1), ("masks", 1, 0), ("masks", 1, 0, 0), ("masks", 0), ("masks",), ("crop", 1), ("order", 1)]
+    seeds = [data.stream_seed(*key) for key in keys]
+    assert len(set(seeds)) == len(keys) and all(0 <= seed < 2**62 for seed in seeds)
+    assert data.stream_seed("masks", 1) == seeds[0]
+
+
+def test_a_student_prints_whether_its_teacher_has_finished(teacher, tmp_path, capfd):
+    run_script(train_student, *TINY, "--teacher", teacher, "--steps", 3, "--out", tmp_path / "student")
+    assert f"teacher: {teacher}, step 6 of 6\n" in capfd.readouterr().out
+    checkpoint = load_checkpoint(teacher)
+    torch.save(checkpoint | {"step": 4}, tmp_path / "cut.pt")
+    run_script(train_student, *TINY, "--teacher", tmp_path / "cut.pt", "--steps", 3, "--out", tmp_path / "other")
+    assert "step 4 of 6; WARNING: its training has not finished\n" in capfd.readouterr().out
+
+
+def test_a_checkpoint_identifies_its_teacher(teacher, student):
+    identity = load_checkpoint(student)["teacher"]
+    weights = load_checkpoint(teacher)["encoder"]
+    assert identity == {"path": str(teacher), "stage": 1, "step": 6, "sha256": fingerprint(weights)}
+    changed = {name: x.clone() for name, x in weights.items()}
+    changed["norm.bias"][0] += 1e-6
+    assert fingerprint(changed) != identity["sha256"]
+    assert load_checkpoint(teacher)["teacher"] is None
+
+
+def test_a_run_does_not_continue_with_another_teacher(teacher, student, tmp_path, capfd):
+    run = shutil.copytree(student, tmp_path / "run")
+    other = shutil.copytree(teacher, tmp_path / "teacher")
+    checkpoint = load_checkpoint(other)
+    flags = [*TINY, "--width", 48, "--steps", 8, "--out", run, "--teacher", other]
+    checkpoint["encoder"]["norm.bias"][0] += 1e-3
+    torch.save(checkpoint, other / "checkpoint.pt")
+    error = refusal(capfd, train_student, *flags)
+    assert f"was trained with another teacher: {teacher} at step 6, now {other} at step 6" in error
+    shutil.copy(teacher / "checkpoint.pt", other / "checkpoint.pt")  # the same weights elsewhere are the same teacher
+    run_script(train_student, *flags)
+    assert load_checkpoint(run)["step"] == 8
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -371,8 +449,8 @@ def ema_run(out, *flags):
 
 
 def initial_student(checkpoint, seed):
-    """The student of a checkpoint, as a run with this seed initializes it."""
-    torch.manual_seed(seed)
+    """The student of a checkpoint, as a stage-2 run with this seed initializes it."""
+    torch.manual_seed(data.stream_seed("initialization", 2, seed))
     return Encoder(**checkpoint["model"]["encoder"])
 
 
@@ -454,7 +532,8 @@ def test_a_student_matches_the_baseline_while_their_teachers_are_the_same(moment
     """
     flags = [*TINY, "--seed", 3]
     start = load_checkpoint(ema)
-    torch.save(start | {"encoder": initial_student(start, 3).state_dict()}, tmp_path / "start.pt")
+    start |= {"encoder": initial_student(start, 3).state_dict(), "stage": 1}  # the baseline is of stage 2
+    torch.save(start, tmp_path / "start.pt")
     run_script(train_student, *flags, "--teacher", tmp_path / "start.pt", "--out", tmp_path / "student")
     run_script(train_ema_baseline, *flags, "--ema-momentum", momentum, "--out", tmp_path / "ema")
     student, baseline = (read_metrics(tmp_path / name, *EXACT_METRICS) for name in ("student", "ema"))
@@ -614,7 +693,7 @@ def test_fixed_batch_metrics(script, teacher, tmp_path):
     assert len({line["held_out_loss"] for line in lines}) == len(lines) == 6
     source = data.Manifest([held_out], 4, 4, 32, train=False)
     clips = data.normalize(source.batch([0, 1, 1, 2]).clips, "cpu")  # four clips, spread over three videos
-    masks = masking.sample_masks("multiblock", GRID, 4, training.generator(0, training.FIXED_BATCH_SEED))
+    masks = masking.sample_masks("multiblock", GRID, 4, training.generator("fixed batch", 0))
     for step, line in enumerate(lines, start=1):
         checkpoint = load_checkpoint(tmp_path / "run" / f"checkpoint-{step:06}.pt")
         learner = "student" if script is train_ema_baseline else "encoder"
