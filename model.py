@@ -326,7 +326,7 @@ class AttentiveProbe(nn.Module):
         init_weights(self, self.blocks)
         nn.init.trunc_normal_(self.query, std=0.02)
         with torch.no_grad():
-            self.cross.mlp.fc2.weight.div_(math.sqrt(2 * depth))
+            self.cross.mlp.fc2.weight.div_(math.sqrt(2 * max(1, depth - 1)))  # as V-JEPA 2's pooler counts
 
     def forward(self, tokens):
         for block in self.blocks:

@@ -355,7 +355,8 @@ def test_deeper_residual_branches_start_smaller():
     assert_std(network.proj.weight, 0.02)
     probe = AttentiveProbe(128, 10, depth=3, heads=2)
     assert_std(probe.blocks[1].attn.proj.weight, 0.02 / 2)
-    assert_std(probe.cross.mlp.fc2.weight, 0.02 / math.sqrt(6))
+    assert_std(probe.cross.mlp.fc2.weight, 0.02 / math.sqrt(4))  # V-JEPA 2 counts from depth - 1
+    assert_std(AttentiveProbe(128, 10, depth=1, heads=2).cross.mlp.fc2.weight, 0.02 / math.sqrt(2))
     assert_std(probe.cross.kv.weight, 0.02)
     assert probe.query.abs().max() > 0
 
