@@ -36,6 +36,7 @@ from video import IMAGE_SUFFIXES, BadVideo, center_crop, random_crop
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as V-JEPA
 LIBC = ctypes.CDLL(None)
 INTEGER = re.compile(b"-?[0-9]+")
+MAX_REPLACEMENTS = 1000  # unreadable replacements of one sample after which nothing is taken to be readable
 
 
 def seed_sequence(purpose, *key):
@@ -171,7 +172,7 @@ class Manifest:
     Training (train=True): an endless sequence of shuffled passes over the videos, or, with weights, of videos from a
     manifest drawn by weight. The position of a clip in its video, its random resized crop and its flip depend on
     (seed, sample number). With clips_per_video = k, samples nk to nk + k - 1 come from one video, which is opened once.
-    An unreadable video is replaced by the next one and reported in `Batch.skipped`.
+    An unreadable video is replaced by a random one and reported in `Batch.skipped`.
 
     Evaluation: sample n is the middle clip of line n, center-cropped. An unreadable video raises BadVideo.
     """
@@ -216,12 +217,32 @@ class Manifest:
         epoch, position = divmod(number, len(self))
         return shuffled(position, len(self), self.seed, epoch)
 
+    def replacement(self, number, attempt):
+        """The line that replaces sample `number` after `attempt` earlier replacements: that of a random sample.
+
+        Not the next line, because a missing folder is a block of unreadable lines.
+        """
+        video_number = number // self.clips_per_video  # the same for all clips of a video
+        return self.line(stream_seed("replacement", self.seed, video_number, attempt))
+
+    def lines(self, number):
+        """The line of sample `number`; for training, then those of its replacements, each line once."""
+        tried = {self.line(number)}
+        yield from tried
+        for attempt in range(MAX_REPLACEMENTS if self.train else 0):
+            line = self.replacement(number, attempt)
+            if line not in tried:
+                tried.add(line)
+                yield line
+            if len(tried) == len(self):
+                return
+
     def samples(self, numbers):
         """Samples of one video: [(clip (3, T, H, W) uint8, label, skipped, path), ...]."""
-        line, skipped = self.line(numbers[0]), []
+        skipped = []
         rngs = [np.random.default_rng(seed_sequence("crop", self.seed, number)) for number in numbers]
         crops = [functools.partial(random_crop, rng) if self.train else center_crop for rng in rngs]
-        while True:
+        for line in self.lines(numbers[0]):
             places = [rng.random() if self.train else 0.5 for rng in rngs]
             note_reading(line)
             try:
@@ -231,9 +252,8 @@ class Manifest:
                 break
             except BadVideo as error:
                 skipped.append(str(error))
-                if not self.train or len(skipped) == min(10, len(self)):
-                    raise
-                line = (line + 1) % len(self)
+        else:
+            raise BadVideo(skipped[-1])
         flips = [self.train and rng.random() < 0.5 for rng in rngs]
         clips = [clip.flip(3) if flip else clip for clip, flip in zip(clips, flips, strict=True)]
         return [(clip.transpose(0, 1), int(self.labels[line]), skipped, self.paths[line]) for clip in clips]

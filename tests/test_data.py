@@ -153,7 +153,8 @@ def test_training_replaces_unreadable_videos_and_evaluation_raises(tmp_path):
     file = image_manifest(tmp_path, 6)
     (tmp_path / "3.png").write_bytes(b"")
     batch = Manifest([file], 2, 1, 16).batch(range(6))
-    assert sorted(batch.labels.flatten().tolist()) == [0, 1, 2, 4, 4, 5]  # 3 is replaced by 4
+    labels = sorted(batch.labels.flatten().tolist())
+    assert len(labels) == 6 and set(labels) == {0, 1, 2, 4, 5}  # 3 is replaced by one of the others
     assert len(batch.skipped) == 1 and batch.skipped[0].startswith(f"{tmp_path / '3.png'}: ")
     with pytest.raises(BadVideo, match=r"3\.png: "):
         Manifest([file], 2, 1, 16, train=False).batch([2, 3])
@@ -161,6 +162,49 @@ def test_training_replaces_unreadable_videos_and_evaluation_raises(tmp_path):
         (tmp_path / f"{n}.png").unlink(missing_ok=True)
     with pytest.raises(BadVideo):
         Manifest([file], 2, 1, 16).batch([0])
+
+
+def write_block_of_missing_files(folder):
+    """A manifest whose first 50 videos are missing; 10 images follow."""
+    images = image_manifest(folder, 10, "images.csv")
+    (folder / "m.csv").write_text("".join(f"missing/{n}.png -1\n" for n in range(50)) + images.read_text())
+    return folder / "m.csv"
+
+
+@pytest.mark.parametrize("options", [{}, {"clips_per_video": 4}, {"weights": [1]}])
+def test_a_block_of_missing_files_is_replaced_by_all_other_videos(tmp_path, options):
+    source = Manifest([write_block_of_missing_files(tmp_path)], 2, 1, 16, **options)
+    batch = source.batch(range(600))
+    counts = np.bincount(batch.labels.flatten(), minlength=10)
+    assert (counts > 20).all() and counts.max() < 130, counts  # 60 each; clips of one video come in fours
+    assert len(set(batch.skipped)) == 50 and all("missing/" in reason for reason in batch.skipped)
+
+
+def test_replacements_are_random_lines_that_depend_on_seed_and_number(tmp_path):
+    one, two = image_manifest(tmp_path, 2, "one.csv"), image_manifest(tmp_path, 4, "two.csv", first=2)
+
+    def drawn(count, **options):
+        source = Manifest([one, two], 1, 1, 16, **options)
+        return [source.replacement(number, attempt) for number in range(count) for attempt in range(5)]
+
+    for weights, expected in ((None, [1 / 6] * 6), ([3, 1], [0.375] * 2 + [0.0625] * 4)):
+        shares = np.bincount(drawn(800, weights=weights), minlength=6) / 4000
+        assert np.abs(shares - np.array(expected)).max() < 0.04  # 5 standard errors
+    assert drawn(20) == drawn(20) != drawn(20, seed=1)
+
+
+def test_only_a_manifest_without_any_readable_video_ends_the_loader(tmp_path, capfd, monkeypatch):
+    file = write_block_of_missing_files(tmp_path)
+    for n in range(1, 10):
+        (tmp_path / f"{n}.png").unlink()
+    assert (Manifest([file], 2, 1, 16).batch(range(20)).labels == 0).all()  # the only image left
+    (tmp_path / "0.png").unlink()
+    opened, read = [], video.read_clips
+    monkeypatch.setattr(video, "read_clips", lambda path, *rest: opened.append(path) or read(path, *rest))
+    with pytest.raises(SystemExit):
+        data.next_batch(data.clip_loader(Manifest([file], 2, 1, 16), [range(2)]))
+    assert "unreadable, and no other video to replace it: " in capfd.readouterr().err
+    assert len(opened) == len(set(opened)) == 60  # each video was tried once
 
 
 # ---------------------------------------------------------------------------------------------------------------------
