@@ -104,8 +104,9 @@ def refusal(capfd, module, *flags):
     capfd.readouterr()
     with pytest.raises(SystemExit) as stop:
         run_script(module, *flags)
-    error = capfd.readouterr().err
-    assert stop.value.code == 2
+    error, status = capfd.readouterr().err, stop.value.code
+    del stop  # its traceback and this frame form a cycle, which would keep the refused run and its lock alive
+    assert status == 2
     assert error.startswith(f"{Path(module.__file__).name}: ") and error.count("\n") == 1, error
     return error
 
