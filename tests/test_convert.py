@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import randomize, refusal, run_script
 
+import physics
 from model import AttentiveProbe, Encoder, Predictor, build, gather, load_checkpoint, load_encoder, load_predictor
 from tools import convert
 
@@ -242,11 +243,45 @@ def test_vjepa2_file(released, tmp_path, capsys):
     assert (checkpoint["kind"], checkpoint["step"], checkpoint["args"]) == ("vjepa2", 0, {})
 
 
-def test_vjepa2_flags_for_key_frames_and_resolution(released, tmp_path):
+def test_both_encoders_of_a_vjepa2_file_are_kept(released, tmp_path, capsys):
     ours, _, path = released
-    from_vjepa2(path, tmp_path / "a.pt", *FLAGS, "--key", "encoder", "--num-frames", 16, "--resolution", 224)
+    from_vjepa2(path, tmp_path / "run", *FLAGS)
+    lines = capsys.readouterr().out.splitlines()
+    assert "target_encoder becomes the checkpoint's encoder, encoder its student" in lines
+    assert "student: 28 of 28 tensors matched" in lines
+    online = {k: v + 1 for k, v in ours["encoder"].items()}
+    assert_same(load_encoder(tmp_path / "run").state_dict(), ours["encoder"])
+    assert_same(load_encoder(tmp_path / "run", "student").state_dict(), online)
+    # The physics protocol encodes the context with the file's encoder, the targets with its target_encoder.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["physics.py", "--checkpoint", str(tmp_path / "run"), "--device", "cpu"])
+        (encoder, _, target_encoder), _ = physics.load_networks(physics.parse_args())
+    assert_same(encoder.state_dict(), online)
+    assert_same(target_encoder.state_dict(), ours["encoder"])
+    run_script(convert, "to-hf", tmp_path / "run", tmp_path / "hf")
+    assert "student: left out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("key", ["target_encoder", "encoder"])
+def test_vjepa2_file_with_a_single_encoder(released, tmp_path, capsys, key):
+    ours, file, path = released
+    del file["encoder" if key == "target_encoder" else "target_encoder"]
+    torch.save(file, path)
+    from_vjepa2(path, tmp_path / "a.pt", *FLAGS)
+    assert f"the file has only {key}: it becomes the checkpoint's encoder" in capsys.readouterr().out
+    added = 0 if key == "target_encoder" else 1
+    assert_same(load_encoder(tmp_path / "a.pt").state_dict(), {k: v + added for k, v in ours["encoder"].items()})
+    with pytest.raises(ValueError, match="holds no student"):
+        load_encoder(tmp_path / "a.pt", "student")
+    del file[key]
+    torch.save(file, path)
+    error = refusal(capsys, convert, "from-vjepa2", path, tmp_path / "b.pt", *FLAGS)
+    assert "no state dict 'target_encoder' or 'encoder'" in error
+
+
+def test_vjepa2_flags_for_frames_and_resolution(released, tmp_path):
+    from_vjepa2(released[2], tmp_path / "a.pt", *FLAGS, "--num-frames", 16, "--resolution", 224)
     encoder = load_encoder(tmp_path / "a.pt")
-    assert_same(encoder.state_dict(), {k: v + 1 for k, v in ours["encoder"].items()})
     assert (encoder.config["num_frames"], encoder.config["resolution"]) == (16, 224)
 
 
@@ -284,7 +319,7 @@ def test_number_of_heads_reaches_hf_and_the_computation(tmp_path, heads):
 # errors
 
 
-@pytest.mark.parametrize("part", ["target_encoder", "predictor"])
+@pytest.mark.parametrize("part", ["target_encoder", "encoder", "predictor"])
 @pytest.mark.parametrize("problem", ["missing", "unexpected", "misshapen"])
 def test_vjepa2_file_that_does_not_fit(released, tmp_path, capsys, part, problem):
     _, file, path = released

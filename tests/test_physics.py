@@ -176,6 +176,33 @@ def test_untrained_randomizes_all_networks(teacher, student, ema):
         assert weights_equal(untrained[0], untrained[2].state_dict()) == (run == ema)
 
 
+def test_converted_vjepa2_uses_its_encoder_for_the_context_and_its_ema_for_the_targets(ema, teacher, tmp_path, capfd):
+    checkpoint = load_checkpoint(ema)
+    both = {key: checkpoint[key] for key in ("format", "step", "model", "encoder", "student", "predictor")}
+    both |= {"kind": "vjepa2", "args": {}}  # as tools/convert.py writes it
+    torch.save(both, tmp_path / "both.pt")
+    (encoder, _, target_encoder), _ = physics.load_networks(physics_args("--checkpoint", tmp_path / "both.pt"))
+    assert weights_equal(encoder, both["student"]) and weights_equal(target_encoder, both["encoder"])
+    assert not weights_equal(encoder, both["encoder"]) and capfd.readouterr().out == ""
+    flags = "--checkpoint", tmp_path / "both.pt", "--teacher", teacher, "--out", tmp_path / "out"
+    assert "predicts the latents of its own EMA teacher" in refusal(capfd, physics, *flags)
+
+    single = {key: both[key] for key in both if key != "student"}
+    torch.save(single, tmp_path / "single.pt")
+    flags = "--checkpoint", tmp_path / "single.pt"
+    (encoder, _, target_encoder), _ = physics.load_networks(physics_args(*flags))
+    assert weights_equal(encoder, both["encoder"]) and weights_equal(target_encoder, both["encoder"])
+    assert "single encoder, which encodes both the context and the targets" in capfd.readouterr().out
+    (encoder, _, target_encoder), _ = physics.load_networks(physics_args(*flags, "--teacher", teacher))
+    assert weights_equal(encoder, both["encoder"]) and weights_equal(
+        target_encoder, load_checkpoint(teacher)["encoder"]
+    )
+    for file in ("both.pt", "single.pt"):
+        args = physics_args("--checkpoint", tmp_path / file, "--untrained")
+        (encoder, _, target_encoder), _ = physics.load_networks(args)
+        assert weights_equal(encoder, target_encoder.state_dict()) and not weights_equal(encoder, both["student"])
+
+
 def test_a_student_needs_its_teacher(teacher, student, ema, tmp_path, capfd):
     checkpoint = load_checkpoint(student)
     alone = tmp_path / "alone.pt"
@@ -241,13 +268,34 @@ def test_read_video_returns_every_nth_frame(tmp_path):
             physics.read_video(path, 1, 32, start=50)
 
 
-def test_the_whole_frame_is_resized_without_cropping(tmp_path):
-    wide = np.zeros((32, 128, 3), np.uint8)
-    wide[:, :16], wide[:, -16:] = 255, 255
-    frame = physics.read_video(write_folder(tmp_path / "wide", [wide]), 1, 32)[0]
-    assert frame.shape == (3, 32, 32)
-    columns = frame.float().mean((0, 1))
-    assert columns[:3].min() > 250 and columns[-3:].min() > 250 and columns[6:-6].max() < 5
+@pytest.mark.parametrize("task", ["intphys", "grasp", "inflevel", "pairs"])
+@pytest.mark.parametrize("size", [(47, 128), (90, 41)])
+def test_intphys_and_grasp_frames_are_cropped_to_a_square(task, size, tmp_path):
+    pixels = np.random.default_rng(0).integers(256, size=(*size, 3), dtype=np.uint8)
+    folder = write_folder(tmp_path / "video", [pixels])
+    item = physics.Item("", "", [folder], [folder])
+    (pair,) = physics.read_pairs(physics_args("--task", task, "--data", tmp_path), item)
+    expected = torch.from_numpy(pixels).permute(2, 0, 1)[None].float()
+    if task in ("intphys", "grasp"):
+        expected = expected[..., 40:87] if size == (47, 128) else expected[:, :, 24:65]
+    # The authors resize with this function: bilinear, without antialiasing. Ours rounds to whole gray levels.
+    expected = torch.nn.functional.interpolate(expected, size=(32, 32), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(pair.possible.float(), expected, atol=1, rtol=0)
+
+
+@pytest.mark.parametrize(("frame_step", "numbers"), [(2, range(0, 97, 2)), (1, range(99)), (10, range(0, 90, 10))])
+def test_intphys_uses_49_frames(frame_step, numbers, tmp_path):
+    folder = write_folder(tmp_path / "movie", [numbered(n) for n in range(100)])
+    item = physics.Item("", "", [folder], [folder])
+    for task, expected in (("intphys", numbers), ("pairs", range(0, 100, frame_step))):
+        args = physics_args("--task", task, "--data", tmp_path, "--frame-step", frame_step)
+        (pair,) = physics.read_pairs(args, item)
+        assert frame_numbers(pair.possible) == frame_numbers(pair.impossible) == list(expected)
+
+
+def test_a_limited_number_of_frames_from_a_video_file(tmp_path):
+    path = write_video(tmp_path / "v.mp4", [numbered(n) for n in range(30)])
+    assert frame_numbers(physics.read_video(path, 3, 32, start=4, length=5)) == [4, 7, 10, 13, 16]
 
 
 def test_broken_videos_end_the_run_with_one_line(student, tmp_path, capfd):
@@ -339,10 +387,17 @@ def test_accuracy():
     result = physics.accuracy(torch.tensor([1.0, 2, 3, 4]), torch.tensor([1.5, 2, 2.5, 9]))
     assert result["right"] == 2 and result["relative_accuracy"] == 50 and result["ties"] == 1 and result["pairs"] == 4
     assert result["interval95"] == pytest.approx([15.0, 85.0], abs=0.05)
-    assert result["absolute_accuracy"] == 100 * 5 / 8  # all four possible videos up to 4, one impossible video above 4
+    # Fewer than ten pairs: the threshold is 4. Three possible videos are below, one impossible video above.
+    assert result["absolute_accuracy"] == 50 and result["absolute_interval95"] == physics.interval95(4, 8)
     assert result["auroc"] == pytest.approx(100 * (1 + 1.5 + 2 + 4) / 16)
-    ten = physics.accuracy(torch.arange(10.0), torch.full((10,), 8.5))
-    assert ten["absolute_accuracy"] == 95  # the threshold is 8: nine possible and all ten impossible videos are correct
+    # The authors' threshold is the score at index ceil(0.9 P), here 9: nine possible videos are below it.
+    for score, separated in ((8.5, 9), (9.0, 9), (9.5, 19)):
+        ten = physics.accuracy(torch.arange(10.0), torch.full((10,), score))
+        assert ten["absolute_accuracy"] == 100 * separated / 20
+    eleven = physics.accuracy(torch.arange(11.0), torch.full((11,), 9.5))
+    assert eleven["absolute_accuracy"] == pytest.approx(100 * 10 / 22)  # the threshold is 10
+    twenty = physics.accuracy(torch.arange(20.0), torch.full((20,), 18.5))
+    assert twenty["absolute_accuracy"] == 100 * 38 / 40  # the threshold is 18
     same = physics.accuracy(torch.ones(3), torch.ones(3))
     assert (same["relative_accuracy"], same["ties"], same["auroc"]) == (0, 3, 50)
 
@@ -366,6 +421,31 @@ def test_mean_max_and_filtered_scores_per_property():
     # The videos swapped, two windows of one of them: 7/3 > 1.5, 1 < 1.5, 1 > 0.5; maxima 4 > 2, 3 = 3, 3 > 1.
     assert right("b") == {2: (0, 0), 4: (1, 0), "filtered": (0, 0)}
     assert right("all") == {2: (1, 1), 4: (1, 0), "filtered": (0, 0)} and table["all"][2]["mean"]["pairs"] == 2
+
+
+def test_absolute_accuracy_is_printed_from_maximum_scores(capsys):
+    # Means 2 and 1, so all pairs are wrong; maxima 2 and 3, so all impossible videos are above the threshold 2.
+    measurements = [measurement("a", torch.tensor([[2.0, 2, 2]]), torch.tensor([[0.0, 0, 3]]))] * 3
+    table = physics.accuracies([4], measurements)
+    physics.print_accuracies(table)
+    relative, absolute = capsys.readouterr().out.split("absolute accuracy")
+    assert "mean surprise" in relative and "maximum surprise" in absolute
+    assert relative.splitlines()[2].split()[:3] == ["a", "3", "0.0"]
+    assert absolute.splitlines()[2].split()[:3] == ["a", "3", "50.0"]
+    low, high = table["a"][4]["max"]["absolute_interval95"]
+    assert f"50.0 ({low:.0f} to {high:.0f})" in absolute
+    assert table["a"][4]["mean"]["absolute_accuracy"] == 0
+
+
+def test_table_shows_whole_property_names(capsys):
+    names = ["Gravity", "ObjectPermanence", "ObjectPermanence2", "ObjectPermanence3", "SolidityContinuity2"]
+    curves = torch.ones(1, 2), torch.full((1, 2), 2.0)
+    physics.print_accuracies(physics.accuracies([2], [measurement(name, *curves) for name in names]))
+    for table in capsys.readouterr().out.split("absolute accuracy"):
+        _, header, *rows = table.splitlines()[: 3 + len(names)]
+        assert [row.split()[0] for row in rows] == [*names, "all"]
+        assert {len(row) for row in rows} == {len(header)}
+        assert all(row[:25].endswith(" 1") for row in rows[:-1])  # the number of pairs, in a column of its own
 
 
 def test_results_and_pictures_of_a_run(student, tmp_path, capsys):

@@ -4,9 +4,13 @@
     python -m tools.convert from-hf hf_folder out/vjepa2      # writes out/vjepa2/checkpoint.pt
     python -m tools.convert from-vjepa2 vitl.pt out/vjepa2    # vitl.pt is from dl.fbaipublicfiles.com/vjepa2
 
-The networks compute exactly the same; only names and shapes of tensors differ. V-JEPA 2.1 has another architecture and
-is refused, because of its norms_block tensors. Do not convert files of V-JEPA 1: it adds position embeddings instead of
-rotating, but nothing in the names of its tensors shows that.
+The networks compute exactly the same; only names and shapes of tensors differ. V-JEPA 2's files hold two encoders.
+Their target_encoder, which V-JEPA 2 evaluates, becomes the checkpoint's encoder. Their encoder becomes its student,
+which probe.py evaluates with --weights student. physics.py uses the student for contexts and the encoder for targets.
+Hugging Face's folders hold a single encoder.
+
+V-JEPA 2.1 has another architecture and is refused, because of its norms_block tensors. Do not convert files of V-JEPA
+1: it adds position embeddings instead of rotating, but nothing in the names of its tensors shows that.
 
 Letters in shape comments: D width, P values in a tubelet, (t, h, w) frames and pixels of a tubelet, n mask tokens.
 """
@@ -95,14 +99,15 @@ def to_theirs(weights, table, column, tubelet=None):
     return theirs
 
 
-def from_theirs(module, weights, table, column, tubelet=None):
+def from_theirs(module, weights, table, column, tubelet=None, network=None):
     """Convert their state dict to our names and shapes, in float32. module: ours, of which only the shapes are used.
 
-    ValueError listing, by their names, all tensors that are missing, unexpected or of another shape.
+    network: its name in messages; default: the class's. ValueError listing, by their names, all tensors that are
+    missing, unexpected or of another shape.
     """
     ours = module.state_dict()
     expected = to_theirs(ours, table, column, tubelet)
-    network = type(module).__name__.lower()
+    network = network or type(module).__name__.lower()
     check_state_dict(expected, weights, network)
     print(f"{network}: {len(weights)} of {len(expected)} tensors matched")
     converted = {}
@@ -117,12 +122,17 @@ def tubelet_shape(config):
     return 3, config["tubelet_size"], config["patch_size"], config["patch_size"]
 
 
-def make_checkpoint(encoder, encoder_weights, predictor, predictor_weights, column):
-    """Make our checkpoint from their weights. encoder, predictor: ours, for the shapes; predictor may be None."""
+def make_checkpoint(encoder, encoder_weights, predictor, predictor_weights, column, student_weights=None):
+    """Make our checkpoint from their weights. encoder, predictor: ours, for the shapes; predictor may be None.
+
+    student_weights: those of the encoder that the predictor was trained with, if encoder_weights are its EMA.
+    """
     tubelet = tubelet_shape(encoder.config)
     checkpoint = {"format": CHECKPOINT_FORMAT, "kind": "vjepa2", "step": 0, "args": {}}
     checkpoint["model"] = {"encoder": encoder.config}
     checkpoint["encoder"] = from_theirs(encoder, encoder_weights, ENCODER_NAMES, column, tubelet)
+    if student_weights is not None:
+        checkpoint["student"] = from_theirs(encoder, student_weights, ENCODER_NAMES, column, tubelet, "student")
     if predictor is None:
         print("predictor: there is none; the checkpoint holds the encoder alone")
     else:
@@ -186,12 +196,13 @@ def vjepa2_weights(file, key):
     return weights
 
 
-def from_vjepa2(path, heads=None, predictor_heads=12, num_frames=64, resolution=256, key="target_encoder"):
+def from_vjepa2(path, heads=None, predictor_heads=12, num_frames=64, resolution=256):
     """Convert a V-JEPA 2 file to our checkpoint, a dictionary.
 
-    heads: None for those of the released encoder of the same width. key: "target_encoder", which V-JEPA 2 evaluates, or
-    "encoder", with which its predictor was trained. OSError if the file cannot be read; ValueError if it is no such
-    file.
+    The checkpoint's encoder is the file's target_encoder, which V-JEPA 2 evaluates and whose latents its predictor
+    predicts; its student is the file's encoder, with which the predictor was trained. If the file has only one of the
+    two, that is the checkpoint's encoder, and there is no student. heads: None for those of the released encoder of the
+    same width. OSError if the file cannot be read; ValueError if it is no such file.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no file {path}")
@@ -203,10 +214,19 @@ def from_vjepa2(path, heads=None, predictor_heads=12, num_frames=64, resolution=
         ) from error
     if not isinstance(file, dict):
         raise ValueError(f"{path} holds a {type(file).__name__}, not a dictionary like V-JEPA 2's files")
-    encoder_weights, predictor_weights = vjepa2_weights(file, key), vjepa2_weights(file, "predictor")
+    held = [key for key in ("target_encoder", "encoder") if key in file]
+    if not held:
+        raise ValueError("there is no state dict 'target_encoder' or 'encoder'; V-JEPA 2's files have both")
+    encoder_weights, student_weights = vjepa2_weights(file, held[0]), None
+    if len(held) == 2:
+        print("target_encoder becomes the checkpoint's encoder, encoder its student")
+        student_weights = vjepa2_weights(file, "encoder")
+    else:
+        print(f"the file has only {held[0]}: it becomes the checkpoint's encoder, for contexts and targets")
+    predictor_weights = vjepa2_weights(file, "predictor")
     encoder = vjepa2_encoder(encoder_weights, heads, num_frames, resolution)
     predictor = vjepa2_predictor(predictor_weights, predictor_heads)
-    return make_checkpoint(encoder, encoder_weights, predictor, predictor_weights, VJEPA2)
+    return make_checkpoint(encoder, encoder_weights, predictor, predictor_weights, VJEPA2, student_weights)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -247,6 +267,8 @@ def to_hf(path):
     encoder = build(Encoder, e, checkpoint["encoder"])
     weights = to_theirs(encoder.state_dict(), ENCODER_NAMES, HF, tubelet_shape(e))
     print(f"encoder: {len(weights)} tensors")
+    if "student" in checkpoint:
+        print("student: left out (Hugging Face's model has a single encoder)")
     missing = None
     if p is None:
         missing = "there is none"
@@ -378,8 +400,6 @@ def parse_args():
     add_command("to-hf", "our checkpoint (a run folder or a file)", folder, "new or empty folder")
     add_command("from-hf", folder, "our checkpoint", out)
     flag = add_command("from-vjepa2", "a file that V-JEPA 2 released", "our checkpoint", out)
-    keys = "target_encoder", "encoder"
-    flag("--key", choices=keys, default=keys[0], help="which encoder to convert; V-JEPA 2 evaluates target_encoder")
     flag("--heads", type=int, help="attention heads of the encoder; default: the released encoder's of this width")
     flag("--predictor-heads", type=int, default=12, help="attention heads of the predictor")
     flag("--num-frames", type=int, default=64, help="frames of the clips it was trained on, for the record")
@@ -396,7 +416,7 @@ def main():
             write_checkpoint(from_hf(args.source), args.out)
         else:
             sizes = args.heads, args.predictor_heads, args.num_frames, args.resolution
-            write_checkpoint(from_vjepa2(args.source, *sizes, args.key), args.out)
+            write_checkpoint(from_vjepa2(args.source, *sizes), args.out)
     except (ValueError, OSError, ImportError) as error:
         fail(" ".join(str(error).split()))  # transformers' errors have several lines
 
