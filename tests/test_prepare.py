@@ -6,6 +6,7 @@ import os
 import re
 
 import pytest
+import torchvision
 from conftest import refusal, run_script
 
 import data
@@ -310,7 +311,10 @@ def test_mistakes_are_reported_in_one_line(tmp_path, capfd):
     for flags, what in [
         (["ssv2", "--annotations", kinetics, "--videos", videos], "no labels.json or something-something-v2-labels"),
         (["k400", "--annotations", kinetics, "--videos", tmp_path / "nowhere"], "nowhere: No such file"),
-        (["k400", "--annotations", kinetics, "--videos", videos, "--out", tmp_path / "o"], "none of the 2 annotated"),
+        (
+            ["k400", "--annotations", kinetics, "--videos", videos, "--out", tmp_path / "o"],
+            "no train clips: of 1 annotated, 1 are missing, 0 are duplicate, 0 are excluded",
+        ),
         (["panda70m", "--annotations", kinetics / "train.csv", "--videos", videos], "no columns videoID"),
         (["panda70m", "--annotations", "x", "--videos", videos, "--count", 0], "--count 0: must be at least 1"),
         (["k400", "--annotations", kinetics, kinetics, "--videos", videos], "unrecognized arguments"),
@@ -320,6 +324,57 @@ def test_mistakes_are_reported_in_one_line(tmp_path, capfd):
         assert what in refusal(capfd, prepare, *flags)
     write_csv(kinetics / "train.csv", ["some", "table"], ["1", "2"])
     assert "not in k400's format" in refusal(capfd, prepare, "k400", "--annotations", kinetics, "--videos", videos)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_split_without_clips_is_an_error_and_nothing_is_written(tmp_path, capfd, split):
+    """Not even if an earlier call wrote that split."""
+    annotations = kinetics_files(tmp_path / "k", [("run", "a", 0, 10)], [("run", "b", 0, 10)])
+    videos = touch(tmp_path / "v", "a.mp4", "b.mp4")
+    flags = ("k400", "--annotations", annotations, "--videos", videos, "--out", tmp_path / "o")
+    run_script(prepare, *flags)
+    written = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "o").iterdir()}
+    assert written.keys() == {"train.csv", "val.csv", "classes.txt"}
+    (videos / {"train": "a.mp4", "val": "b.mp4"}[split]).unlink()
+    assert f"no {split} clips: of 1 annotated, 1 are missing" in refusal(capfd, prepare, *flags)
+    write_csv(annotations / f"{split}.csv", HEADER)
+    assert f"--annotations: no {split} clips in them" in refusal(capfd, prepare, *flags)
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "o").iterdir()} == written
+
+
+@pytest.mark.parametrize("header", [[], [["id", "label"]]])
+def test_jester_lists_with_commas_are_an_error(tmp_path, capfd, header):
+    write_csv(tmp_path / "labels.csv", ["Swiping Left"])
+    for name in ("train", "validation"):
+        write_csv(tmp_path / f"{name}.csv", *header, ["1", "Swiping Left"], delimiter=";")
+    videos = touch(tmp_path / "v", "1.mp4", "2.mp4")
+    flags = ("jester", "--annotations", tmp_path, "--videos", videos, "--out", tmp_path / "o")
+    write_csv(tmp_path / "train.csv", *header, ["2", "Swiping Left"], delimiter=";")
+    run_script(prepare, *flags)
+    assert manifest(tmp_path / "o", videos) == [("2.mp4", 0)]
+    write_csv(tmp_path / "train.csv", *header, ["2", "Swiping Left"])
+    assert "train.csv line 1: expected id;label, not " in refusal(capfd, prepare, *flags)
+    write_csv(tmp_path / "train.csv", ["2", "Swiping Left"], ["x", "Swiping Left"], delimiter=";")
+    assert "train.csv line 2: expected id;label, not 'x;Swiping Left'" in refusal(capfd, prepare, *flags)
+
+
+def test_k710_merges_the_classes_that_kinetics_renamed(tmp_path, capfd):
+    """K400's names are torchvision's. The new names are in K700, so that the old ones add no classes."""
+    k400 = torchvision.models.video.R3D_18_Weights.KINETICS400_V1.meta["categories"]
+    assert len(prepare.RENAMED) == 14 == 724 - 710 and prepare.RENAMED.keys() <= set(k400)
+    assert not set(prepare.RENAMED.values()) & set(k400)
+    old, new = sorted(prepare.RENAMED), sorted(prepare.RENAMED.values())
+    sets = [
+        kinetics_files(tmp_path / name, [(label, label, 0, 10) for label in labels], [("vault", name, 0, 10)])
+        for name, labels in (("400", old), ("600", ["Picking fruit"]), ("700", new))
+    ]
+    videos = touch(tmp_path / "v", "400.mp4", *(f"{label}.mp4" for label in [*old, *new]))
+    run_script(prepare, "k710", "--annotations", *sets, "--videos", videos, "--out", tmp_path / "out")
+    classes = (tmp_path / "out" / "classes.txt").read_text().splitlines()
+    assert sorted(classes) == sorted([*new, "vault"])
+    labels = {path.removesuffix(".mp4"): classes[label] for path, label in manifest(tmp_path / "out", videos)}
+    assert labels == {**prepare.RENAMED, **{name: name for name in new}}
+    assert "15 classes (paper: 710)" in capfd.readouterr().out
 
 
 def test_help_says_which_files_are_needed_and_where_to_get_them(capfd):
@@ -341,14 +396,15 @@ def test_find_files_survives_circular_links_and_names_that_a_manifest_cannot_hol
 
 def test_adding_a_dataset_takes_one_reader_and_one_row(tmp_path, capfd, monkeypatch):
     def pets(annotations, videos):
-        """Pets: two videos."""
+        """Pets: three videos."""
         with prepare.open_annotations(annotations[0], "pets.txt") as file:
-            samples = [prepare.whole_video("train", *line.split()) for line in file]
+            samples = [prepare.whole_video(*line.split()) for line in file]
         return ["cat", "dog"], samples, prepare.find_files(videos)
 
     monkeypatch.setitem(prepare.DATASETS, "pets", prepare.Dataset(pets, classes=2))
     monkeypatch.chdir(tmp_path)
-    touch(tmp_path, "v/1.mp4", "v/2.mp4", "pets.txt").joinpath("pets.txt").write_text("2 dog\n1 cat\n")
+    touch(tmp_path, "v/1.mp4", "v/2.mp4", "v/3.mp4")
+    (tmp_path / "pets.txt").write_text("train 2 dog\ntrain 1 cat\nval 3 cat\n")
     run_script(prepare, "pets", "--annotations", tmp_path, "--videos", "v")
     assert manifest(tmp_path / "data" / "pets", tmp_path / "v") == [("2.mp4", 1), ("1.mp4", 0)]
     assert "2 classes (paper: 2)" in capfd.readouterr().out

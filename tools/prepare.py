@@ -43,6 +43,26 @@ COUNTS = ("annotated", "found", "missing", "duplicate", "excluded", "written")
 PANDA70M_CLIPS, V36M_CLIPS = 2_799_959, 3_626_129  # in the paper
 SHORTEST, LONGEST = 4, 50  # seconds of a Panda-70M clip (paper, appendix A)
 SYNSET = re.compile("n[0-9]{8}")
+# Kinetics classes by their old names ("picking fruit" in K400 and K600, the others in K400), and their names in K700.
+# The names of K400, K600 and K700 are 724 different ones; with this table, they are the 710 classes of K710. Source:
+# the first 400 lines of https://github.com/open-mmlab/mmaction2/blob/main/tools/data/kinetics710/label_map_k710.txt
+# are K400's classes in K400's order. (That list keeps the old name of a single class, "throwing ball".)
+RENAMED = {
+    "balloon blowing": "inflating balloons",
+    "changing wheel": "changing wheel (not on bike)",
+    "cooking sausages": "cooking sausages (not on barbeque)",
+    "drinking": "sipping cup",
+    "dying hair": "dyeing hair",
+    "garbage collecting": "person collecting garbage",
+    "hugging": "hugging (not baby)",
+    "making bed": "making the bed",
+    "opening bottle": "opening bottle (not wine)",
+    "picking fruit": "picking apples",
+    "skiing (not slalom or crosscountry)": "skiing mono",
+    "sniffing": "smelling feet",
+    "throwing ball": "throwing ball (not baseball or American football)",
+    "tying tie": "tying necktie",
+}
 
 
 class Sample(NamedTuple):
@@ -97,8 +117,9 @@ def k710(annotations, videos):
     """Kinetics-710: the training sets of Kinetics-400, 600 and 700, merged (paper, appendix A).
 
     A clip (YouTube id, start, end) that several sets have is used once, with its label in the newest set. A training
-    clip is excluded if any of the three validation sets has a clip of the same video. Classes whose names differ only
-    in case or punctuation are merged. val.csv holds all three validation sets.
+    clip is excluded if any of the three validation sets has a clip of the same video. Classes that Kinetics renamed
+    (RENAMED in tools/prepare.py) or whose names differ only in case or punctuation are merged. val.csv holds all three
+    validation sets.
 
     --annotations: the three folders of k400, k600 and k700, in this order (see `python -m tools.prepare k400 --help`)
     --videos: the video folders of all three
@@ -106,8 +127,9 @@ def k710(annotations, videos):
     names, samples = {}, []
     for folder in reversed(annotations):
         for sample in read_kinetics(folder):
-            key = re.sub(r"\W+", " ", sample.label.lower().replace("'", "")).strip()
-            name = names.setdefault(key, sample.label)
+            label = RENAMED.get(sample.label.lower(), sample.label)
+            key = re.sub(r"\W+", " ", label.lower().replace("'", "")).strip()
+            name = names.setdefault(key, label)
             samples.append(sample._replace(source=sample.clip[0], label=name))
     return sorted(names.values()), samples, find_files(videos)
 
@@ -177,8 +199,12 @@ def jester(annotations, videos):
     samples = []
     for split, name in (("val", "validation.csv"), ("train", "train.csv")):
         with open_annotations(annotations[0], f"jester-v1-{name}", name) as file:
-            rows = [row for row in csv.reader(file, delimiter=";") if len(row) > 1]
-        samples += [whole_video(split, row[0], row[1].strip()) for row in rows if row[0].isdigit()]  # no header
+            for number, line in enumerate(file, start=1):
+                clip, _, label = line.strip().partition(";")
+                if clip.isdigit() and label:
+                    samples.append(whole_video(split, clip, label.strip()))
+                elif line.strip() and (number > 1 or not label):  # a header has a semicolon, too
+                    fail(f"--annotations {file.name} line {number}: expected id;label, not {line.strip()!r}")
     return classes, samples, find_files(videos, frame_folders={s.clip for s in samples})
 
 
@@ -232,7 +258,7 @@ DATASETS = {
     "k400": Dataset(kinetics, classes=400),
     "k600": Dataset(kinetics),
     "k700": Dataset(kinetics),
-    "k710": Dataset(k710, clips=657_257, num_annotations=3),
+    "k710": Dataset(k710, classes=710, clips=657_257, num_annotations=3),
     "ssv2": Dataset(ssv2, classes=174, clips=168_913),
     "coin": Dataset(coin, classes=180),
     "diving48": Dataset(diving48, classes=48),
@@ -353,16 +379,25 @@ def write_dataset(args):
         if sample.label not in numbers:
             fail(f"--annotations: {sample.label!r} is not a class of {args.command}")
     chosen, counts = select(samples, files)
-    if not any(chosen.values()):
-        fail(f"--videos {' '.join(args.videos)}: none of the {len(samples):,} annotated files is there")
+    require_both_splits(args, dataset, chosen, counts)
     for split, lines in chosen.items():
         counts[split]["written"] = len(lines)
-        if lines:
-            write_manifest(args.out / f"{split}.csv", [(path, numbers[label]) for path, label in lines])
+        write_manifest(args.out / f"{split}.csv", [(path, numbers[label]) for path, label in lines])
     write_lines(args.out / "classes.txt", classes)
     paper = f" (paper: {dataset.classes})" if dataset.classes else ""
     print(f"{args.out / 'classes.txt'}: {len(classes)} classes{paper}")
     print_counts(counts, dataset.clips)
+
+
+def require_both_splits(args, dataset, chosen, counts):
+    """End the script if a split has no clips, before an older manifest of that split can be taken for a new one."""
+    for split, count in counts.items():
+        if not count["annotated"]:
+            flag = "--annotations" if dataset.needs_annotations else "--videos"
+            fail(f"{flag}: no {split} clips in them (--help lists the files)")
+        if not chosen[split]:
+            reasons = ", ".join(f"{count[name]:,} are {name}" for name in ("missing", "duplicate", "excluded"))
+            fail(f"--videos {' '.join(args.videos)}: no {split} clips: of {count['annotated']:,} annotated, {reasons}")
 
 
 def panda70m(args):
