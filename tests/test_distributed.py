@@ -89,7 +89,7 @@ def start(world, script, *flags, patch=None, nodes=1):
     return processes
 
 
-def wait(processes, seconds=60):
+def wait(processes, seconds=120):
     """Wait for the processes to end. Returns their exit statuses, minus the signal's number for a killed process."""
     deadline = time.monotonic() + seconds
     for process in processes:
@@ -271,7 +271,7 @@ def test_hybrid_sharding_on_two_nodes(single, teacher, tmp_path):
     flags = [*EIGHT, *extra_flags(train_ema_baseline, teacher), "--hybrid", "--out", tmp_path / "run"]
     command = [str(part) for part in (*torchrun, train_ema_baseline.__file__, *flags)]
     nodes = [subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    errors = [node.communicate(timeout=100)[1] for node in nodes]
+    errors = [node.communicate(timeout=200)[1] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], errors
     assert json.loads((tmp_path / "run" / "args.json").read_text())["world_size"] == 4
     assert_close_runs(single(train_ema_baseline), tmp_path / "run")
@@ -321,7 +321,7 @@ def undisturbed(teacher, tmp_path_factory):
 )
 def test_a_killed_run_resumes_exactly(patch, undisturbed, teacher, tmp_path):
     flags = [*TINY, "--teacher", teacher, "--out", tmp_path / "run"]
-    codes = wait(start(2, train_student, *flags, patch=patch), 20)
+    codes = wait(start(2, train_student, *flags, patch=patch))
     victims = patch.args[1]
     assert [code == -signal.SIGKILL for code in codes] == [rank in victims for rank in range(2)]
     for rank in {0, 1} - set(victims):
@@ -440,8 +440,8 @@ def test_a_failing_process_ends_the_run_and_its_error_is_printed(patch, messages
     flags = [*TINY, "--data", tmp_path / "m.csv", "--steps", 2000, "--save-every", 1000, "--out", tmp_path / "run"]
     command = [str(part) for part in (*torchrun, *flags)]
     started = time.monotonic()
-    run = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert run.returncode and time.monotonic() - started < 40  # half of that is the start of torchrun and torch
+    run = subprocess.run(command, capture_output=True, text=True, timeout=180)
+    assert run.returncode and time.monotonic() - started < 120  # half of that is the start of torchrun and torch
     assert all(message in run.stderr for message in messages), run.stderr
     assert "training.py" not in run.stderr  # no traceback of our code
 
@@ -459,7 +459,7 @@ def test_a_loss_or_gradient_that_is_not_finite_in_one_process_ends_the_run(how, 
     flags = [*TINY, "--data", tmp_path / "m.csv"]
     train(2, train_teacher, *flags, "--steps", 6, out=tmp_path / "undisturbed")
     out = tmp_path / "run"
-    assert wait(start(2, train_teacher, *flags, "--out", out, patch=functools.partial(break_loss, how)), 20) == [2, 2]
+    assert wait(start(2, train_teacher, *flags, "--out", out, patch=functools.partial(break_loss, how))) == [2, 2]
     source = data.Manifest([tmp_path / "m.csv"], 4, 4, 32)
     for rank in range(2):
         found = re.fullmatch(
@@ -479,7 +479,7 @@ def loader_error(tmp_path, patch, *flags):
     write_manifest(tmp_path, 12)
     script = write_patched_script(tmp_path / "patched.py", f"test_distributed.{patch}")
     flags = [*TINY, "--data", tmp_path / "m.csv", "--workers", 2, "--out", tmp_path / "run", *flags]
-    run = subprocess.run([sys.executable, script, *map(str, flags)], capture_output=True, text=True, timeout=60)
+    run = subprocess.run([sys.executable, script, *map(str, flags)], capture_output=True, text=True, timeout=180)
     assert run.returncode == 2 and run.stderr.count("\n") == 1, run.stderr
     assert run.stderr.startswith("patched.py: the loader failed: ")
     return run.stderr
@@ -510,7 +510,7 @@ def test_a_loader_that_hangs_ends_the_run(tmp_path):
     action = "lambda: test_distributed.time.sleep(300)"
     error = loader_error(tmp_path, f"do_on_reading({str(tmp_path / '7.png')!r}, {action})", "--loader-timeout", 3)
     assert "7.png" in error and "3 seconds" in error
-    assert time.monotonic() - started < 60  # much of that is the start of torch
+    assert time.monotonic() - started < 150  # much of that is the start of torch
 
 
 @pytest.mark.parametrize(
@@ -526,7 +526,7 @@ def test_a_loader_that_hangs_ends_the_run(tmp_path):
 def test_a_full_disk_loses_nothing_that_was_saved(world, ranks, function, after, undisturbed, teacher, tmp_path):
     flags, out = [*TINY, "--teacher", teacher], tmp_path / "run"
     patch = functools.partial(fill_disk, ranks, function, 2, after)
-    codes = wait(start(world, train_student, *flags, "--out", out, patch=patch), 20)
+    codes = wait(start(world, train_student, *flags, "--out", out, patch=patch))
     assert all(codes[rank] == 2 for rank in ranks), codes
     for rank in ranks:
         assert printed(out, rank).startswith(f"train_student.py: step {6 if after else 4} could not be saved in ")

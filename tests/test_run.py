@@ -148,7 +148,7 @@ def test_two_processes_match_one(script, teacher, tmp_path):
     run_script(script, *flags, "--out", tmp_path / "one")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script.__file__]
     command = [str(x) for x in (*torchrun, *flags, "--out", tmp_path / "two")]
-    subprocess.run(command, check=True, capture_output=True, timeout=100, env=os.environ)
+    subprocess.run(command, check=True, capture_output=True, timeout=200, env=os.environ)
     one, two = (read_metrics(tmp_path / name, *EXACT_METRICS) for name in ("one", "two"))
     for a, b in zip(one, two, strict=True):
         assert a == pytest.approx(b, rel=1e-5)
