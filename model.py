@@ -344,9 +344,10 @@ CHECKPOINT_FORMAT = "salt-1"
 def load_checkpoint(path):
     """Read a checkpoint.pt, or the one in a run folder, as a dictionary of plain tensors and values, on the CPU.
 
-    Keys: format, kind ("teacher", "student" or "ema"), step, model {"encoder": config, "predictor": config}, encoder
-    and predictor (state dicts), encoder_is (the kind again), args, stage (1 for a V-Pixel teacher, else 1 more than its
-    teacher's), teacher (None, or the path, step and sha256 of a student's teacher). An EMA run also has student.
+    Keys: format; kind: "teacher", "student", "ema", or "vjepa2" if converted; step; model: {"encoder": config,
+    "predictor": config}; encoder and predictor: state dicts; encoder_is: the kind again; args; stage: 1 for a V-Pixel
+    teacher, else 1 more than its teacher's; teacher: None, or the path, step and sha256 of a student's teacher. An EMA
+    run and a converted V-JEPA 2 file also have student.
     FileNotFoundError if there is no such file; ValueError if it is damaged or of another format.
     """
     file = Path(path)
@@ -412,7 +413,7 @@ def load_teacher_of(student, path):
 def load_encoder(path, weights="encoder"):
     """Load the encoder of a run folder or checkpoint file: eval mode, float32, on the CPU. Errors: `load_checkpoint`'s.
 
-    weights: "encoder", or "student" for the student of an EMA run, whose encoder is the EMA teacher.
+    weights: "encoder", or "student" for the student of an EMA run or of V-JEPA 2, whose encoder is the EMA teacher.
     """
     return _load_part(Encoder, path, "encoder", weights)
 

@@ -62,7 +62,11 @@ def parse_args():
     flag("--pairs", type=int, default=600, help="number of built-in pairs, over all six properties")
 
     flag = parser.add_argument_group("protocol").add_argument
-    flag("--num-frames", type=int, help="window length M in frames; default: the encoder's, for inflevel 32")
+    flag(
+        "--num-frames",
+        type=int,
+        help="window length M; default: intphys, grasp 16, inflevel 32, else the encoder's",
+    )
     flag("--context-lengths", type=int, nargs="+", metavar="C", help="in frames; default: 1/8, 2/8, ... 5/8 of M")
     flag("--stride", type=int, default=2, help="frames from one window to the next (appendix D)")
     flag("--frame-step", type=int, help="keep every n-th video frame; default: intphys 2, grasp 10, inflevel 5, else 1")
@@ -386,8 +390,8 @@ class Task(NamedTuple):
 TASKS = {
     "synthetic": Task(1, None, None),
     "pairs": Task(1, None, find_csv_pairs),
-    "intphys": Task(2, None, find_intphys, max_frames=99, square=True),
-    "grasp": Task(10, None, find_grasp, square=True),
+    "intphys": Task(2, 16, find_intphys, max_frames=99, square=True),
+    "grasp": Task(10, 16, find_grasp, square=True),
     "inflevel": Task(5, 32, find_inflevel),
 }
 

@@ -132,7 +132,7 @@ def test_default_context_lengths_are_the_protocols(num_frames, lengths):
 
 def test_default_window_and_frame_step_of_each_task(tmp_path):
     args = [physics_args("--task", task, "--data", tmp_path) for task in ("intphys", "grasp", "inflevel", "pairs")]
-    assert [a.num_frames for a in args] == [8, 8, 32, 8]
+    assert [a.num_frames for a in args] == [16, 16, 32, 8]
     assert [a.frame_step for a in args] == [2, 10, 5, 1]
 
 
