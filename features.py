@@ -1,8 +1,13 @@
 """The tokens that a frozen encoder computes for a data set, as videos of several clips.
 
-A source yields videos as uint8 clips (B, V, S, 3, T, H, W). `Videos` reads files: S segments, each the middle clip of
-its share of the video's length, times V views, square crops spread along the long side (V-JEPA 2). `BuiltInVideos`
-makes the built-in clips, with one segment and one view. `Tokens` encodes a source on the fly, or once for all epochs.
+A source yields videos as uint8 clips (B, V, S, 3, T, H, W). `Videos` reads files: S segments, spread over the video's
+length, times V views, spread along the long side. `BuiltInVideos` makes the built-in clips, with one segment and one
+view. `Tokens` encodes a source on the fly, or once for all epochs.
+
+The positions that a clip can have in a video are divided into S equal shares, one per segment. Validation takes the
+middle of each share, training draws a position from it. V-JEPA 2 divides the frames instead: a training clip is drawn
+from within its S-th of the video or, if that is shorter than a clip, starts at one of S evenly spaced positions. Here
+one rule serves all videos: segments may overlap by up to a clip, and those of short videos vary, too.
 
 Letters: B videos, V views, S segments, N tokens of a clip, D width, L labels of a video; T frames, H and W pixels.
 """
@@ -21,11 +26,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+import augment
 import data
 import video
 from cli import duration, fail, rank_and_world
 from model import Encoder, build, load_checkpoint, token_grid
 
+SINGLE_VIEW_SIDE = 224 / 256  # of the short side: V-JEPA 2 scales it to 256 and takes the center 224 x 224
 TOKENS_AT_ONCE = 100_000  # most tokens that pass through the encoder, or a probe, at a time
 
 
@@ -70,17 +77,21 @@ class VideoBatch(NamedTuple):
 class Videos(data.Manifest):
     """Whole videos of a manifest.
 
-    Training (train=True): one view; the position of each clip in its share, one random resized crop for all clips and,
-    with --flip, one flip depend on (seed, sample number). An unreadable video is replaced by the next one.
+    Training, augmentation "vjepa2" or "pretrain": one view; everything random depends on (seed, sample number). vjepa2
+    augments every segment by itself (augment.py). pretrain draws one random resized crop for all segments, as in
+    pretraining. With --flip, half of the segments (vjepa2) or videos (pretrain) are mirrored. An unreadable video is
+    replaced by a random one.
 
-    Evaluation: sample n is line n. An unreadable video raises BadVideo; with skip_bad, it is returned as not readable.
+    Evaluation, augmentation "none": sample n is line n. The views of --views, or the centered one only. An unreadable
+    video raises BadVideo; with skip_bad, it is returned as not readable.
     """
 
-    def __init__(self, manifests, args, train, skip_bad=False):
-        shape = args.num_frames, args.frame_step, args.resolution
+    def __init__(self, manifests, args, augmentation="none", centered=False, skip_bad=False):
+        shape, train = (args.num_frames, args.frame_step, args.resolution), augmentation != "none"
         super().__init__(manifests, *shape, train=train, num_classes=args.num_classes, fps=args.fps)
-        self.segments, self.views = args.segments, 1 if train else args.views
-        self.flip, self.skip_bad = args.flip, skip_bad
+        self.augmentation, self.flip, self.skip_bad = augmentation, args.flip, skip_bad
+        self.segments, self.views = args.segments, 1 if train or centered else args.views
+        self.side = SINGLE_VIEW_SIDE if args.views == 1 else 1  # of the views, as a fraction of the short side
 
     def batch(self, numbers):
         """The `VideoBatch` of the samples with these numbers."""
@@ -90,46 +101,66 @@ class Videos(data.Manifest):
 
     def sample(self, number):
         """One video: (clips (V, S, 3, T, H, W) uint8, label, readable, skipped, path)."""
-        line, skipped, readable = self.line(number), [], True
-        rng = np.random.default_rng((self.seed, number, 1))
-        if self.train:
-            crops = [functools.cache(functools.partial(video.random_crop, rng))]  # cached: all clips get the same box
-        else:
-            crops = [functools.partial(view_crop, view, self.views) for view in range(self.views)]
-        while True:
+        skipped = []
+        for line in self.lines(number):
+            data.note_reading(line)
             try:
-                clips = self._read(line, crops, rng)
-                break
+                clips = self._training_clips(line, number) if self.train else self._evaluation_clips(line)
+                return clips, int(self.labels[line]), True, skipped, self.paths[line]
             except video.BadVideo as error:
                 skipped.append(str(error))
-                if self.skip_bad:
-                    shape = self.views, self.segments, 3, self.num_frames, self.resolution, self.resolution
-                    clips, readable = torch.zeros(shape, dtype=torch.uint8), False
-                    break
-                if not self.train or len(skipped) == min(10, len(self)):
-                    raise
-                line = (line + 1) % len(self)
-        if self.train and self.flip and rng.random() < 0.5:
-            clips = clips.flip(5)
-        return clips, int(self.labels[line]), readable, skipped, self.paths[line]
+        if not self.skip_bad:
+            raise video.BadVideo(skipped[-1])
+        shape = self.views, self.segments, 3, self.num_frames, self.resolution, self.resolution
+        return torch.zeros(shape, dtype=torch.uint8), int(self.labels[line]), False, skipped, self.paths[line]
 
-    def _read(self, line, crops, rng):
-        """Read the clips of the video on a line: (views, S, 3, T, H, W) uint8, one view for each of `crops`."""
-        data.note_reading(line)
-        offsets = rng.random(self.segments) if self.train else np.full(self.segments, 0.5)
-        places = ((np.arange(self.segments) + offsets) / self.segments).tolist()
-        crop_of_clip = [crop for crop in crops for _ in places]
-        path, places_of_clips = self.paths[line], places * len(crops)
-        clips = video.read_clips(
-            path, self.num_frames, self.frame_step, places_of_clips, self.fps, crop_of_clip, self.resolution
-        )
-        return torch.stack(clips).unflatten(0, (len(crops), len(places))).transpose(2, 3)
+    def _training_clips(self, line, number):
+        """The augmented clips (1, S, 3, T, H, W) of the video on a line, for a sample number."""
+        offsets = np.random.default_rng(data.seed_sequence("segment", self.seed, number)).random(self.segments)
+        if self.augmentation == "vjepa2":
+            keys = [(self.seed, number, segment) for segment in range(self.segments)]
+            crops = [functools.partial(augment.random_crop, key) for key in keys]
+        else:
+            keys = [(self.seed, number)] * self.segments
+            crops = [functools.partial(pretraining_crop, key) for key in keys]
+        clips = self._read(line, offsets, crops)
+        if self.augmentation == "vjepa2":
+            clips = [augment.augment(key, clip) for key, clip in zip(keys, clips, strict=True)]
+        if self.flip:
+            clips = [clip.flip(-1) if is_mirrored(key) else clip for key, clip in zip(keys, clips, strict=True)]
+        return torch.stack(clips).transpose(1, 2)[None]
+
+    def _evaluation_clips(self, line):
+        """The clips (V, S, 3, T, H, W) of the video on a line."""
+        positions = [view / (self.views - 1) for view in range(self.views)] if self.views > 1 else [0.5]
+        crops = [functools.partial(square, self.side, position) for position in positions for _ in range(self.segments)]
+        clips = self._read(line, np.full(self.segments, 0.5), crops)
+        return torch.stack(clips).unflatten(0, (self.views, self.segments)).transpose(2, 3)
+
+    def _read(self, line, offsets, crops):
+        """Read the segments at `offsets` in [0, 1] of their shares, once per view: a clip (T, 3, H, W) per crop."""
+        places = ((np.arange(self.segments) + offsets) / self.segments).tolist() * self.views
+        path, shape = self.paths[line], (self.num_frames, self.frame_step)
+        return video.read_clips(path, *shape, places, self.fps, crops, self.resolution)
 
 
-def view_crop(view, views, height, width):
-    """Top, left, height and width of square crop number `view` of `views`, spread evenly along the long side."""
-    side, position = min(height, width), view / (views - 1) if views > 1 else 0.5
-    return round((height - side) * position), round((width - side) * position), side, side
+def square(side, position, height, width):
+    """The square box (top, left, height, width) of `side` times the short side, at a position in [0, 1].
+
+    The position is along the long side, 0.5 is the center. Below a side of 1 it holds for both directions.
+    """
+    length = round(side * min(height, width))
+    return round((height - length) * position), round((width - length) * position), length, length
+
+
+def pretraining_crop(key, height, width):
+    """The random box that pretraining would draw; the same for the same key, a tuple, and frame size."""
+    return video.random_crop(np.random.default_rng(data.seed_sequence("crop", *key)), height, width)
+
+
+def is_mirrored(key):
+    """Whether --flip mirrors the clips of this key."""
+    return np.random.default_rng(data.seed_sequence("flip", *key)).random() < 0.5
 
 
 class BuiltInVideos(data.Synthetic):
@@ -181,8 +212,9 @@ class Tokens:
         self.scale = None  # (2, D): mean and standard deviation per channel with which `read` standardizes
         self.num_clips = 0  # encoded so far
         grid = token_grid((args.num_frames, args.resolution, args.resolution), encoder.tubelet_size, encoder.patch_size)
-        concatenated = len(args.layers) if args.layers and args.combine == "concat" else 1
-        self.shape = args.segments * math.prod(grid), encoder.width * concatenated  # of a view
+        longer = len(args.layers) if args.layers and args.combine == "tokens" else 1
+        wider = len(args.layers) if args.layers and args.combine == "concat" else 1
+        self.shape = args.segments * math.prod(grid) * longer, encoder.width * wider  # of a view
         self.clips_at_once = max(1, TOKENS_AT_ONCE // math.prod(grid))
         self.videos_at_once = max(1, TOKENS_AT_ONCE // (self.shape[0] * source.views))
 
@@ -233,11 +265,13 @@ class Tokens:
         return torch.cat(tokens).clone().view(num_videos, num_views, *self.shape)
 
     def _features(self, clips):
-        """Tokens (B, N, D) of normalized clips: the last block's, or those of --layers concatenated or averaged."""
+        """Tokens (B, N, D) of normalized clips: the last block's, or those of --layers as --combine says."""
         if not self.args.layers:
             return self.encoder(clips)
         outputs = self.encoder.intermediate(clips, self.args.layers)
-        return torch.cat(outputs, dim=-1) if self.args.combine == "concat" else torch.stack(outputs).mean(0)
+        if self.args.combine == "mean":
+            return torch.stack(outputs).mean(0)
+        return torch.cat(outputs, dim=1 if self.args.combine == "tokens" else 2)
 
     def _standardize(self, batch):
         if self.scale is None:

@@ -9,9 +9,10 @@
 
 The encoder is frozen and encodes each clip once; all probes of the grid train on its tokens in the same pass. A video
 is `segments` clips times `views` crops (features.py). A probe sees the tokens of all segments of a view together; its
-class probabilities (softmax) are averaged over the views. Training uses one randomly cropped and flipped view.
-AdamW, cosine schedule to 0 without warm-up, 20 epochs; all probes start from the same weights. Built-in tasks are not
-augmented, so their features are computed once. To probe V-JEPA 2's weights, convert them first (tools/convert.py).
+class probabilities (softmax) are averaged over the views. Training uses one view, augmented as V-JEPA 2 does
+(augment.py). AdamW, cosine schedule to 0 without warm-up, 20 epochs; all probes start from the same weights. Built-in
+tasks are not augmented, so their features are computed once. To probe V-JEPA 2's weights, convert them first
+(tools/convert.py).
 
 Under torchrun each process takes its share of every batch, and every validation video counts exactly once. An
 interrupted run, started again, continues after its last complete epoch. Writes results.json and confusion-TASK.png to
@@ -61,7 +62,8 @@ class Protocol(NamedTuple):
     batch_size: int
     lr: tuple = (1e-3,)
     weight_decay: tuple = (0.01,)  # a probe is trained for every pair of lr and weight decay
-    flip: bool = True  # mirror half of the training videos; not if the classes distinguish left from right
+    augment: str = "vjepa2"  # how training videos are augmented
+    flip: bool = True  # with --augment pretrain, mirror half of them; not if the classes distinguish left from right
 
 
 GRID = (5e-3, 3e-3, 1e-3, 3e-4, 1e-4), (0.8, 0.4, 0.1, 0.01)
@@ -73,8 +75,8 @@ PROTOCOLS = {  # V-JEPA 2's and the paper's; --fast and the flags override them
     "diving48":    Protocol(   48,   16,    2,     4,     3,   128),
     "jester":      Protocol(   27,   16,    2,     4,     3,   128, flip=False),
     "imagenet1k":  Protocol( 1000,   16,    4,     1,     3,  1024),
-    "synthetic-motion": Protocol(8, None,   4,     1,     1,   256),
-    "synthetic-shape":  Protocol(6, None,   4,     1,     1,   256),
+    "synthetic-motion": Protocol(8, None,   4,     1,     1,   256, augment="none"),
+    "synthetic-shape":  Protocol(6, None,   4,     1,     1,   256, augment="none"),
 }  # fmt: skip
 FAST = dict(segments=1, views=1, batch_size=256, lr=(1e-3,), weight_decay=(0.01,))  # paper appendix D, table 7
 SYNTHETIC = ("synthetic-motion", "synthetic-shape")  # in the order of the label columns of data.Synthetic
@@ -92,7 +94,8 @@ def make_parser():
     flag("--weights", choices=("encoder", "student"), help="student: that of an EMA run; default: encoder")
     flag("--untrained", action="store_true", help="random weights in the checkpoint's architecture")
     flag("--layers", nargs="+", type=int, help="blocks whose normed outputs the probe sees, from 1; default: the last")
-    flag("--combine", choices=("mean", "concat"), default="concat", help="how to combine the outputs of --layers")
+    combine = "join the tokens of --layers (V-JEPA 2), their channels (concat), or average them"
+    flag("--combine", choices=("tokens", "concat", "mean"), default="tokens", help=combine)
 
     flag = parser.add_argument_group("task (defaults: the task's protocol, at the top of probe.py)").add_argument
     flag("--task", nargs="+", choices=PROTOCOLS, default=[], help="several synthetic tasks share their features")
@@ -109,8 +112,10 @@ def make_parser():
     flag("--views", type=int, help="crops per validation video, spread along its long side")
     flag("--resolution", type=int, help="height and width of a clip in pixels; default: as the encoder was trained")
     flag("--single-frame", action="store_true", help="repeat each clip's middle frame: what is possible without motion")
-    flag("--augment", action=yes_or_no, default=True, help="--no-augment: crop training videos like validation videos")
-    flag("--flip", action=yes_or_no, help="mirror half of the training videos; not if classes tell left from right")
+    augment = "training videos: V-JEPA 2's augmentation (default), that of pretraining, or the centered validation view"
+    flag("--augment", choices=("vjepa2", "pretrain", "none"), help=augment)
+    flip = "mirror half of the training videos; default: with --augment pretrain, unless classes tell left from right"
+    flag("--flip", action=yes_or_no, help=flip)
     flag("--skip-bad", action="store_true", help="count an unreadable validation video as a miss; default: an error")
     flag("--workers", type=int, default=min(8, os.cpu_count() or 1), help="loader processes per process")
 
@@ -143,8 +148,13 @@ def parse_args():
     require_at_least(args, 0, "seed", "workers")
     if args.knn is not None:
         require_at_least(args, 1, "knn")
-    if args.task and args.task[0] in SYNTHETIC and (args.segments, args.views) != (1, 1):
-        fail("--segments and --views are for videos; synthetic tasks have one of each")
+    if args.task and args.task[0] in SYNTHETIC:
+        if (args.segments, args.views) != (1, 1):
+            fail("--segments and --views are for videos; synthetic tasks have one of each")
+        if args.augment != "none":
+            fail(f"--augment {args.augment} is for videos; synthetic tasks are not augmented")
+    if args.flip and args.augment == "none":
+        fail("--flip needs --augment vjepa2 or pretrain")
     if args.untrained and args.weights:
         fail(f"--untrained excludes --weights {args.weights}: its weights are random")
     args.weights = args.weights or "encoder"
@@ -163,6 +173,8 @@ def apply_protocol(args):
     protocol = PROTOCOLS[args.task[0]] if args.task else Protocol(args.num_classes, None, 4, 1, 1, 256)
     if args.fast:
         protocol = protocol._replace(**FAST)
+    if (args.augment or protocol.augment) != "pretrain":
+        protocol = protocol._replace(flip=False)
     for name, value in protocol._asdict().items():
         if getattr(args, name) is None:
             setattr(args, name, list(value) if isinstance(value, tuple) else value)
@@ -200,8 +212,11 @@ def open_task(args, encoder):
                     f"python -m tools.prepare {name} --help says how to make it (README, 'The public datasets')"
                 )
     try:
-        train = Videos(args.train_data, args, train=args.augment and not args.knn)
-        val = Videos(args.val_data, args, train=False, skip_bad=args.skip_bad)
+        if args.knn:
+            train = Videos(args.train_data, args)
+        else:
+            train = Videos(args.train_data, args, args.augment, centered=True)
+        val = Videos(args.val_data, args, skip_bad=args.skip_bad)
     except (OSError, ValueError) as error:
         fail(str(error))
     return train, val, [Task(name, 0, args.num_classes)]
@@ -506,14 +521,16 @@ def prepare_tokens(args, train, val):
 
     BadVideo if an unreadable validation video is an error: better now than after the training.
     """
-    if args.segments * args.views == 1 and not train.source.train:
+    unchanging = args.segments == 1 and not train.source.train
+    if unchanging and args.views == 1:
         val.keep("validation")
-        train.keep("training")
     elif not args.skip_bad:
         rank, world = rank_and_world()
         with val.stopwatch.measure("loader"):
             for _ in data.clip_loader(val.source, [[n] for n in range(rank, len(val.source), world)], args.workers):
                 pass
+    if unchanging:
+        train.keep("training")
     if args.standardize:
         length = len(train.source)
         numbers = torch.arange(length if train.kept else min(length, args.batch_size))

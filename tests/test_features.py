@@ -19,7 +19,7 @@ from video import BadVideo
 def make_args(**changes):
     """The flags that features.py uses."""
     common = dict(
-        checkpoint=None, weights="encoder", untrained=False, seed=0, layers=None, combine="concat", num_frames=4,
+        checkpoint=None, weights="encoder", untrained=False, seed=0, layers=None, combine="tokens", num_frames=4,
         frame_step=1, resolution=32, num_classes=2, fps=None, segments=1, views=1, flip=True, single_frame=False,
         workers=0, device="cpu", dtype="float32",
     )  # fmt: skip
@@ -91,7 +91,7 @@ def long_video(tmp_path_factory):
 def test_segments_and_views(long_video, teacher):
     """Middle clips of each share of the length, crops from left to right; a view joins its segments' tokens."""
     args, encoder = make_args(segments=4, views=3), load_encoder(teacher)
-    train, val = (features.Videos([long_video], args, train=train) for train in (True, False))
+    train, val = (features.Videos([long_video], args, augmentation) for augmentation in ("pretrain", "none"))
     views = val.batch([0]).clips[0]
     assert views.shape == (3, 4, 3, 4, 32, 32)
     room = 80 - 4
@@ -109,32 +109,77 @@ def test_segments_and_views(long_video, teacher):
     assert len({view.numpy().tobytes() for view in views}) == 12
 
 
-def test_training_clips_are_placed_at_random_within_their_share(long_video, monkeypatch):
+def test_a_single_view_is_seven_eighths_of_the_short_side(tmp_path):
+    """V-JEPA 2 scales the short side to 256 and takes the center 224 x 224. Three views take the whole short side."""
+    image = torch.zeros(3, 64, 96, dtype=torch.uint8)
+    image[:, 4:60, 20:76] = 255
+    write_image(image, tmp_path / "a.png")
+    (tmp_path / "m.csv").write_text("a.png 0\n")
+    one, three = (features.Videos([tmp_path / "m.csv"], make_args(views=views)).batch([0]).clips[0] for views in (1, 3))
+    assert (one > 240).all()
+    middle = three[1].float()
+    assert middle[..., 16, 16].min() > 240 and max(middle[..., 0, :].max(), middle[..., 0].max()) < 130
+
+
+def test_centered_view(long_video):
+    """Without augmentation, training takes only the middle one of three views."""
+    args = make_args(views=3, segments=2)
+    train, val = (features.Videos([long_video], args, centered=centered) for centered in (True, False))
+    assert train.views == 1 and torch.equal(train.batch([0]).clips[0], val.batch([0]).clips[0, 1:2])
+
+
+@pytest.mark.parametrize("augmentation", ["pretrain", "vjepa2"])
+def test_training_clips_are_placed_at_random_within_their_share(augmentation, long_video, monkeypatch):
     """Each segment's position comes from the generator of its sample."""
     places = []
     monkeypatch.setattr(
         features.video,
         "read_clips",
-        lambda path, frames, step, at, *rest: places.append(at) or [torch.zeros(4, 3, 32, 32)] * 4,
+        lambda path, frames, step, at, *rest: places.append(at) or [torch.zeros(4, 3, 32, 32, dtype=torch.uint8)] * 4,
     )
-    train = features.Videos([long_video], make_args(segments=4), train=True)
+    train = features.Videos([long_video], make_args(segments=4), augmentation)
     train.batch(range(6))
     for n, found in enumerate(places):
-        assert found == pytest.approx((np.arange(4) + np.random.default_rng((0, n, 1)).random(4)) / 4)
+        assert found == pytest.approx(
+            (np.arange(4) + np.random.default_rng(data.seed_sequence("segment", 0, n)).random(4)) / 4
+        )
         assert all(segment / 4 <= place <= (segment + 1) / 4 for segment, place in enumerate(found))
     assert len(places) == 6
 
 
-def test_one_crop_and_flip_for_all_segments_of_a_training_video(tmp_path):
-    """All clips of a training sample of a still video are the same; another sample's clips differ."""
+@pytest.fixture(scope="module")
+def still_video(tmp_path_factory):
+    """The manifest of a video of 40 equal frames that become brighter from left to right."""
+    folder = tmp_path_factory.mktemp("still")
     ramp = np.broadcast_to(np.linspace(0, 255, 64).astype(np.uint8)[None, :, None], (48, 64, 3))
-    write_video(tmp_path / "still.mp4", [ramp] * 40)
-    (tmp_path / "list.csv").write_text("still.mp4 0\n")
-    train = features.Videos([tmp_path / "list.csv"], make_args(segments=3, frame_step=2), train=True)
+    write_video(folder / "still.mp4", [ramp] * 40)
+    (folder / "list.csv").write_text("still.mp4 0\n")
+    return folder / "list.csv"
+
+
+def test_pretraining_augmentation_is_the_same_for_all_segments(still_video):
+    """All clips of a training sample of a still video are the same; another sample's clips differ."""
+    train = features.Videos([still_video], make_args(segments=3, frame_step=2), "pretrain")
     samples = torch.stack([train.batch([n]).clips[0, 0] for n in range(10)]).float()
     assert (samples[:, :1] - samples).abs().mean() < 1 and (samples[0] - samples[1]).abs().mean() > 3
     rises = (samples[..., -1] - samples[..., 0]).mean((1, 2, 3, 4)) > 0
     assert 0 < rises.sum() < 10  # some are flipped
+
+
+def test_vjepa2_augments_every_segment_by_itself(still_video, monkeypatch):
+    """Crop, RandAugment and flip of each clip depend on its sample number and segment, not on the batch."""
+    args = make_args(segments=3, frame_step=2)
+    train = features.Videos([still_video], args, "vjepa2")
+    batch = train.batch(range(8))
+    assert batch.clips.shape == (8, 1, 3, 3, 4, 32, 32) and batch.clips.dtype == torch.uint8
+    assert len({clip.numpy().tobytes() for clip in batch.clips.flatten(0, 2)}) == 24
+    assert torch.equal(train.batch([5, 2]).clips, batch.clips[[5, 2]])
+    assert all((clip.float() - clip[:, :1]).abs().mean() < 2 for clip in batch.clips.flatten(0, 2))  # same per frame
+    monkeypatch.setattr(features.augment, "augment", lambda key, clip: clip)
+    cropped = train.batch(range(8)).clips
+    assert not torch.equal(cropped, batch.clips)
+    rises = (cropped[..., -1].float() - cropped[..., 0]).mean((1, 3, 4, 5)) > 0  # (8, 3)
+    assert 0 < rises.sum() < 24 and not torch.equal(rises, rises[:, :1].expand_as(rises))
 
 
 @pytest.mark.parametrize("flip", [True, False])
@@ -144,7 +189,7 @@ def test_training_videos_are_mirrored_only_with_flip(flip, tmp_path):
     image[:, :, 16:] = 255
     write_image(image, tmp_path / "a.png")
     (tmp_path / "m.csv").write_text("a.png 0\n")
-    source = features.Videos([tmp_path / "m.csv"], make_args(num_frames=2, flip=flip), train=True)
+    source = features.Videos([tmp_path / "m.csv"], make_args(num_frames=2, flip=flip), "pretrain")
     clips = source.batch(range(40)).clips[:, 0, 0, 0, 0].float()
     mirrored = (clips[..., :16].mean((1, 2)) > clips[..., 16:].mean((1, 2))).sum()
     assert 8 < mirrored < 32 if flip else mirrored == 0
@@ -156,14 +201,26 @@ def test_unreadable_videos_are_marked_only_with_skip_bad(tmp_path):
     (tmp_path / "b.png").write_bytes(b"")
     (tmp_path / "m.csv").write_text("a.png 0\nb.png 1\n")
     args = make_args(num_frames=2, views=2)
-    batch = features.Videos([tmp_path / "m.csv"], args, train=False, skip_bad=True).batch([0, 1])
+    batch = features.Videos([tmp_path / "m.csv"], args, skip_bad=True).batch([0, 1])
     assert batch.readable.tolist() == [True, False] and batch.labels.tolist() == [[0], [1]]
     assert batch.clips.shape == (2, 2, 1, 3, 2, 32, 32) and (batch.clips[0] > 190).all() and (batch.clips[1] == 0).all()
     assert len(batch.skipped) == 1 and "b.png" in batch.skipped[0]
     with pytest.raises(BadVideo, match="b.png"):
-        features.Videos([tmp_path / "m.csv"], args, train=False).batch([1])
-    batch = features.Videos([tmp_path / "m.csv"], args, train=True).batch(range(10))
+        features.Videos([tmp_path / "m.csv"], args).batch([1])
+    batch = features.Videos([tmp_path / "m.csv"], args, "vjepa2").batch(range(10))
     assert batch.readable.all() and (batch.labels == 0).all() and len(batch.skipped) == 5
+
+
+def test_a_block_of_missing_training_videos_does_not_end_the_run(tmp_path):
+    """Each is replaced by a random line, until one is readable."""
+    for name in "ab":
+        write_image(torch.full((3, 32, 32), 200, dtype=torch.uint8), tmp_path / f"{name}.png")
+    missing = "".join(f"missing{n}.mp4 1\n" for n in range(20))
+    (tmp_path / "m.csv").write_text(f"{missing}a.png 0\nb.png 0\n")
+    train = features.Videos([tmp_path / "m.csv"], make_args(num_frames=2), "vjepa2")
+    batch = train.batch(range(22))
+    assert (batch.labels == 0).all() and set(batch.names) == {str(tmp_path / "a.png"), str(tmp_path / "b.png")}
+    assert len(batch.skipped) >= 20
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -185,7 +242,7 @@ def test_single_frame(single_frame, teacher):
     torch.testing.assert_close(clips, expected)
 
 
-@pytest.mark.parametrize("combine", ["mean", "concat"])
+@pytest.mark.parametrize("combine", ["tokens", "concat", "mean"])
 def test_layers(combine):
     """The outputs of the chosen blocks, each through the encoder's final norm."""
     encoder = randomize(Encoder(16, 3, 2, num_frames=4, resolution=16, patch_size=8))
@@ -195,7 +252,11 @@ def test_layers(combine):
         shallow = Encoder(16, depth, 2, num_frames=4, resolution=16, patch_size=8)
         shallow.load_state_dict({k: encoder.state_dict()[k] for k in shallow.state_dict()})
         outputs.append(shallow(data.normalize(clips[:, 0, 0], "cpu")))
-    expected = torch.cat(outputs[::2], -1) if combine == "concat" else (outputs[0] + outputs[2]) / 2
+    expected = {
+        "tokens": torch.cat(outputs[::2], 1),
+        "concat": torch.cat(outputs[::2], 2),
+        "mean": (outputs[0] + outputs[2]) / 2,
+    }[combine]
     tokens = tokens_of(make_args(layers=[1, 3], combine=combine, resolution=16), encoder, source)
     torch.testing.assert_close(tokens.encode(clips)[:, 0], expected)
     assert tokens.shape == expected.shape[1:]

@@ -105,7 +105,7 @@ def test_probes_of_a_grid_learn_as_if_alone(depth, tmp_path):
         optimizer = torch.optim.AdamW(alone.parameters(), lr=lr, weight_decay=decay)
         cosine = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (1 + math.cos(math.pi * step / 9)) / 2)
         for epoch in range(3):
-            for ids in torch.randperm(70, generator=generator(7, epoch)).split(32):
+            for ids in torch.randperm(70, generator=generator("probe order", 7, epoch)).split(32):
                 F.cross_entropy(alone(tokens[ids]), labels[ids, 1]).backward()
                 optimizer.step()
                 optimizer.zero_grad()
@@ -440,8 +440,9 @@ def test_resume_key_identifies_the_run(dark_or_bright, teacher, tmp_path):
     first = key()
     assert key("--workers", 3, "--out", tmp_path / "x", "--seeds", 2, "--skip-bad") == first
     assert key("--checkpoint", teacher / "checkpoint.pt") == first
-    changes = [("--lr", 1e-2), ("--untrained",), ("--frame-step", 1), ("--batch-size", 8), ("--no-flip",),
-               ("--num-classes", 3), ("--no-augment",), ("--standardize",), ("--dtype", "bfloat16"), ("--layers", 1),
+    changes = [("--lr", 1e-2), ("--untrained",), ("--frame-step", 1), ("--batch-size", 8), ("--flip",),
+               ("--num-classes", 3), ("--augment", "none"), ("--augment", "pretrain"), ("--standardize",),
+               ("--dtype", "bfloat16"), ("--layers", 1), ("--layers", 1, "--combine", "mean"),
                ("--untrained", "--seed", 1)]  # fmt: skip
     keys = {first, key(step_offset=1), *(key(*change) for change in changes)}
     lines = (folder / "train.csv").read_text().splitlines(keepends=True)
@@ -499,13 +500,14 @@ def test_knn(dark_or_bright, teacher, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("augment", ["--augment", "--no-augment"])
+@pytest.mark.parametrize("augment", ["vjepa2", "none"])
 def test_three_processes_seven_videos(augment, dark_or_bright, teacher, tmp_path, capfd):
     """Every validation video counts once, although 3 does not divide 7; the probes are the same as in one process."""
     lines = (dark_or_bright / "val.csv").read_text().splitlines()[:7]
     (tmp_path / "val.csv").write_text("".join(f"{dark_or_bright}/{line}\n" for line in lines))
     flags = [*QUICK, "--checkpoint", teacher, *own_task(dark_or_bright, val=tmp_path / "val.csv"), "--probe-depth", "1",
-             "--lr", "3e-3", "1e-3", "--epochs", "4", "--batch-size", "5", "--standardize", augment]  # fmt: skip
+             "--lr", "3e-3", "1e-3", "--epochs", "4", "--batch-size", "5", "--standardize",
+             "--augment", augment]  # fmt: skip
     capfd.readouterr()
     run_script(probe, *flags, "--out", tmp_path / "one")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=3", "--standalone", probe.__file__]
@@ -533,9 +535,55 @@ def test_protocols(task, protocol):
     assert (*found, len(args.lr) * len(args.weight_decay)) == protocol
 
 
+@pytest.mark.parametrize(
+    "flags, augment, flip",
+    [
+        ("--task k400", "vjepa2", False),
+        ("--task ssv2 --fast", "vjepa2", False),
+        ("--train-data a --val-data b --num-classes 2", "vjepa2", False),
+        ("--task k400 --flip", "vjepa2", True),
+        ("--task k400 --augment pretrain", "pretrain", True),
+        ("--task k400 --augment pretrain --no-flip", "pretrain", False),
+        ("--task ssv2 --augment pretrain", "pretrain", False),
+        ("--task jester --augment pretrain --flip", "pretrain", True),
+        ("--train-data a --val-data b --num-classes 2 --augment pretrain", "pretrain", True),
+        ("--task coin --augment none", "none", False),
+        ("--task synthetic-shape", "none", False),
+    ],
+)
+def test_augmentation_of_the_protocols(flags, augment, flip):
+    """V-JEPA 2's augmentation without flips is the default; that of pretraining flips where labels allow it."""
+    args = probe_args(*flags.split())
+    assert (args.augment, args.flip) == (augment, flip)
+
+
+@pytest.mark.parametrize("augment, clips", [("none", 16 + 8 * 3), ("vjepa2", 16 * 3 + 8 * 3)])
+def test_clips_encoded_with_three_views(augment, clips, dark_or_bright, teacher, tmp_path, monkeypatch):
+    """Training encodes one view: without augmentation only once for 3 epochs, and not the leftmost but the centered."""
+    encoded, encode = [], features.Tokens.encode
+
+    def count(self, clips):
+        encoded.append(clips.shape[:3].numel())
+        return encode(self, clips)
+
+    monkeypatch.setattr(features.Tokens, "encode", count)
+    flags = [*QUICK, "--checkpoint", teacher, "--out", tmp_path, "--epochs", 3, *own_task(dark_or_bright)]
+    run_script(probe, *flags, "--views", 3, "--augment", augment)
+    assert sum(encoded) == clips
+
+
+@pytest.mark.parametrize("flags, views", [((), 1), (("--knn", 1), 3)])
+def test_training_views_without_augmentation(flags, views, dark_or_bright, teacher):
+    """Probes train on the middle one of three validation views; nearest neighbors average all of them."""
+    flags = [*flags, "--checkpoint", teacher, *own_task(dark_or_bright, val="train.csv"), "--views", 3]
+    train, val, _ = probe.open_task(probe_args(*flags, "--augment", "none"), load_encoder(teacher))
+    clips = val.batch([1]).clips
+    assert torch.equal(train.batch([1]).clips, clips[:, 1:2] if views == 1 else clips)
+
+
 def test_only_unreadable_training_videos(dark_or_bright, teacher, tmp_path, capfd):
     folder = shutil.copytree(dark_or_bright, tmp_path / "data")
-    (folder / "train.csv").write_text("0.png 0\n" + "".join(f"missing{n}.mp4 1\n" for n in range(20)))
+    (folder / "train.csv").write_text("".join(f"missing{n}.mp4 1\n" for n in range(20)))
     error = refusal(capfd, probe, *QUICK, "--checkpoint", teacher, "--out", tmp_path / "out", *own_task(folder))
     assert "missing" in error
 
@@ -557,6 +605,8 @@ def test_only_unreadable_training_videos(dark_or_bright, teacher, tmp_path, capf
         ("--task synthetic-shape --probe-heads 3 --probe-depth 1", "--probe-heads: "),
         ("--task synthetic-shape --untrained --weights student", "--weights student"),
         ("--task synthetic-shape --views 3", "--views"),
+        ("--task synthetic-shape --augment vjepa2", "--augment vjepa2"),
+        ("--task synthetic-shape --flip", "--flip"),
         ("--task synthetic-shape --layers 0", "--layers"),
         ("--task synthetic-shape --layers 1 2", "--layers"),
         ("--task synthetic-shape --knn 0", "--knn 0"),
