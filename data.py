@@ -55,7 +55,8 @@ def stream_seed(purpose, *key):
 class Batch(NamedTuple):
     clips: torch.Tensor  # (B, 3, T, H, W) uint8
     labels: torch.Tensor  # (B, L) int64, one column per label of the source; -1: no label
-    skipped: list  # "path: reason" for each unreadable video that was replaced by another one (training only)
+    skipped: list  # "path: reason" for each unreadable video that was tried (training only)
+    num_replaced: int  # clips that come from another video because theirs is unreadable
     names: list  # where each clip comes from: a path, or the number of a built-in clip
 
 
@@ -263,8 +264,8 @@ class Manifest:
         groups = itertools.groupby(numbers, lambda number: number // self.clips_per_video)
         samples = [sample for _, group in groups for sample in self.samples(list(group))]
         clips, labels, skipped, paths = zip(*samples, strict=True)
-        skipped = list(itertools.chain(*skipped))
-        return Batch(torch.stack(clips), torch.tensor(labels).unsqueeze(1), skipped, list(paths))
+        num_replaced, skipped = sum(map(bool, skipped)), list(itertools.chain(*skipped))
+        return Batch(torch.stack(clips), torch.tensor(labels).unsqueeze(1), skipped, num_replaced, list(paths))
 
 
 class Synthetic:
@@ -279,7 +280,7 @@ class Synthetic:
     def batch(self, numbers):
         """The `Batch` of the clips with these numbers."""
         clips, labels = synthetic_clips(self.seed, torch.tensor(numbers), self.num_frames, self.resolution)
-        return Batch(clips, labels, [], [f"built-in {n}" for n in numbers])
+        return Batch(clips, labels, [], 0, [f"built-in {n}" for n in numbers])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -405,7 +406,9 @@ def clip_loader(source, batches, workers=0, pin_memory=False, timeout=0):
         raised_by_worker = not workers or "in DataLoader worker process" in str(error)
         if raised_by_worker or (isinstance(error, RuntimeError) and not _is_dead_worker(error)):
             raise
-        raise LoaderFailed(_failure(error)) from error
+        message = _failure(error)
+        end_workers()  # torch would wait for a hanging worker
+        raise LoaderFailed(message) from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -128,7 +128,7 @@ class Run:
     def _count_bad(self, batch):
         """Count unreadable videos, and report each one once."""
         self.samples += len(batch.clips)
-        self.bad_samples += len(batch.skipped)
+        self.bad_samples += batch.num_replaced
         for reason in sorted(set(batch.skipped) - self.reported):
             print(f"unreadable, replaced by another video: {reason}", file=sys.stderr, flush=True)
         self.reported.update(batch.skipped)
