@@ -225,27 +225,9 @@ def cpu_peak(run):
 
 def training_command(args, stage, folder):
     """The command line of the training script, on built-in videos; saves a random teacher if it needs one."""
-    names = (
-        "model",
-        "width",
-        "depth",
-        "heads",
-        "patch_size",
-        "tubelet_size",
-        "num_frames",
-        "resolution",
-        "predictor_width",
-        "predictor_depth",
-        "predictor_heads",
-        "mask",
-        "mask_truncation",
-        "batch_size",
-        "micro_batch_size",
-        "seed",
-        "device",
-        "dtype",
-    )
-    flags = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    names = "model width depth heads patch_size tubelet_size num_frames resolution predictor_width predictor_depth"
+    names += " predictor_heads mask mask_truncation batch_size micro_batch_size seed device dtype"
+    flags = {name: getattr(args, name) for name in names.split() if getattr(args, name) is not None}
     flags |= {"steps": CHECKED_STEPS, "warmup_steps": 1, "log_every": 1, "out": folder / "out"}
     flags["workers"] = 1  # clips made in this process would count as its memory
     if args.kind == "student":
@@ -292,6 +274,7 @@ def check(args, stage):
     rank, world = cli.rank_and_world()
     args.batch_size = min(args.batch_size, 2 * world * args.micro_batch_size)  # more micro-batches need no more memory
     measured = measure(args, stage)  # before any mask is drawn: the script picks this process's GPU
+    args.stage = 1 if args.kind == "teacher" else 2  # as in the script: it selects the random streams
     drawn = []
     for step in range(CHECKED_STEPS):
         for g in data.micro_batch_indices(args):
