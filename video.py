@@ -1,6 +1,7 @@
 """Read clips from a video file: find the frames, decode only what they need, crop and scale.
 
-A clip is defined by times. For each, it shows the nearest frame: the last one that starts at most half a frame later.
+With `frame_step`, a clip shows every frame_step-th frame in the order of presentation, as in decord and V-JEPA. With
+`fps`, it is defined by times, and shows the nearest frame of each: the last one that starts at most half a frame later.
 
 Decoding is what costs time, so `read_clips` tries two ways to get the frames:
 
@@ -11,12 +12,17 @@ Decoding is what costs time, so `read_clips` tries two ways to get the frames:
 2. Careful (`_read_all`): decode the whole video and choose among the frames that come out. Slow, but works for every
    file that FFmpeg can decode. Used only if the fast way returns None or fails.
 
+To find frame number n, the fast way trusts the header's frame rate only if the file's index has evenly spaced time
+stamps. Else it lists the time stamps of all packets, for which it has to read the whole file (see `_timeline`).
+
 Letters: T frames, H and W pixels. Time stamps are integers in the unit of the video stream (`_Timeline.unit` seconds).
 """
 
 import itertools
 import math
+import os
 import re
+import stat
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
@@ -29,6 +35,13 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png"}
 CROP_AREA, CROP_ASPECT = (0.3, 1.0), (0.75, 1.35)  # paper table 5
 LONG_GAP = 10  # seconds between two wanted frames above which to seek rather than read on
 MAX_REORDER = 16  # in any codec, at most this many frames are decoded before a frame that is shown earlier
+# What is not a file: opening a FIFO blocks until another process writes to it, and a device may never end.
+SPECIAL_FILES = {
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a character device",
+    stat.S_IFBLK: "a block device",
+}
 # FFmpeg filters that turn a frame upright, by its rotation metadata in degrees.
 TURNS = {90: [("transpose", "cclock")], 180: [("hflip", None), ("vflip", None)], 270: [("transpose", "clock")]}
 # FFmpeg scales with antialiasing. Without these flags, its faster code leaves garbage at the right edge of frames whose
@@ -57,26 +70,62 @@ def read_clips(path, num_frames, frame_step, places, fps=None, crops=None, size=
     crops = crops or [None] * len(places)
     for read_video in (_read_needed, _read_all):
         try:
-            if Path(path).is_dir():
+            if is_folder(path):
                 clips = _read_folder(Path(path), num_frames, frame_step, places, fps)
-            elif not Path(path).is_file():
-                raise BadVideo(f"{path}: no such file")
             elif Path(path).suffix.lower() in IMAGE_SUFFIXES:
                 clips = [[_read_image(path)] * num_frames] * len(places)
             else:
                 clips = read_video(path, num_frames, frame_step, places, fps)
             if clips:
                 return [_to_rgb(frames, crop, size) for frames, crop in zip(clips, crops, strict=True)]
-        except (av.FFmpegError, RuntimeError, OSError) as error:
+        except BadVideo:
+            raise
+        except Exception as error:  # damaged files also raise IndexError, UnicodeDecodeError, ... in PyAV
             if read_video is _read_all:
-                reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-                raise BadVideo(f"{path}: {reason}") from error
+                raise BadVideo(f"{path}: {reason(error)}") from error
     raise BadVideo(f"{path}: no frame can be decoded")
 
 
 def read_clip(path, num_frames, frame_step, place, fps=None):
     """Read one clip of whole frames; see `read_clips`."""
     return read_clips(path, num_frames, frame_step, [place], fps)[0]
+
+
+def is_folder(path):
+    """Whether the path is a folder (True) or a regular file (False). BadVideo if it is neither."""
+    try:
+        kind = stat.S_IFMT(os.stat(path).st_mode)
+    except FileNotFoundError as error:
+        raise BadVideo(f"{path}: no such file") from error
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
+        raise BadVideo(f"{path}: {reason(error)}") from error
+    if kind not in (stat.S_IFREG, stat.S_IFDIR):
+        raise BadVideo(f"{path}: is {SPECIAL_FILES.get(kind, 'a special file')}, not a regular file")
+    return kind == stat.S_IFDIR
+
+
+def reason(error):
+    """An exception's message in one line, with its type if it is none of ours, FFmpeg's or the system's."""
+    if getattr(error, "strerror", None):
+        return error.strerror
+    text = (str(error).splitlines() or [""])[0]
+    return text if isinstance(error, BadVideo) else f"{type(error).__name__}: {text}"
+
+
+def open_container(path, **options):
+    """`av.open` for reading. Text that is not UTF-8, such as a title, is no error."""
+    return av.open(str(path), metadata_errors="replace", **options)
+
+
+def video_stream(path, container):
+    """The first video stream of an open file, to be decoded in this thread. BadVideo if none can be decoded."""
+    if not container.streams.video:
+        raise BadVideo(f"{path}: no video stream")
+    stream = container.streams.video[0]
+    if stream.codec_context is None:
+        raise BadVideo(f"{path}: unknown codec, or encrypted")
+    stream.codec_context.thread_count = 1  # the loader's workers are the parallelism
+    return stream
 
 
 def random_crop(rng, height, width):
@@ -116,26 +165,23 @@ class _Timeline(NamedTuple):
     duration: float  # average duration of a frame, in time-stamp units
     length: int  # number of frames
     unit: Fraction  # seconds per time-stamp unit; None if unknown
+    shown: np.ndarray | None = None  # the time stamps of all frames, in order; None: `duration` apart
 
     @classmethod
     def from_time_stamps(cls, shown, unit):
-        start, length = min(shown), len(shown)
-        return cls(start, (max(shown) - start) / max(1, length - 1) or 1, length, unit)
+        shown = np.sort(shown)
+        start, length = int(shown[0]), len(shown)
+        return cls(start, (int(shown[-1]) - start) / max(1, length - 1) or 1, length, unit, shown)
 
     def clip_times(self, path, num_frames, frame_step, places, fps):
-        """The time stamps at which each clip wants a frame: one array of num_frames per place."""
+        """The times of each clip, one array of num_frames per place. It shows the last frame that starts no later."""
         if fps and not self.unit:
             raise BadVideo(f"{path}: no time stamps for --fps; --frame-step is needed")
         step = 1 / (fps * self.duration * float(self.unit)) if fps else frame_step
-        return [self.start + self.duration * wanted_frames(place, num_frames, step, self.length) for place in places]
-
-
-def _video_stream(path, container):
-    if not container.streams.video:
-        raise BadVideo(f"{path}: no video stream")
-    stream = container.streams.video[0]
-    stream.codec_context.thread_count = 1  # the loader's workers are the parallelism
-    return stream
+        clips = [wanted_frames(place, num_frames, step, self.length) for place in places]
+        if fps or self.shown is None:
+            return [self.start + self.duration * clip + self.duration / 2 for clip in clips]
+        return [self.shown[clip] for clip in clips]
 
 
 def _clips_at(clip_times, times, frames):
@@ -149,14 +195,17 @@ def _clips_at(clip_times, times, frames):
 
 
 def _read_image(path):
-    with av.open(str(path)) as container:
-        return next(container.decode(video=0))
+    with open_container(path) as container:
+        frame = next(container.decode(video_stream(path, container)), None)
+    if frame is None:
+        raise BadVideo(f"{path}: no frame can be decoded")
+    return frame
 
 
 def _read_folder(folder, num_frames, frame_step, places, fps):
     """The decoded frames of each clip of a folder of images, ordered by the last number in their names."""
     images = [(re.findall("[0-9]+", f.stem), f) for f in folder.iterdir() if f.suffix.lower() in IMAGE_SUFFIXES]
-    images = sorted((int(numbers[-1]), f) for numbers, f in images if numbers)
+    images = sorted((int(numbers[-1]), f) for numbers, f in images if numbers and not is_folder(f))
     if not images:
         raise BadVideo(f"{folder}: a folder without numbered images")
     if fps:
@@ -171,21 +220,21 @@ def _read_all(path, num_frames, frame_step, places, fps):
 
     Decodes twice, first for the time stamps, then for the wanted frames, because all frames may not fit in memory.
     """
-    with av.open(str(path)) as container:
-        stream = _video_stream(path, container)
+    with open_container(path) as container:
+        stream = video_stream(path, container)
         unit, rate = stream.time_base, stream.average_rate or stream.guessed_rate
         shown = [frame.pts for frame in container.decode(stream)]
     if not shown:
         return None
     if None in shown or any(a >= b for a, b in itertools.pairwise(shown)):  # useless time stamps: number the frames
-        shown, unit = range(len(shown)), 1 / rate if rate else None
+        shown, unit = np.arange(len(shown)), 1 / rate if rate else None
     timeline = _Timeline.from_time_stamps(shown, unit)
     clip_times = timeline.clip_times(path, num_frames, frame_step, places, fps)
     times = np.unique(np.concatenate(clip_times))
-    chosen = np.searchsorted(np.array(shown), times + timeline.duration / 2, side="right") - 1
+    chosen = np.searchsorted(timeline.shown, times, side="right") - 1
     wanted = set(chosen)
-    with av.open(str(path)) as container:
-        stream = _video_stream(path, container)
+    with open_container(path) as container:
+        stream = video_stream(path, container)
         frames = {n: frame for n, frame in enumerate(container.decode(stream)) if n in wanted}
     return _clips_at(clip_times, times, [frames[n] for n in chosen])
 
@@ -198,30 +247,49 @@ def _read_needed(path, num_frames, frame_step, places, fps):
     """The fast way: decode as few packets as possible. Returns the decoded frames of each clip, None if in doubt."""
     # Opening a file decodes its first frames, for details that are not needed here, and takes half as long as reading a
     # short clip. skip_frame avoids that.
-    with av.open(str(path), options={"skip_frame": "all"}) as container:
-        stream = _video_stream(path, container)
-        timeline = _packet_timeline(container, stream)
+    with open_container(path, options={"skip_frame": "all"}) as container:
+        stream = video_stream(path, container)
+        timeline = _timeline(container, stream, fps)
         if timeline is None:
             return None
         clip_times = timeline.clip_times(path, num_frames, frame_step, places, fps)
         times = np.unique(np.concatenate(clip_times))
         frames = []
         for part in np.split(times, np.flatnonzero(np.diff(times) * timeline.unit > LONG_GAP) + 1):
-            found = _decode(container, stream, part + timeline.duration / 2, timeline.duration)
+            found = _decode(container, stream, part, timeline.duration)
             if found is None:
                 return None
             frames += found
     return _clips_at(clip_times, times, frames)
 
 
-def _packet_timeline(container, stream):
-    """The timeline that the file's header states, else that of its packets. None if there are no time stamps."""
+def _timeline(container, stream, fps):
+    """The timeline that the file's header states, else that of its packets. None if there are no time stamps.
+
+    The header states only the average frame rate. That is enough for `fps`, which is about times, and for a constant
+    frame rate, which the index of mp4, mov and avi files shows without reading the file. Other files are read.
+    """
     rate = stream.average_rate or stream.guessed_rate
     if stream.frames and rate:
         duration = float(1 / (rate * stream.time_base))
-        return _Timeline(stream.start_time or 0, duration, stream.frames, stream.time_base)
-    shown = [packet.pts for packet in container.demux(stream) if packet.size]
+        if fps or _is_evenly_spaced(stream, duration):
+            return _Timeline(stream.start_time or 0, duration, stream.frames, stream.time_base)
+    shown = [packet.pts for packet in container.demux(stream) if packet.size and not packet.is_discard]
     return _Timeline.from_time_stamps(shown, stream.time_base) if shown and None not in shown else None
+
+
+def _is_evenly_spaced(stream, duration):
+    """Whether the index has all frames of the stream, each within a quarter of a frame of n * duration.
+
+    An index has decoding times. Encoders derive these from the times of presentation, so that both have the same gaps.
+    """
+    entries = stream.index_entries
+    if len(entries) != stream.frames:
+        return False
+    times = np.array([entry.timestamp for entry in entries if entry.size and not entry.is_discard])
+    if len(times) != stream.frames:  # an edit list cuts frames, or an avi file has empty ones
+        return False
+    return bool(np.abs(times - times[0] - duration * np.arange(len(times))).max() <= duration / 4)
 
 
 def _decode(container, stream, times, duration):

@@ -43,11 +43,13 @@ def read_log(path):
 
 
 def test_check_reports_videos_that_are_broken_hang_or_crash_the_decoder(videos, capfd, monkeypatch):
-    os.mkfifo(videos / "hangs.mp4")
+    write_video(videos / "hangs.mp4", map(numbered, range(30)))
     with open(videos / "all.csv", "a") as file:
         file.write("hangs.mp4 1\n")
 
     def read_clip(path, *arguments):
+        if path.endswith("hangs.mp4"):
+            time.sleep(600)
         if path.endswith("b.mp4"):
             faulthandler.disable()  # pytest's
             os.kill(os.getpid(), signal.SIGSEGV)
@@ -61,7 +63,7 @@ def test_check_reports_videos_that_are_broken_hang_or_crash_the_decoder(videos, 
     assert good.items() <= log["a.mp4"].items() and good.items() <= log["c.mp4"].items()
     assert {n: log[n]["error"] for n in log if "error" in log[n]} == {
         "text.mp4": "Invalid data found when processing input",
-        "gone.mp4": "No such file or directory",
+        "gone.mp4": "no such file",
         "b.mp4": "the process that read it died (SIGSEGV)",
         "hangs.mp4": "not done after 2 s",
     }
@@ -84,10 +86,16 @@ def test_check_reports_videos_that_are_broken_hang_or_crash_the_decoder(videos, 
 
 @pytest.mark.slow  # starts a process that imports torch
 def test_check_stops_on_sigterm_and_continues_where_it_stopped(videos, capfd):
-    os.mkfifo(videos / "hangs.mp4")
     (videos / "all.csv").write_text("a.mp4 1\nb.mp4 1\nhangs.mp4 1\n")
+    (videos / "hangs.mp4").write_text("hangs")
     log = videos / "all.check.jsonl"
-    command = [sys.executable, "-m", "tools.transcode", "check", videos / "all.csv", "--workers", "2"]
+    script = """if True:
+        import sys, time
+        from tools import transcode
+        check_video = transcode.check_video
+        transcode.check_video = lambda path, *rest: time.sleep("hangs" in path and 600) or check_video(path, *rest)
+        transcode.main()"""
+    command = [sys.executable, "-c", script, "check", videos / "all.csv", "--workers", "2"]
     run = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1])
     until = time.monotonic() + 60
     while not (log.is_file() and log.read_text().count("\n") == 2) and time.monotonic() < until:
@@ -103,12 +111,32 @@ def test_check_stops_on_sigterm_and_continues_where_it_stopped(videos, capfd):
     assert not (videos / "all.clean.csv").exists()
     with open(log, "a") as file:
         file.write('{"path": "cut o')  # an incomplete line, as after a kill
-    os.remove(videos / "hangs.mp4")
     write_video(videos / "hangs.mp4", map(numbered, range(5)))
     before = log.read_text().splitlines()[:2]
     run_script(transcode, "check", videos / "all.csv", "--workers", 1)
     assert log.read_text().splitlines()[:2] == before and len(read_log(log)) == 3
     assert "2 of 3 were done before" in capfd.readouterr().out and len(manifest(videos / "all.clean.csv", videos)) == 3
+
+
+def test_check_and_copy_say_why_a_file_is_bad(videos):
+    """An unknown codec, and what is not a file; a FIFO would block whoever opens it."""
+    unknown = (videos / "a.mp4").read_bytes().replace(b"avc1", b"zzzz")
+    (videos / "unknown.mp4").write_bytes(unknown)
+    os.mkfifo(videos / "fifo.mp4")
+    (videos / "loop.mp4").symlink_to("loop.mp4")
+    (videos / "device.mp4").symlink_to("/dev/zero")
+    (videos / "bad.csv").write_text("".join(f"{n}.mp4 0\n" for n in ("unknown", "fifo", "loop", "device", "gone", "a")))
+    run_script(transcode, "check", videos / "bad.csv", "--workers", 2)
+    run_script(transcode, "copy", videos / "bad.csv", "--out", videos / "out", "--workers", 2)
+    for log in (videos / "bad.check.jsonl", videos / "out" / "bad.copy.jsonl"):
+        assert {name: record["error"] for name, record in read_log(log).items() if "error" in record} == {
+            "unknown.mp4": "unknown codec, or encrypted",
+            "fifo.mp4": "is a FIFO, not a regular file",
+            "loop.mp4": "Too many levels of symbolic links",
+            "device.mp4": "is a character device, not a regular file",
+            "gone.mp4": "no such file",
+        }
+    assert manifest(videos / "bad.clean.csv", videos) == [("a.mp4", 0)]
 
 
 def decode(path):

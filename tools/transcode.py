@@ -28,11 +28,11 @@ import numpy as np
 from av.sidedata.sidedata import Type as SideData
 from av.video.reformatter import ColorRange, VideoReformatter
 
+import video
 from cli import Parser, duration, fail, require_at_least, write_atomically
 from data import read_manifest, write_manifest
-from video import IMAGE_SUFFIXES, read_clip
+from video import IMAGE_SUFFIXES, BadVideo, is_folder, open_container, read_clip, video_stream
 
-UNREADABLE = (av.FFmpegError, ValueError, RuntimeError, OSError, MemoryError)  # what a bad video may raise
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 # Scene changes would add keyframes at other places, and B-frames make every seek decode more. "fastdecode" means no
 # CABAC and no deblocking: files are 8% larger but decode in half the time.
@@ -221,18 +221,18 @@ def print_bad(records, log):
 
 
 def open_video(path):
-    """`av.open`, also for a folder of images (00001.jpg, ...), which is read as a video of 12 frames per second."""
-    if not os.path.isdir(path):
-        return av.open(path)
+    """Open a video, or a folder of images (00001.jpg, ...), which is read as a video of 12 frames per second."""
+    if not is_folder(path):
+        return open_container(path)
     names = os.listdir(path)
     suffix = next((s for s in (".jpg", ".jpeg", ".png") if any(name.endswith(s) for name in names)), ".jpg")
     pattern = re.sub(r"([\[\]*?\\{}%])", r"\\\1", path) + "/*" + suffix
-    return av.open(pattern, format="image2", options={"pattern_type": "glob", "framerate": "12"})
+    return open_container(pattern, format="image2", options={"pattern_type": "glob", "framerate": "12"})
 
 
-def reason(error):
-    """An exception's message in one line."""
-    return getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
+def reason(error, path):
+    """Why a video is bad, in one line, without its path."""
+    return video.reason(error).removeprefix(f"{path}: ")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -245,17 +245,15 @@ def check_video(path, num_frames, frame_step):
         properties = read_properties(path)
         for place in (0, 0.5, 1):
             read_clip(path, num_frames, frame_step, place)
-    except UNREADABLE as error:
-        return {"error": reason(error).removeprefix(f"{path}: ")}
+    except Exception as error:  # damaged files raise anything in PyAV
+        return {"error": reason(error, path)}
     return properties
 
 
 def read_properties(path):
-    """What a video's header says. ValueError if there is no video in the file."""
+    """What a video's header says. BadVideo if no stream of the file can be decoded."""
     with open_video(path) as container:
-        if not container.streams.video:
-            raise ValueError("no video stream")
-        stream = container.streams.video[0]
+        stream = video_stream(path, container)
         seconds = float(stream.duration * stream.time_base) if stream.duration else (container.duration or 0) / 1e6
         return {
             "codec": stream.codec_context.name,
@@ -312,26 +310,23 @@ def copy_video(path, out, short_side, crf):
             return {"error": "an image, not a video"}
         os.makedirs(os.path.dirname(out), exist_ok=True)
         with open_video(path) as container:
-            if not container.streams.video:
-                return {"error": "no video stream"}
-            record = write_copy(container.streams.video[0], temporary, short_side, crf)
+            record = write_copy(video_stream(path, container), temporary, short_side, crf)
         os.replace(temporary, out)
         return {**record, "bytes_out": os.path.getsize(out)}
-    except UNREADABLE as error:
+    except Exception as error:  # damaged files raise anything in PyAV
         with contextlib.suppress(OSError):
             os.remove(temporary)
         if getattr(error, "errno", None) in DISK_FULL:
-            return {"stop": f"{out}: {reason(error)}"}
-        return {"error": reason(error)}
+            return {"stop": f"{out}: {reason(error, path)}"}
+        return {"error": reason(error, path)}
 
 
 def write_copy(stream, path, short_side, crf):
     """Decode all frames of a video stream and encode them into the file `path`. Returns what to record of the copy."""
-    stream.codec_context.thread_count = 1
     frames = stream.container.decode(stream)
     first = next(frames, None)
     if first is None:
-        raise ValueError("no frame can be decoded")
+        raise BadVideo("no frame can be decoded")
     with av.open(path, "w", format="mp4") as file:
         writer = CopyWriter(file, stream, first, short_side, crf)
         for frame in itertools.chain([first], frames):
