@@ -9,6 +9,7 @@ object per line; a command that was interrupted continues from there.
 
 import contextlib
 import errno
+import gc
 import inspect
 import itertools
 import json
@@ -79,6 +80,7 @@ class Worker:
 
 def _serve(work, pipe, parent_pipe):
     """The loop of a worker process, which ends with the parent. Signals are left to the parent."""
+    gc.freeze()  # never free the parent's objects here: a decoder's threads exist only in the parent
     parent_pipe.close()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
