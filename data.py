@@ -36,7 +36,7 @@ from video import IMAGE_SUFFIXES, BadVideo, center_crop, random_crop
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as V-JEPA
 LIBC = ctypes.CDLL(None)
 INTEGER = re.compile(b"-?[0-9]+")
-MAX_REPLACEMENTS = 1000  # unreadable replacements of one sample after which nothing is taken to be readable
+MAX_REPLACEMENTS = 1000  # give up on a sample after this many unreadable replacements
 
 
 def seed_sequence(purpose, *key):

@@ -65,7 +65,7 @@ def load(args):
 
 
 class VideoBatch(NamedTuple):
-    """What `data.Batch` is for clips, for videos."""
+    """A batch of whole videos."""
 
     clips: torch.Tensor  # (B, V, S, 3, T, H, W) uint8
     labels: torch.Tensor  # (B, L) int64

@@ -49,7 +49,7 @@ from cli import (
     write_atomically,
 )
 from features import BuiltInVideos, Stopwatch, Tokens, Videos, all_reduce, collect, load, moments, say
-from model import AttentiveProbe, token_grid
+from model import AttentiveProbe, fingerprint, token_grid
 from training import generator, peak_memory
 
 
@@ -80,7 +80,7 @@ PROTOCOLS = {  # V-JEPA 2's and the paper's; --fast and the flags override them
 }  # fmt: skip
 FAST = dict(segments=1, views=1, batch_size=256, lr=(1e-3,), weight_decay=(0.01,))  # paper appendix D, table 7
 SYNTHETIC = ("synthetic-motion", "synthetic-shape")  # in the order of the label columns of data.Synthetic
-SYNTHETIC_SEED = 2**31  # for clips that no training run sees, as long as its --seed is smaller
+SYNTHETIC_SEED = 2**31  # for clips that no training run sees
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -91,7 +91,7 @@ def make_parser():
     parser, yes_or_no = Parser(__doc__), argparse.BooleanOptionalAction
     flag = parser.add_argument_group("encoder").add_argument
     flag("--checkpoint", default="out/student", metavar="RUN|FILE", help="run folder or checkpoint file")
-    flag("--weights", choices=("encoder", "student"), help="student: that of an EMA run; default: encoder")
+    flag("--weights", choices=("encoder", "student"), help="student: that of an EMA run or V-JEPA 2; default: encoder")
     flag("--untrained", action="store_true", help="random weights in the checkpoint's architecture")
     flag("--layers", nargs="+", type=int, help="blocks whose normed outputs the probe sees, from 1; default: the last")
     combine = "join the tokens of --layers (V-JEPA 2), their channels (concat), or average them"
@@ -325,13 +325,10 @@ NOT_IN_KEY |= {"workers", "seed", "seeds", "knn", "device", "out"}
 
 def resume_key(args, encoder, checkpoint_step):
     """What a training of probes depends on: flags, encoder weights, manifests. It continues only one with its key."""
-    weights = hashlib.sha256()
-    for tensor in encoder.state_dict().values():
-        weights.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
     manifests = [os.path.abspath(path) for path in (args.train_data or []) + (args.val_data or [])]
     key = {
         "flags": {name: value for name, value in plain_flags(args).items() if name not in NOT_IN_KEY},
-        "encoder": [encoder.config, checkpoint_step, weights.hexdigest()],
+        "encoder": [encoder.config, checkpoint_step, fingerprint(encoder.state_dict())],
         "manifests": {path: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in manifests},
     }
     return json.dumps(key)

@@ -35,9 +35,10 @@ def load_teacher(args):
                 f"the teacher has {name} {teacher.config[name]}, the student {getattr(args, name)}; their token "
                 "grids must be the same"
             )
-    step, steps = checkpoint["step"], checkpoint["args"].get("steps")
+    step = checkpoint["step"]
+    steps = checkpoint["args"].get("steps", step)  # a converted checkpoint has no flags
     if cli.rank_and_world()[0] == 0:
-        unfinished = "" if steps is None or step >= steps else "; WARNING: its training has not finished"
+        unfinished = "; WARNING: its training has not finished" if step < steps else ""
         print(f"teacher: {args.teacher}, step {step} of {steps}{unfinished}", flush=True)
     identity = {
         "path": str(args.teacher),

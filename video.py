@@ -13,7 +13,7 @@ Decoding is what costs time, so `read_clips` tries two ways to get the frames:
    file that FFmpeg can decode. Used only if the fast way returns None or fails.
 
 To find frame number n, the fast way trusts the header's frame rate only if the file's index has evenly spaced time
-stamps. Else it lists the time stamps of all packets, for which it has to read the whole file (see `_timeline`).
+stamps. Otherwise it lists the time stamps of all packets, for which it has to read the whole file (see `_timeline`).
 
 Letters: T frames, H and W pixels. Time stamps are integers in the unit of the video stream (`_Timeline.unit` seconds).
 """
