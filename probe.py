@@ -67,13 +67,15 @@ class Protocol(NamedTuple):
 
 
 GRID = (5e-3, 3e-3, 1e-3, 3e-4, 1e-4), (0.8, 0.4, 0.1, 0.01)
-PROTOCOLS = {  # V-JEPA 2's and the paper's; --fast and the flags override them
+PROTOCOLS = {  # V-JEPA 2's and the paper's, unless noted; --fast and the flags override them
     #                       classes frames step segments views batch probes
     "k400":        Protocol(  400,   16,    4,     8,     3,   256,  *GRID),
     "ssv2":        Protocol(  174,   16,    4,     2,     3,   256,  *GRID, flip=False),
     "coin":        Protocol(  180,   16,    4,     8,     3,   256),
     "diving48":    Protocol(   48,   16,    2,     4,     3,   128),
     "jester":      Protocol(   27,   16,    2,     4,     3,   128, flip=False),
+    "ucf101":      Protocol(  101,   16,    4,     5,     3,   128),  # VideoMAE's clips and views (docs/method.md,
+    "hmdb51":      Protocol(   51,   16,    2,    10,     3,   128),  # section 6); the paper reports neither
     "imagenet1k":  Protocol( 1000,   16,    4,     1,     3,  1024),
     "synthetic-motion": Protocol(8, None,   4,     1,     1,   256, augment="none"),
     "synthetic-shape":  Protocol(6, None,   4,     1,     1,   256, augment="none"),

@@ -212,6 +212,60 @@ def test_coin_diving48_and_jester(tmp_path):
     assert manifest(jester, jester, "val") == [("20bn-jester-v1/9223", 0)]
 
 
+def write_split_files(folder, split, train, val):
+    """UCF-101's lists of a split; the training list has class numbers, and lines end as in Windows."""
+    folder.mkdir(exist_ok=True)
+    (folder / "classInd.txt").write_bytes(b"1 YoYo\r\n2 HandstandPushups\r\n")
+    numbers = {"YoYo": 1, "HandstandPushups": 2}
+    lines = [f"{name}.avi {numbers[name.split('/')[0]]}\r\n" for name in train]
+    (folder / f"trainlist0{split}.txt").write_bytes("".join(lines).encode())
+    (folder / f"testlist0{split}.txt").write_bytes("".join(f"{name}.avi\r\n" for name in val).encode())
+
+
+def test_ucf101_reads_the_official_split_that_is_asked_for(tmp_path, capfd):
+    yoyo = [f"YoYo/v_YoYo_g{group}_c01" for group in ("01", "08", "09")]
+    handstand = "HandstandPushups/v_HandStandPushups_g02_c01"  # as in the real files
+    write_split_files(tmp_path / "a", 1, train=[yoyo[1], handstand], val=[yoyo[0]])
+    write_split_files(tmp_path / "a", 2, train=[yoyo[0], yoyo[2]], val=[yoyo[1], handstand])
+    videos = touch(tmp_path / "UCF-101", *(f"{name}.avi" for name in (*yoyo, handstand)))
+    flags = ("ucf101", "--annotations", tmp_path / "a", "--videos", videos, "--out", tmp_path / "o")
+    run_script(prepare, *flags)
+    assert manifest(tmp_path / "o", videos) == [(f"{yoyo[1]}.avi", 0), (f"{handstand}.avi", 1)]
+    assert manifest(tmp_path / "o", videos, "val") == [(f"{yoyo[0]}.avi", 0)]
+    assert (tmp_path / "o" / "classes.txt").read_text() == "YoYo\nHandstandPushups\n"  # in the order of classInd.txt
+    run_script(prepare, *flags, "--split", 2)
+    assert manifest(tmp_path / "o", videos) == [(f"{yoyo[0]}.avi", 0), (f"{yoyo[2]}.avi", 0)]
+    assert manifest(tmp_path / "o", videos, "val") == [(f"{yoyo[1]}.avi", 0), (f"{handstand}.avi", 1)]
+    assert "no testlist03.txt in" in refusal(capfd, prepare, *flags, "--split", 3)
+    assert "--split: invalid choice: 4" in refusal(capfd, prepare, *flags, "--split", 4)
+    (tmp_path / "a" / "testlist01.txt").write_text("v_YoYo_g01_c01.avi\n")
+    assert "not in ucf101's format" in refusal(capfd, prepare, *flags)
+
+
+def test_hmdb51_leaves_out_the_videos_that_a_split_does_not_use(tmp_path, capfd):
+    for name, lines in {
+        "wave_test_split1": ["a_wave_f_0.avi 1 ", "b_wave_f_0.avi 2 ", "#c(!)_wave_f_0.avi 0 "],
+        "brush_hair_test_split1": ["d_brush_hair_u_0.avi 2 ", "e_brush_hair_u_0.avi 1 "],
+        "wave_test_split3": ["a_wave_f_0.avi 2 ", "b_wave_f_0.avi 0 ", "#c(!)_wave_f_0.avi 1 "],
+        "brush_hair_test_split3": ["d_brush_hair_u_0.avi 1 ", "e_brush_hair_u_0.avi 0 "],
+    }.items():
+        (tmp_path / f"{name}.txt").write_text("".join(f"{line}\n" for line in lines))
+    files = [f"wave/{name}_wave_f_0.avi" for name in ("a", "b", "#c(!)")]
+    files += [f"brush_hair/{name}_brush_hair_u_0.avi" for name in "de"]
+    videos = touch(tmp_path / "v", *files)
+    flags = ("hmdb51", "--annotations", tmp_path, "--videos", videos, "--out", tmp_path / "o")
+    run_script(prepare, *flags)
+    assert sorted(manifest(tmp_path / "o", videos)) == [(files[4], 0), (files[0], 1)]
+    assert sorted(manifest(tmp_path / "o", videos, "val")) == [(files[3], 0), (files[1], 1)]
+    assert (tmp_path / "o" / "classes.txt").read_text() == "brush_hair\nwave\n"
+    run_script(prepare, *flags, "--split", 3)
+    assert sorted(manifest(tmp_path / "o", videos)) == [(files[3], 0), (files[2], 1)]
+    assert manifest(tmp_path / "o", videos, "val") == [(files[0], 1)]
+    assert "no CLASS_test_split2.txt in" in refusal(capfd, prepare, *flags, "--split", 2)
+    (tmp_path / "wave_test_split1.txt").write_text("a_wave_f_0.avi 3\n")
+    assert "not in hmdb51's format" in refusal(capfd, prepare, *flags)
+
+
 @pytest.mark.parametrize("truth", [None, "LOC_val_solution.csv", "synset_labels.txt"])
 def test_imagenet1k_with_validation_images_in_folders_or_in_one_folder(tmp_path, truth):
     names = [f"ILSVRC2012_val_0000000{i}" for i in (1, 2)]

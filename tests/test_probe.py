@@ -525,6 +525,7 @@ def test_three_processes_seven_videos(augment, dark_or_bright, teacher, tmp_path
 @pytest.mark.parametrize("task, protocol", [
     ("k400", (400, 16, 4, 8, 3, 256, 20)), ("ssv2", (174, 16, 4, 2, 3, 256, 20)), ("coin", (180, 16, 4, 8, 3, 256, 1)),
     ("diving48", (48, 16, 2, 4, 3, 128, 1)), ("jester", (27, 16, 2, 4, 3, 128, 1)),
+    ("ucf101", (101, 16, 4, 5, 3, 128, 1)), ("hmdb51", (51, 16, 2, 10, 3, 128, 1)),
     ("imagenet1k", (1000, 16, 4, 1, 3, 1024, 1)), ("k400 --fast", (400, 16, 4, 1, 1, 256, 1)),
     ("ssv2 --fast", (174, 16, 4, 1, 1, 256, 1)),
     ("jester --views 2 --lr 1 2 --weight-decay 3", (27, 16, 2, 4, 2, 128, 2)),

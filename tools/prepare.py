@@ -3,6 +3,7 @@
     python -m tools.prepare k400 --annotations annotations/k400 --videos videos/k400
     python -m tools.prepare k710 --annotations annotations/k400 annotations/k600 annotations/k700 --videos videos/k*
     python -m tools.prepare v3.6m                       # join data/k710, data/ssv2 and data/panda70m
+    python -m tools.prepare folder my_videos --out data/mine        # your own videos: see tools/folder.py
 
 `python -m tools.prepare k400 --help` lists the files that k400 needs and where to get them. The command writes
 data/k400/train.csv and val.csv, with one "path label" per line, and classes.txt, whose line n (from 0) names class n.
@@ -18,8 +19,8 @@ It prints how many clips of each split are
 tools/transcode.py can then check the videos and make smaller copies of them.
 
 To add a dataset, write a reader and add its row to DATASETS. A reader is a function of the paths given to --annotations
-and the folders given to --videos, both lists. It returns the names of the classes in order, a list of `Sample`, and the
-files found. Its docstring is the command's --help.
+and the folders given to --videos, both lists, and of --split if the dataset has several. It returns the names of the
+classes in order, a list of `Sample`, and the files found. Its docstring is the command's --help.
 """
 
 import csv
@@ -36,9 +37,9 @@ import numpy as np
 
 from cli import Parser, fail, require_at_least, write_lines
 from data import read_manifest, write_manifest
+from tools.folder import VIDEO_SUFFIXES, write_folder
 from video import IMAGE_SUFFIXES
 
-VIDEO_SUFFIXES = {".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".flv", ".mpg", ".mpeg", ".wmv", ".3gp", ".ts"}
 COUNTS = ("annotated", "found", "missing", "duplicate", "excluded", "written")
 PANDA70M_CLIPS, V36M_CLIPS = 2_799_959, 3_626_129  # in the paper
 SHORTEST, LONGEST = 4, 50  # seconds of a Panda-70M clip (paper, appendix A)
@@ -208,6 +209,49 @@ def jester(annotations, videos):
     return classes, samples, find_files(videos, frame_folders={s.clip for s in samples})
 
 
+def ucf101(annotations, videos, split):
+    """UCF-101: 13,320 clips of 101 actions; split 1 has 9,537 for training and 3,783 for validation.
+
+    --annotations: the folder ucfTrainTestlist with classInd.txt, trainlist01.txt, testlist01.txt, ..., from
+      https://www.crcv.ucf.edu/data/UCF101.php ("Train/Test Splits for Action Recognition")
+    --videos: the folder UCF-101 of UCF101.rar from there, with CLASS/v_CLASS_g01_c01.avi
+
+    The validation set is the official test set. Results are often the mean over the three splits: prepare one, probe
+    it, then go on with the next.
+    """
+    with open_annotations(annotations[0], "classInd.txt") as file:
+        classes = [line.split()[1] for line in file if line.strip()]  # "1 ApplyEyeMakeup", in order
+    samples = []
+    for kind, name in (("val", f"testlist{split:02}.txt"), ("train", f"trainlist{split:02}.txt")):
+        with open_annotations(annotations[0], name) as file:
+            for line in filter(str.strip, file):  # "CLASS/FILE.avi", followed by the class number in training lists
+                label, video = line.split()[0].split("/")
+                samples.append(whole_video(kind, video.removesuffix(".avi"), label))
+    return classes, samples, find_files(videos)
+
+
+def hmdb51(annotations, videos, split):
+    """HMDB51: 6,766 clips of 51 actions; each split has 3,570 for training and 1,530 for validation.
+
+    --annotations: the folder testTrainMulti_7030_splits with CLASS_test_split1.txt, ... (153 files), from
+      https://serre-lab.clps.brown.edu/resource/hmdb-a-large-human-motion-database
+    --videos: the folder of the extracted hmdb51_org.rar and the archives in it, with CLASS/*.avi
+
+    The validation set is the official test set. Results are often the mean over the three splits: prepare one, probe
+    it, then go on with the next.
+    """
+    end = f"_test_split{split}.txt"
+    lists = sorted(path.name for path in Path(annotations[0]).glob(f"*{end}"))
+    kinds, samples = {"0": None, "1": "train", "2": "val"}, []  # 0: in neither
+    for name in lists or [f"CLASS{end}"]:  # without any, the error names one
+        with open_annotations(annotations[0], name) as file:
+            for line in filter(str.strip, file):
+                video, kind = line.split()
+                if kinds[kind]:
+                    samples.append(whole_video(kinds[kind], video.removesuffix(".avi"), name.removesuffix(end)))
+    return [name.removesuffix(end) for name in lists], samples, find_files(videos)
+
+
 def imagenet1k(annotations, videos):
     """ImageNet-1K (ILSVRC 2012): 1,281,167 training and 50,000 validation images of 1,000 classes.
 
@@ -252,6 +296,7 @@ class Dataset(NamedTuple):
     clips: int | None = None  # for training, in the paper
     num_annotations: int = 1  # paths that --annotations takes
     needs_annotations: bool = True
+    splits: tuple = ()  # numbers of its official splits, if there are several
 
 
 DATASETS = {
@@ -263,6 +308,8 @@ DATASETS = {
     "coin": Dataset(coin, classes=180),
     "diving48": Dataset(diving48, classes=48),
     "jester": Dataset(jester, classes=27),
+    "ucf101": Dataset(ucf101, splits=(1, 2, 3)),
+    "hmdb51": Dataset(hmdb51, splits=(1, 2, 3)),
     "imagenet1k": Dataset(imagenet1k, classes=1000, needs_annotations=False),
 }
 
@@ -370,7 +417,8 @@ def write_dataset(args):
     """Write the manifests of one of DATASETS."""
     dataset = DATASETS[args.command]
     try:
-        classes, samples, files = dataset.read(args.annotations, args.videos)
+        split = [args.split] if dataset.splits else []
+        classes, samples, files = dataset.read(args.annotations, args.videos, *split)
     except (KeyError, ValueError, TypeError, IndexError, csv.Error) as error:
         reason = f"{type(error).__name__} {error}"
         fail(f"--annotations: not in {args.command}'s format: {reason} (--help lists the files)")
@@ -524,6 +572,8 @@ def parse_args():
         required, number = dataset.needs_annotations, dataset.num_annotations
         flag("--annotations", nargs=number, required=required, metavar="PATH", help="see above")
         flag("--videos", nargs="+", required=True, metavar="DIR", help="see above")
+        if dataset.splits:
+            flag("--split", type=int, choices=dataset.splits, default=1, help="which of the official splits")
     flag = add_command("panda70m", panda70m, panda70m)
     flag("--annotations", required=True, metavar="FILE", help="see above")
     flag("--videos", nargs="+", required=True, metavar="DIR", help="see above")
@@ -532,6 +582,14 @@ def parse_args():
     flag = add_command("v3.6m", v36m, v36m)
     parts = [f"data/{name}/train.csv" for name in ("k710", "ssv2", "panda70m")]
     flag("--manifests", nargs="+", default=parts, metavar="MANIFEST", help="the manifests to join")
+    flag = add_command("folder", write_folder, write_folder)
+    flag("videos", type=Path, metavar="VIDEOS", help="the folder of videos")
+    flag("--val-fraction", type=float, default=0.2, help="fraction of each class's videos to validate on")
+    flag("--group", metavar="REGEX", help="keep the videos of a source together; see above")
+    flag("--unlabeled", action="store_true", help="subfolders are no classes: all labels are -1")
+    flag("--workers", type=int, default=os.cpu_count(), help="number of processes that try to decode the videos")
+    flag("--timeout", type=float, default=120, help="seconds after which a video counts as bad")
+    flag("--retry", action="store_true", help="try the videos again that were bad before")
     return parser.parse_args()
 
 
@@ -539,6 +597,8 @@ def main():
     args = parse_args()
     if args.command == "panda70m":
         require_at_least(args, 1, "count")
+    if args.command == "folder":
+        require_at_least(args, 1, "workers", "timeout")
     args.run(args)
 
 
