@@ -158,10 +158,9 @@ def count_classes(labels, splits):
         numbers = [counts[split][label] for split in splits]
         if 0 in numbers:
             members = [v for videos in splits.values() for v in videos if v.label == label]
-            name = f"class {label!r}" if label else "the folder"
+            name, sources = f"class {label!r}" if label else "the folder", {v.source for v in members}
             fail(
-                f"{name}: {len(members)} readable videos from {len({v.source for v in members})} sources became "
-                f"{' and '.join(f'{n} {split}' for n, split in zip(numbers, splits, strict=True))} videos; "
-                "add videos, change --val-fraction or --group, or leave the class out"
+                f"{name}: of {len(members)} readable videos from {len(sources)} sources, {numbers[0]} are in train and "
+                f"{numbers[1]} in val; add videos, change --val-fraction or --group, or leave the class out"
             )
     return counts
