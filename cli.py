@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 import masking
-from model import SIZES, Encoder, Predictor, token_grid
+from model import PREDICTORS, SIZES, Encoder, Predictor, token_grid
 
 
 def fail(message, agreed=False):
@@ -58,9 +58,9 @@ def training_flags(description, out, steps):
     flag("--tubelet-size", type=int, default=2, help="frames per token")
     flag("--num-frames", type=int, default=16, help="frames per clip (table 5)")
     flag("--resolution", type=int, default=224, help="height and width of a clip in pixels (table 5)")
-    flag("--predictor-width", type=int, default=384, help="(table 4)")
-    flag("--predictor-depth", type=int, default=12, help="(table 4)")
-    flag("--predictor-heads", type=int, default=16, help="(table 4)")
+    flag("--predictor-width", type=int, help="default: 384 (table 4); smaller for vit_ti, as are the next two")
+    flag("--predictor-depth", type=int, help="default: 12 (table 4)")
+    flag("--predictor-heads", type=int, help="default: 16 (table 4)")
 
     flag = parser.add_argument_group("data").add_argument
     flag("--data", nargs="+", metavar="MANIFEST", help="text files of 'path label' lines; default: built-in videos")
@@ -158,10 +158,10 @@ def encoder_config(args):
 
 def predictor_config(args, in_width, out_width):
     """Keyword arguments of `Predictor`. Ends the script if the numbers do not fit together."""
-    config = dict(
-        in_width=in_width, out_width=out_width, width=args.predictor_width, depth=args.predictor_depth,
-        heads=args.predictor_heads, num_mask_tokens=masking.STRATEGIES[args.mask].num_masks,
-    )  # fmt: skip
+    config = dict(in_width=in_width, out_width=out_width, num_mask_tokens=masking.STRATEGIES[args.mask].num_masks)
+    for name, default in PREDICTORS[args.model].items():
+        override = getattr(args, f"predictor_{name}")
+        config[name] = default if override is None else override
     try:
         with torch.device("meta"):
             Predictor(**config)

@@ -34,6 +34,10 @@ SIZES = {
     "vit_g": dict(width=1408, depth=40, heads=16, mlp_ratio=48 / 11),
     "vit_G": dict(width=1664, depth=48, heads=16, mlp_ratio=64 / 13),
 }
+# Paper table 4: the same predictor for all sizes of the paper.
+PREDICTORS = {name: dict(width=384, depth=12, heads=16) for name in SIZES}
+PREDICTORS["vit_ti"] = dict(width=192, depth=4, heads=3)
+PREDICTORS["vit_s"] = dict(width=384, depth=6, heads=6)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -171,11 +175,19 @@ def apply_block(block, x, rope, checkpointed):
     return checkpoint(block, x, rope, use_reentrant=False) if checkpointed else block(x, rope)
 
 
-def init_weights(module, blocks):
-    """As V-JEPA 2: truncated normal with std 0.02, zero biases; residual branches of block i divided by sqrt(2 i)."""
+def init_std(width):
+    """Standard deviation of initial weights: V-JEPA 2's 0.02, and more for networks narrower than any of the paper's.
+
+    With 0.02, their attention logits and residual branches start near zero, and they learn nothing for long.
+    """
+    return 0.02 * max(1, 384 / width)
+
+
+def init_weights(module, width, blocks):
+    """As V-JEPA 2: truncated normal weights, zero biases; residual branches of block i divided by sqrt(2 i)."""
     for m in module.modules():
         if isinstance(m, nn.Linear):
-            nn.init.trunc_normal_(m.weight, std=0.02)
+            nn.init.trunc_normal_(m.weight, std=init_std(width))
             nn.init.zeros_(m.bias)
     with torch.no_grad():
         for i, block in enumerate(blocks, start=1):
@@ -213,7 +225,7 @@ class Encoder(nn.Module):
         self.patch_embed = nn.Linear(3 * tubelet_size * patch_size**2, width)
         self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
-        init_weights(self, self.blocks)
+        init_weights(self, width, self.blocks)
 
     def grid(self, clips):
         """Token grid (time, rows, columns) of clips (B, 3, T, H, W)."""
@@ -267,7 +279,7 @@ class Predictor(nn.Module):
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.proj = nn.Linear(width, out_width)
-        init_weights(self, self.blocks)
+        init_weights(self, width, self.blocks)
 
     def forward(self, context, context_ids, target_ids, grid, mask_index=0):
         x = self.embed(context)
@@ -323,8 +335,8 @@ class AttentiveProbe(nn.Module):
         self.query = nn.Parameter(torch.zeros(1, 1, width))
         self.cross = CrossAttention(width, heads, eps=eps)
         self.linear = nn.Linear(width, num_classes)
-        init_weights(self, self.blocks)
-        nn.init.trunc_normal_(self.query, std=0.02)
+        init_weights(self, width, self.blocks)
+        nn.init.trunc_normal_(self.query, std=init_std(width))
         with torch.no_grad():
             self.cross.mlp.fc2.weight.div_(math.sqrt(2 * max(1, depth - 1)))  # as V-JEPA 2's pooler counts
 

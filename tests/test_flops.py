@@ -177,11 +177,11 @@ SMALL_STUDENT, SMALL_TEACHER = SIZES["vit_ti"] | SMALL_SHAPE | {"depth": 2}, SIZ
 
 def small_stages(steps):
     """The stages of SMALL with --teacher vit_s: kind, encoder, predictor, teacher, steps."""
-    wide = dict(width=384, depth=2, heads=16)
+    shape = dict(width=192, depth=2, heads=3)  # of vit_ti
     return [
-        ("teacher", SMALL_TEACHER, predictor(384, 1536, **wide), None, steps[0]),
-        ("student", SMALL_STUDENT, predictor(192, 384, **wide), SMALL_TEACHER, steps[1]),
-        ("ema", SMALL_STUDENT, predictor(192, 192, **wide), SMALL_STUDENT, sum(steps)),
+        ("teacher", SMALL_TEACHER, predictor(384, 1536, **shape), None, steps[0]),
+        ("student", SMALL_STUDENT, predictor(192, 384, **shape), SMALL_TEACHER, steps[1]),
+        ("ema", SMALL_STUDENT, predictor(192, 192, **shape), SMALL_STUDENT, sum(steps)),
     ]
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from conftest import randomize
 
 import model
-from model import SIZES, AttentiveProbe, Encoder, Predictor, gather, rotate, tubelets, untubelets
+from model import SIZES, AttentiveProbe, Encoder, Predictor, gather, init_std, rotate, tubelets, untubelets
 
 CLOSE = dict(atol=1e-5, rtol=1e-5)
 
@@ -339,25 +339,41 @@ def assert_std(weight, std):
     assert abs(weight.std().item() / std - 1) < 4 / math.sqrt(2 * weight.numel())
 
 
+@pytest.mark.parametrize("width", [384, 768, 1024, 1280, 1408, 1664])
+def test_networks_of_the_papers_widths_start_as_v_jepa_2(width):
+    torch.manual_seed(0)
+    assert_std(Encoder(width, 1, 16).patch_embed.weight, 0.02)
+    assert_std(AttentiveProbe(width, 10, depth=1, heads=16).cross.kv.weight, 0.02)
+    assert_std(Predictor(width, 16, depth=1).embed.weight, 0.02)  # the predictor is 384 wide
+
+
+def test_narrow_networks_start_with_larger_weights():
+    torch.manual_seed(0)
+    assert_std(Encoder(96, 1, 2).patch_embed.weight, 0.08)
+    assert_std(Predictor(1024, 16, width=192, depth=1, heads=3).embed.weight, 0.04)
+    assert_std(AttentiveProbe(96, 10, depth=1, heads=4).cross.kv.weight, 0.08)
+
+
 def test_deeper_residual_branches_start_smaller():
     torch.manual_seed(0)
-    for network in (Encoder(128, 4, 2), Predictor(128, 64, width=128, depth=4, heads=2)):
+    std = init_std(128)
+    for network in (Encoder(128, 4, 2), Predictor(64, 96, width=128, depth=4, heads=2)):
         for i, block in enumerate(network.blocks, start=1):
-            assert_std(block.attn.proj.weight, 0.02 / math.sqrt(2 * i))
-            assert_std(block.mlp.fc2.weight, 0.02 / math.sqrt(2 * i))
-            assert_std(block.attn.qkv.weight, 0.02)
-            assert_std(block.mlp.fc1.weight, 0.02)
+            assert_std(block.attn.proj.weight, std / math.sqrt(2 * i))
+            assert_std(block.mlp.fc2.weight, std / math.sqrt(2 * i))
+            assert_std(block.attn.qkv.weight, std)
+            assert_std(block.mlp.fc1.weight, std)
         for name, p in network.named_parameters():
             if name.endswith("bias") or name == "mask_tokens":
                 assert (p == 0).all(), name
-    assert_std(Encoder(128, 1, 2).patch_embed.weight, 0.02)
-    assert_std(network.embed.weight, 0.02)
-    assert_std(network.proj.weight, 0.02)
+    assert_std(Encoder(128, 1, 2).patch_embed.weight, std)
+    assert_std(network.embed.weight, std)
+    assert_std(network.proj.weight, std)
     probe = AttentiveProbe(128, 10, depth=3, heads=2)
-    assert_std(probe.blocks[1].attn.proj.weight, 0.02 / 2)
-    assert_std(probe.cross.mlp.fc2.weight, 0.02 / math.sqrt(4))  # V-JEPA 2 counts from depth - 1
-    assert_std(AttentiveProbe(128, 10, depth=1, heads=2).cross.mlp.fc2.weight, 0.02 / math.sqrt(2))
-    assert_std(probe.cross.kv.weight, 0.02)
+    assert_std(probe.blocks[1].attn.proj.weight, std / 2)
+    assert_std(probe.cross.mlp.fc2.weight, std / math.sqrt(4))  # V-JEPA 2 counts from depth - 1
+    assert_std(AttentiveProbe(128, 10, depth=1, heads=2).cross.mlp.fc2.weight, std / math.sqrt(2))
+    assert_std(probe.cross.kv.weight, std)
     assert probe.query.abs().max() > 0
 
 
