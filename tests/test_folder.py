@@ -51,9 +51,9 @@ def test_class_folders_become_labels_and_unreadable_videos_are_reported_and_left
     found = splits["train"] | splits["val"]
     assert found == {name: classes.index(name.split("/")[0]) for name in names}
     assert sorted(splits["val"].values()) == [0, 1, 2] and sorted(splits["train"].values()) == sorted([0, 1, 2] * 4)
-    assert "16 videos in" in text and "1 other files ignored (.txt 1)" in text
+    assert "16 videos in" in text and "ignored by suffix: .txt 1" in text
     assert "walk/broken.MOV: Invalid data" in text and "15 videos are good, 1 bad" in text
-    assert "3 classes, with 4 to 4 train and 1 to 1 val videos each" in text
+    assert "3 classes, each with 4 to 4 train and 1 to 1 val videos\n" in text
 
 
 def test_a_folder_without_class_folders_gives_unlabeled_manifests(tmp_path, clip, capfd):
@@ -112,23 +112,26 @@ def test_each_class_of_two_files_is_in_both_splits():
     assert sorted(name[0] for name in chosen) == list("abcdefgh")
 
 
+def test_the_choice_does_not_change_from_run_to_run():
+    assert choose_sources([Video("", f"{i}.mp4", "") for i in range(10)], 0.2) == {"7.mp4", "8.mp4"}
+
+
 def test_mistakes_are_reported_in_one_line_and_write_no_manifest(tmp_path, clip, capfd):
     names = [f"{kind}/{kind}_g{g}.mp4" for kind in "ab" for g in range(3)]
     videos, out = make_videos(tmp_path / "v", clip, *names, "b/b_x.mp4"), tmp_path / "o"
     lonely = make_videos(tmp_path / "lonely", clip, *names, "c/1.mp4")
-    (tmp_path / "broken" / "a").mkdir(parents=True)
-    (tmp_path / "broken" / "a" / "1.mp4").touch()
+    make_videos(make_videos(tmp_path / "broken", clip, "b/1.mp4", "b/2.mp4"), b"", "a/1.mp4", "a/2.mp4")
     make_videos(tmp_path / "text", b"", "a/1.txt", "a/2")
     for arguments, what in [
         ((tmp_path / "nowhere", out), "nowhere: No such file"),
         ((videos / names[0], out), "Not a directory"),
-        ((tmp_path / "text", out), "in it; 2 other files ignored ("),
-        ((tmp_path / "broken", out), "class 'a': of 0 readable videos from 0 sources, 0 are in train and 0 in val"),
-        ((lonely, out), "class 'c': of 1 readable videos from 1 sources, 0 are in train and 1 in val; add videos"),
+        ((tmp_path / "text", out), "in it; ignored by suffix: .txt 1, none 1"),
+        ((tmp_path / "broken", out), "class a: 0 videos for train and 0 for val, from 0 sources; add readable"),
+        ((lonely, out), "class c: 0 videos for train and 1 for val, from 1 sources; add"),
         ((videos, out, "--group", r"g\d"), "does not match 1 of 7 file names, such as b/b_x.mp4"),
         ((videos, out, "--group", "nothing"), "does not match 7 of 7 file names, such as a/a_g0.mp4"),
-        ((videos, out, "--group", "^(a|b)"), "class 'a': of 3 readable videos from 1 sources, "),
-        ((videos, out, "--group", "("), "--group '(' is not a regular expression: missing )"),
+        ((videos, out, "--group", "^(a|b)"), "class a: 3 videos for train and 0 for val, from 1 sources; add"),
+        ((videos, out, "--group", "("), "--group ( is not a regular expression: missing )"),
         ((videos, out, "--val-fraction", 1), "--val-fraction 1.0: must be above 0 and below 1"),
         ((videos, out, "--val-fraction", 0), "--val-fraction 0.0: must be above 0 and below 1"),
     ]:

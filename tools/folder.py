@@ -3,7 +3,7 @@
     python -m tools.prepare folder my_videos --out data/mine
     python -m tools.prepare folder my_videos --out data/mine --group 'g(\\d+)'      # keeps a source's videos together
 
-Apart from finding the videos, this module decodes them (tools/transcode.py) and splits them into train and val.
+Finds the videos, decodes clips of them (tools/transcode.py), splits them into train and val, and writes the manifests.
 """
 
 import hashlib
@@ -46,34 +46,32 @@ def write_folder(args):
     if not 0 < args.val_fraction < 1:
         fail(f"--val-fraction {args.val_fraction}: must be above 0 and below 1")
     videos = list_videos(args.videos, args.group, args.unlabeled)
+    labels = sorted({v.label for v in videos})
+    split(videos, labels, args.val_fraction)  # to fail now rather than after decoding
     log = args.out / "check.jsonl"
     records = work_through(args, [v.path for v in videos], lambda path: check_video(path, *CLIP), CLIP, log)
     print_bad(records, log)
     good = [v for v in videos if "error" not in records[v.path]]
-    chosen = choose_sources(good, args.val_fraction)
-    splits = {
-        "train": [v for v in good if v.source not in chosen],
-        "val": [v for v in good if v.source in chosen],
-    }
-    labels = sorted({v.label for v in videos})
-    counts = count_classes(labels, splits)
+    splits = split(good, labels, args.val_fraction)
 
     classes = [label for label in labels if label]
     numbers = {"": -1, **{label: number for number, label in enumerate(classes)}}
-    for split, members in splits.items():
-        write_manifest(args.out / f"{split}.csv", [(v.path, numbers[v.label]) for v in members])
+    for name, members in splits.items():
+        write_manifest(args.out / f"{name}.csv", [(v.path, numbers[v.label]) for v in members])
     write_lines(args.out / "classes.txt", classes)
-    sizes = " and ".join(f"{min(c.values())} to {max(c.values())} {split}" for split, c in counts.items())
-    print(f"{args.out / 'classes.txt'}: {len(classes)} classes" + (f", with {sizes} videos each" if classes else ""))
+    sizes = {name: Counter(v.label for v in members).values() for name, members in splits.items()}
+    ranges = " and ".join(f"{min(size):,} to {max(size):,} {name}" for name, size in sizes.items())
+    contents = f"{len(classes)} classes, each with {ranges} videos" if classes else "no classes, so all labels are -1"
+    print(f"{args.out / 'classes.txt'}: {contents}")
     if args.group:
-        print(f"{len({v.source for v in good})} sources, {len(chosen)} of them in val.csv")
+        print("sources: " + ", ".join(f"{len({v.source for v in members})} {name}" for name, members in splits.items()))
 
 
 def list_videos(folder, group, unlabeled):
     """The videos of a folder, sorted by path. Ends the script if there are none, or if their classes are unclear."""
     paths, others = find_videos(folder)
-    suffixes = ", ".join(f"{suffix or 'no suffix'} {count:,}" for suffix, count in others.most_common(8))
-    ignored = f"; {others.total():,} other files ignored ({suffixes})" if others else ""
+    suffixes = ", ".join(f"{suffix or 'none'} {count:,}" for suffix, count in others.most_common(8))
+    ignored = f"; ignored by suffix: {suffixes}" if others else ""
     if not paths:
         fail(f"{folder}: no files with the suffixes {' '.join(sorted(VIDEO_SUFFIXES))} in it{ignored}")
     print(f"{len(paths):,} videos in {folder}{ignored}")
@@ -120,10 +118,10 @@ def find_sources(paths, group):
     try:
         matches = [re.search(group, os.path.basename(path)) for path in paths]
     except re.error as error:
-        fail(f"--group {group!r} is not a regular expression: {error}")
+        fail(f"--group {group} is not a regular expression: {error}")
     if None in matches:
         first = paths[matches.index(None)]
-        fail(f"--group {group!r} does not match {matches.count(None):,} of {len(paths):,} file names, such as {first}")
+        fail(f"--group {group} does not match {matches.count(None):,} of {len(paths):,} file names, such as {first}")
     return [match[1] if match.re.groups and match[1] is not None else match[0] for match in matches]
 
 
@@ -148,19 +146,19 @@ def choose_sources(videos, fraction):
     return chosen
 
 
-def count_classes(labels, splits):
-    """{split: {label: number of videos}}. Ends the script if a class is not in both splits."""
-    counts = {split: {label: 0 for label in labels} for split in splits}
-    for split, videos in splits.items():
-        for video in videos:
-            counts[split][video.label] += 1
+def split(videos, labels, fraction):
+    """{"train": videos, "val": videos}. Ends the script if one of the labels is not in both."""
+    chosen = choose_sources(videos, fraction)
+    splits = {
+        "train": [v for v in videos if v.source not in chosen],
+        "val": [v for v in videos if v.source in chosen],
+    }
+    train, val = (Counter(v.label for v in members) for members in splits.values())
     for label in labels:
-        numbers = [counts[split][label] for split in splits]
-        if 0 in numbers:
-            members = [v for videos in splits.values() for v in videos if v.label == label]
-            name, sources = f"class {label!r}" if label else "the folder", {v.source for v in members}
+        if not train[label] or not val[label]:
+            name, sources = f"class {label}" if label else "the folder", {v.source for v in videos if v.label == label}
             fail(
-                f"{name}: of {len(members)} readable videos from {len(sources)} sources, {numbers[0]} are in train and "
-                f"{numbers[1]} in val; add videos, change --val-fraction or --group, or leave the class out"
+                f"{name}: {train[label]} videos for train and {val[label]} for val, from {len(sources)} sources; "
+                "add readable videos, change --val-fraction or --group, or leave the class out"
             )
-    return counts
+    return splits
