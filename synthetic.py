@@ -14,6 +14,7 @@ MOTIONS = ("right", "up-right", "up", "up-left", "left", "down-left", "down", "d
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 TAU = 2 * math.pi
 ANGLES = 360  # angles at which `shape_outlines` gives the radius
+FLICKER, GRAIN = 0.1, 0.04  # largest change of brightness; standard deviation of the noise
 GRAIN_STARTS = 2**20  # number of offsets into the noise at which a frame's grain can begin
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -108,14 +109,13 @@ def _opacity(depth, size):
 
 
 def synthetic_clips(seed, numbers, num_frames, resolution):
-    """Render the clips with these numbers: textured shapes that move over a moving textured background.
+    """Render the clips with these numbers: a bright textured shape that moves over a smooth moving background.
 
-    Each frame shows one shape four times, two across and two down. All four move together in one of 8 directions; their
-    speed, size, angle and phase vary from clip to clip. The background (camera motion) and a disc in front move
-    independently of them. Colors, textures and lighting vary from clip to clip, brightness flickers from frame to
-    frame, and there is film grain. Phases are uniform, so a single frame does not reveal the motion, and colors do not
-    reveal the shape. With fewer than 5 frames the motion is ambiguous: a step can exceed half the distance between two
-    shapes.
+    The shape moves in one of 8 directions; its speed, size, angle, position and texture vary from clip to clip. What
+    leaves the frame on one side comes back on the other. The background (camera motion) moves independently. Colors
+    vary from clip to clip, brightness flickers a little from frame to frame, and there is film grain. Positions are
+    uniform, so a single frame does not reveal the motion, and colors do not reveal the shape. The shape moves about a
+    third of the frame width in a clip: in two frames, less than the grain hides.
 
     numbers: (B,) int64; its device renders. Returns clips (B, 3, T, S, S) uint8 and labels (B, 2) int64: the motion and
     the shape, independent of each other, as indices of MOTIONS and SHAPES.
@@ -125,24 +125,19 @@ def synthetic_clips(seed, numbers, num_frames, resolution):
     time, pixels = torch.linspace(0, 1, T, device=device), _pixel_centers(S, device)
     motion, shape = rng.uniform(0, len(MOTIONS)).long(), rng.uniform(0, len(SHAPES)).long()
 
-    camera = _straight_path(rng.uniform(0, TAU), rng.uniform(0.2, 0.9), time)
-    clips = _texture(rng, camera, pixels, darkest=0.3)
+    color = rng.uniforms(0.2, 0.5, 3)
+    camera = _straight_path(rng.uniform(0, TAU), rng.uniform(0, 0.6), time)
+    clips = _texture(rng, camera, pixels, color, contrast=0.15, frequencies=(0.3, 0.9))
 
-    path = _straight_path(motion * (TAU / len(MOTIONS)), rng.uniform(0.4, 0.9), time)
-    texture = _texture(rng, path, pixels, darkest=0.55)
-    clips = torch.lerp(clips, texture, _shapes_opacity(rng, path, pixels, shape))
+    path = _straight_path(motion * (TAU / len(MOTIONS)), rng.uniform(0.21, 0.33), time)
+    brighter = color + rng.uniforms(0.3, 0.45, 3)
+    texture = _texture(rng, path, pixels, brighter, contrast=0.12, frequencies=(0.3, 1.2))
+    clips = torch.lerp(clips, texture, _shape_opacity(rng, path, pixels, shape))
 
-    path = _straight_path(rng.uniform(0, TAU), rng.uniform(0, 0.6), time)
-    dx, dy = _offsets(rng, path, pixels)
-    color, radius = rng.uniforms(0.25, 0.75, 3), rng.uniform(0.05, 0.1)
-    disc = _opacity(radius[:, None, None, None] - _length(dx, dy), S)
-    clips = torch.lerp(clips, color[:, :, None, None, None].expand_as(clips), disc[:, None])
-
-    phase, frequency = rng.uniform(0, 1)[:, None], rng.uniform(0, 1)[:, None]
-    light = 1 + 0.05 * (TAU * (phase + frequency * time)).sin() + rng.uniforms(-0.2, 0.2, T)
+    light = 1 + rng.uniforms(-FLICKER, FLICKER, T)
     starts = (uniforms(seed + 1, numbers, T) * GRAIN_STARTS).long()
     grain = _grain(3 * S * S, device)[starts].unflatten(2, (3, S, S)).transpose(1, 2)
-    clips = (clips * light[:, None, :, None, None] + 0.2 * grain).clamp(0, 1)
+    clips = (clips * light[:, None, :, None, None] + GRAIN * grain).clamp(0, 1)
     return (clips * 255).round().to(torch.uint8), torch.stack((motion, shape), dim=1)
 
 
@@ -151,34 +146,30 @@ def _straight_path(direction, speed, time):
     return (direction.cos() * speed)[:, None] * time, (-direction.sin() * speed)[:, None] * time
 
 
-def _texture(rng, path, pixels, darkest):
-    """Two plane waves in a random color that move along the path: (B, 3, T, S, S)."""
+def _texture(rng, path, pixels, color, contrast, frequencies):
+    """Two plane waves around a color (B, 3) that move along the path: (B, 3, T, S, S)."""
     waves, (x, y) = 2, path
-    frequency, angle, phase = rng.uniforms(0.5, 1.5, waves), rng.uniforms(0, TAU, waves), rng.uniforms(0, TAU, waves)
+    frequency, angle, phase = (
+        rng.uniforms(*frequencies, waves),
+        rng.uniforms(0, TAU, waves),
+        rng.uniforms(0, TAU, waves),
+    )
     kx, ky = TAU * frequency * angle.cos(), TAU * frequency * angle.sin()
     px = kx[:, None, :, None] * (pixels - x[:, :, None, None]) + phase[:, None, :, None]  # (B, T, waves, S)
     py = ky[:, None, :, None] * (pixels - y[:, :, None, None])
     # cos(px + py) = cos(px) cos(py) - sin(px) sin(py), summed over the waves by one matrix product
     across, down = torch.cat((px.cos(), px.sin()), dim=2), torch.cat((py.cos(), -py.sin()), dim=2)
     field = down.transpose(2, 3) @ across * math.sqrt(2 / waves)  # (B, T, S, S)
-    color, variation = rng.uniforms(darkest, darkest + 0.15, 3), rng.uniforms(-0.15, 0.15, 3)
+    variation = rng.uniforms(-contrast, contrast, 3)
     return color[:, :, None, None, None] + variation[:, :, None, None, None] * field[:, None]
 
 
-def _offsets(rng, path, pixels, copies=1):
-    """Distance in x, (B, T, 1, S), and in y, (B, T, S, 1), from a moving point to each pixel.
-
-    The point starts at a random position and repeats `copies` times across and down; the nearest copy counts.
-    """
+def _shape_opacity(rng, path, pixels, shape):
+    """Opacity of the moving shape, which starts at a random position: (B, 1, T, S, S). shape: (B,) index of SHAPES."""
     x, y = (coordinate + rng.uniform(0, 1)[:, None] for coordinate in path)
     dx, dy = (pixels - x[:, :, None])[:, :, None, :], (pixels - y[:, :, None])[:, :, :, None]
-    return dx - (dx * copies).round() / copies, dy - (dy * copies).round() / copies
-
-
-def _shapes_opacity(rng, path, pixels, shape):
-    """Opacity of the 2x2 moving shapes: (B, 1, T, S, S). shape: (B,) index of SHAPES."""
-    dx, dy = _offsets(rng, path, pixels, copies=2)
-    radius, rotation = rng.uniform(0.16, 0.21)[:, None, None, None], rng.uniform(-0.4, 0.4)[:, None, None, None]
+    dx, dy = dx - dx.round(), dy - dy.round()  # what leaves the frame comes back on the other side
+    radius, rotation = rng.uniform(0.26, 0.36)[:, None, None, None], rng.uniform(-0.5, 0.5)[:, None, None, None]
     outlines, holes = (table.to(pixels.device) for table in shape_outlines())
     distance, angle = _length(dx, dy), _angle_index(dx, dy, rotation)
     edge = outlines.flatten()[shape[:, None, None, None] * ANGLES + angle] * radius
