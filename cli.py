@@ -156,10 +156,13 @@ def encoder_config(args):
     return config
 
 
-def predictor_config(args, in_width, out_width):
-    """Keyword arguments of `Predictor`. Ends the script if the numbers do not fit together."""
+def predictor_config(args, in_width, out_width, model=None):
+    """Keyword arguments of `Predictor`: the default of `model` (--model) and the overrides of the flags.
+
+    Ends the script if the numbers do not fit together.
+    """
     config = dict(in_width=in_width, out_width=out_width, num_mask_tokens=masking.STRATEGIES[args.mask].num_masks)
-    for name, default in PREDICTORS[args.model].items():
+    for name, default in PREDICTORS[model or args.model].items():
         override = getattr(args, f"predictor_{name}")
         config[name] = default if override is None else override
     try:

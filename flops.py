@@ -196,8 +196,9 @@ def stages(args):
         teacher = teacher | {name: student[name] for name in ("num_frames", "resolution")}
     pixels = 3 * args.tubelet_size * args.patch_size**2
     t, s = teacher["width"], student["width"]
+    size = args.teacher if args.teacher in SIZES else None
     return {
-        "teacher": (teacher, cli.predictor_config(args, t, pixels), None, args.teacher_steps),
+        "teacher": (teacher, cli.predictor_config(args, t, pixels, size), None, args.teacher_steps),
         "student": (student, cli.predictor_config(args, s, t), teacher, args.steps),
         "ema": (student, cli.predictor_config(args, s, s), student, args.teacher_steps + args.steps),
     }

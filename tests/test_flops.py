@@ -177,9 +177,9 @@ SMALL_STUDENT, SMALL_TEACHER = SIZES["vit_ti"] | SMALL_SHAPE | {"depth": 2}, SIZ
 
 def small_stages(steps):
     """The stages of SMALL with --teacher vit_s: kind, encoder, predictor, teacher, steps."""
-    shape = dict(width=192, depth=2, heads=3)  # of vit_ti
+    of_teacher, shape = dict(width=384, depth=2, heads=6), dict(width=192, depth=2, heads=3)  # of vit_s and vit_ti
     return [
-        ("teacher", SMALL_TEACHER, predictor(384, 1536, **shape), None, steps[0]),
+        ("teacher", SMALL_TEACHER, predictor(384, 1536, **of_teacher), None, steps[0]),
         ("student", SMALL_STUDENT, predictor(192, 384, **shape), SMALL_TEACHER, steps[1]),
         ("ema", SMALL_STUDENT, predictor(192, 192, **shape), SMALL_STUDENT, sum(steps)),
     ]
