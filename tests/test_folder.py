@@ -126,7 +126,7 @@ def test_mistakes_are_reported_in_one_line_and_write_no_manifest(tmp_path, clip,
         ((tmp_path / "nowhere", out), "nowhere: No such file"),
         ((videos / names[0], out), "Not a directory"),
         ((tmp_path / "text", out), "in it; ignored by suffix: .txt 1, none 1"),
-        ((tmp_path / "broken", out), "class a: 0 videos for train and 0 for val, from 0 sources; add readable"),
+        ((tmp_path / "broken", tmp_path / "checked"), "class a: 0 videos for train and 0 for val, from 0 sources; add readable"),
         ((lonely, out), "class c: 0 videos for train and 1 for val, from 1 sources; add"),
         ((videos, out, "--group", r"g\d"), "does not match 1 of 7 file names, such as b/b_x.mp4"),
         ((videos, out, "--group", "nothing"), "does not match 7 of 7 file names, such as a/a_g0.mp4"),
@@ -136,7 +136,8 @@ def test_mistakes_are_reported_in_one_line_and_write_no_manifest(tmp_path, clip,
         ((videos, out, "--val-fraction", 0), "--val-fraction 0.0: must be above 0 and below 1"),
     ]:
         assert what in refusal(capfd, prepare, *flags(*arguments))
-    assert not list(out.glob("*.csv")) and not (out / "classes.txt").exists()
+    assert not out.exists()  # found before any video was decoded
+    assert [path.name for path in (tmp_path / "checked").iterdir()] == ["check.jsonl"]
 
 
 def test_circular_links_and_names_that_a_manifest_cannot_hold(tmp_path, clip, capfd):
