@@ -1,8 +1,8 @@
 """Analyze runs: loss curves, pictures, effective rank, accuracy and cost.
 
     python -m tools.analyze curves out/teacher out/student                          loss over the training steps
-    python -m tools.analyze reconstruct out/teacher                                 the pixels a teacher predicts
-    python -m tools.analyze features out/teacher out/student --save features.gif    features as colors: png, gif or mp4
+    python -m tools.analyze picture out/teacher out/student --save salt.gif         what they see: png, gif or mp4
+    python -m tools.analyze features out/student --data mine.csv --save mine.gif    features of your own videos
     python -m tools.analyze rankme out/teacher out/student                          effective rank of the embeddings
     python -m tools.analyze table out/probe-*                                       accuracy and cost
     python -m tools.analyze pareto out/probe-*                                      accuracy against training FLOPs
@@ -27,7 +27,7 @@ import data
 import flops
 from cli import Parser, duration, fail, require_at_least, resolve_device
 from model import load_checkpoint, load_encoder, load_teacher_of, token_grid
-from tools.pictures import features, load_clips, reconstruct, save
+from tools.pictures import features, load_clips, picture, save
 from training import effective_rank
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -504,8 +504,8 @@ def parse_args():
 
     runs, probes = "run folders or checkpoint files", "folders that probe.py wrote"
     add_command(curves, "png", "run folders")
-    add_clip_flags(add_command(reconstruct, "png", "run folder or checkpoint file of a teacher"), clips=3)
-    add_clip_flags(add_command(features, "png", runs), clips=3)
+    add_clip_flags(add_command(picture, "png", "a teacher, then its students: run folders or files"), clips=4)
+    add_clip_flags(add_command(features, "png", runs), clips=4)
     add_embedding_flags(add_command(rankme, "json", runs))
     add_command(table, "md", probes)
     flag = add_command(pareto, "png", probes, nargs="*")

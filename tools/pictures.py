@@ -1,9 +1,9 @@
-"""Pictures of what networks see: the pixels that a teacher predicts, and features as colors.
+"""Pictures of what networks see: the pixels that a teacher fills in, and features as colors.
 
-These are commands of tools/analyze.py: `python -m tools.analyze reconstruct` and `features`.
+These are commands of tools/analyze.py: `python -m tools.analyze picture` and `features`.
 
-Letters in shape comments: B clips, T frames, N tokens of a clip, Kc and Kt context and target tokens of a clip,
-P values in a tubelet, D width.
+Letters in shape comments: B clips, T frames, H and W pixels, N tokens of a clip, P values in a tubelet, D width;
+(t, h, w) the token grid.
 """
 
 from pathlib import Path
@@ -13,6 +13,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import PIL.Image
 import torch
+import torch.nn.functional as F
 
 import data
 from cli import fail
@@ -23,6 +24,9 @@ from training import generator
 plt.switch_backend("Agg")  # draw into files, without a display
 
 CLIP_SEED = 2**31 + 4  # seed of built-in clips that no training run and no probe uses
+MASK = 17  # of `picture`: a draw that leaves half of a 4x4 grid visible
+PNG_COLUMNS = 16  # of a picture that shows time from left to right
+DENSE = 28  # rows and columns, at least, of a map of features
 
 
 def load_clips(args, config, first, count):
@@ -46,139 +50,187 @@ def save(figure, path):
     print(path)
 
 
-def show_frame(ax, clip, i, count):
-    """Draw frame i of `count` evenly spaced frames of a uint8 clip (3, T, H, W)."""
-    ax.imshow(clip[:, i * clip.shape[1] // count].permute(1, 2, 0).numpy())
-    ax.set(xticks=[], yticks=[])
+def draw(videos, path):
+    """Draw videos of the same clips below each other: [(label, (B, 3, T, H, W) uint8), ...]. T, H and W may differ.
+
+    A .png shows each clip's frames from left to right. A .gif or .mp4 plays the clips side by side. Without a suffix,
+    write a .png and a .gif.
+    """
+    if not path.suffix:
+        draw(videos, path.with_suffix(".png"))
+        draw(videos, path.with_suffix(".gif"))
+    elif path.suffix in (".gif", ".mp4"):
+        write_movie(render(videos), path)
+    else:
+        count = min(max(2, PNG_COLUMNS // len(videos[0][1])), num_frames(videos))
+        save(show(videos, range(count), count), path)
 
 
-def show_rows(rows, columns, title):
-    """Draw a clip in each row, as `columns` evenly spaced frames. rows: [(label, uint8 clip (3, T, H, W)), ...]."""
-    size = columns, 1.03 * len(rows)
-    figure, axes = plt.subplots(len(rows), columns, figsize=size, squeeze=False, layout="constrained")
-    for row, (label, clip) in zip(axes, rows, strict=True):
-        for i, ax in enumerate(row):
-            show_frame(ax, clip, i, columns)
-        row[0].set_ylabel(label, fontsize=8)
-    figure.suptitle(title, fontsize=8)
+def num_frames(videos):
+    """The number of frames of the longest video."""
+    return max(video.shape[2] for _, video in videos)
+
+
+def show(videos, frames, count):
+    """Draw a row for each video, with its clips from left to right, and of each clip these of `count` evenly spaced
+    frames. videos: see `draw`; shorter or smaller ones are stretched."""
+    size = max(video.shape[-1] for _, video in videos)
+    gap, rows = size // 16 + 1, []
+    for _, video in videos:
+        cells = video[:, :, [i * video.shape[2] // count for i in frames]].transpose(1, 2)  # (B, frames, 3, H, W)
+        cells = F.interpolate(cells.flatten(0, 1).float(), (size, size)).unflatten(0, cells.shape[:2])
+        cells = F.pad(cells, (0, gap, 0, gap), value=255).permute(3, 0, 1, 4, 2).flatten(2, 3)  # (H, B, columns, 3)
+        rows.append(F.pad(cells, (0, 0, 0, 2 * gap), value=255).flatten(1, 2))  # a wider gap between clips
+    image = torch.cat(rows)[:-gap, : -3 * gap].byte().numpy()
+    scale = min(1.3, 9 / (len(frames) * len(videos[0][1]))) / size  # inches per pixel
+    figure = plt.figure(figsize=(image.shape[1] * scale + 1.5, image.shape[0] * scale + 0.1))
+    width, height = figure.get_size_inches()
+    box = 1.45 / width, 0.05 / height, image.shape[1] * scale / width, image.shape[0] * scale / height
+    ax = figure.add_axes(box)
+    ax.imshow(image, interpolation="nearest")
+    ax.set_yticks([size / 2 + i * (size + gap) for i in range(len(videos))], [label for label, _ in videos], fontsize=9)
+    ax.set_xticks([])
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
     return figure
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# reconstruct
+# what the teacher fills in
 
 
-@torch.inference_mode()
-def reconstruct(args):
-    """Draw what a teacher predicts: clips, their visible part (short-range mask), and the predicted pixels."""
-    if len(args.runs) > 1:
-        fail("reconstruct draws one run at a time")
-    run = args.runs[0]
-    checkpoint = load_checkpoint(run)
+@torch.no_grad()
+def picture(args):
+    """Draw SALT at work: video clips, what a teacher sees of them, what it fills in, and the features of students.
+
+    The teacher sees a short-range mask of its training, and predicts every hidden tubelet. It predicts normalized
+    pixels; brightness and contrast are fitted to what it sees (`join`), never taken from the hidden pixels.
+    Features and files: see `features`.
+    """
+    teacher, *students = args.runs
+    checkpoint = load_checkpoint(teacher)
     if checkpoint["kind"] != "teacher":
-        fail(f"{run} holds {checkpoint['kind']} weights; only a teacher predicts pixels")
-    encoder, predictor = load_encoder(run), load_predictor(run)
+        fail(f"{teacher} holds {checkpoint['kind']} weights; only a teacher predicts pixels")
+    encoder, predictor = load_encoder(teacher), load_predictor(teacher)
     clips = load_clips(args, encoder.config, args.first, args.clips)
     x = data.normalize(clips, "cpu")
-    mask = sample_masks(checkpoint["args"]["mask"], encoder.grid(x), len(x), generator("reconstruction", 0), "random")[
-        0
-    ]
-    context, predicted = predict_pixels(encoder, predictor, x, mask)
-    rows = []
-    for b in range(len(clips)):
-        rows += [("clip", clips[b]), ("context", context[b]), ("predicted", predicted[b])]
-    title = (
-        f"{run}\nTop to bottom: the clip, the context (all that the encoder sees), context and predicted pixels.\n"
-        "Left to right: time. Gray: neither context nor predicted.\n"
-        "Brightness and contrast of the predictions are estimated from nearby context."
-    )
-    save(show_rows(rows, min(8, clips.shape[2]), title), args.save)
+    mask = sample_masks(checkpoint["args"]["mask"], encoder.grid(x), len(x), generator("picture", MASK), "random")[0]
+    seen, filled = fill_in(encoder, predictor, x, mask.context_ids)
+    videos = [("video clip", clips), ("what the\nteacher sees", seen), ("what the\nteacher fills in", filled)]
+    draw(videos + feature_videos(students, x), args.save)
 
 
-def predict_pixels(encoder, predictor, x, mask):
-    """Predict the target pixels of normalized clips x: (context, context and predictions), (B, 3, T, H, W) uint8.
-
-    A teacher predicts pixels that are normalized per tubelet and color. Mean and standard deviation, to undo this, are
-    averages over the context tubelets, weighted by proximity: the target's own would leak the answer.
-    """
+def fill_in(encoder, predictor, x, context_ids):
+    """Predict what is hidden of normalized clips x: (seen, seen and predicted), (B, 3, T, H, W) uint8; hidden: gray."""
     grid = encoder.grid(x)
-    predicted = predictor(encoder(x, mask.context_ids), mask.context_ids, mask.target_ids, grid, 0)
-    predicted = predicted.unflatten(-1, (3, -1))  # (B, Kt, 3, P/3)
-    pixels = tubelets(x, encoder.tubelet_size, encoder.patch_size).unflatten(-1, (3, -1))  # (B, N, 3, P/3)
-    positions = torch.cartesian_prod(*(torch.arange(n, dtype=torch.float) for n in grid)).reshape(-1, 3)  # (N, 3)
-    context, filled = torch.full_like(pixels, torch.nan), torch.full_like(pixels, torch.nan)
-    for b, (context_ids, target_ids) in enumerate(zip(mask.context_ids, mask.target_ids, strict=True)):
-        visible = pixels[b, context_ids]  # (Kc, 3, P/3)
-        weights = (-2 * torch.cdist(positions[target_ids], positions[context_ids])).softmax(-1)  # (Kt, Kc)
-        mean = torch.einsum("tk,kc->tc", weights, visible.mean(-1))
-        std = torch.einsum("tk,kc->tc", weights, visible.std(-1))
-        context[b, context_ids] = visible
-        filled[b, context_ids] = visible
-        filled[b, target_ids] = predicted[b] * std[..., None] + mean[..., None]
-    return to_clips(context, encoder, grid), to_clips(filled, encoder, grid)
+    pixels = tubelets(x, encoder.tubelet_size, encoder.patch_size)  # (B, N, P)
+    hidden = torch.ones(pixels.shape[:2], dtype=torch.bool).scatter(1, context_ids, False)
+    target_ids = hidden.nonzero()[:, 1].view(len(x), -1)
+    pattern = torch.zeros_like(pixels)
+    pattern[hidden] = predictor(encoder(x, context_ids), context_ids, target_ids, grid, 0).flatten(0, 1)
+    filled = join(pixels, pattern, hidden, encoder, grid)
+    seen, filled = (untubelets(p, grid, encoder.tubelet_size, encoder.patch_size) for p in (pixels, filled))
+    gray = untubelets(hidden[..., None].expand_as(pixels), grid, encoder.tubelet_size, encoder.patch_size)
+    return data.denormalize(seen).masked_fill(gray, 128), data.denormalize(filled)
 
 
-def to_clips(pixels, encoder, grid):
-    """Turn tubelets of normalized pixels (B, N, 3, P/3) into uint8 clips (B, 3, T, H, W); NaN becomes gray."""
-    clips = untubelets(pixels.flatten(-2), grid, encoder.tubelet_size, encoder.patch_size)
-    return torch.where(clips.isnan(), 128, data.denormalize(clips.nan_to_num())).to(torch.uint8)
+def join(pixels, pattern, hidden, encoder, grid):
+    """Fill hidden tubelets of `pixels` with `pattern`, scaled and shifted so that tubelets join without edges.
+
+    A teacher predicts pixels that are normalized per tubelet and color, so it leaves their mean and standard deviation
+    open. These minimize the squared differences across the borders between tubelets. Logarithms of standard deviations
+    are pulled toward the mean of the visible tubelets'. The true ones would give away what is hidden.
+
+    pixels, pattern: (B, N, P). hidden: (B, N) bool. Returns (B, N, P).
+    """
+    tubelet = encoder.tubelet_size, encoder.patch_size
+    pixels, pattern, hidden = pixels.unflatten(-1, (3, -1)), pattern.unflatten(-1, (3, -1)), hidden[..., None, None]
+    visible = ~hidden / (~hidden).sum(1, keepdim=True)  # weights (B, N, 1, 1) of a mean
+    mean = (pixels.mean(-1, keepdim=True) * visible).sum(1, keepdim=True).repeat(1, pixels.shape[1], 1, 1)
+    usual = (pixels.std(-1, keepdim=True) * visible).sum(1, keepdim=True)  # (B, 1, 3, 1)
+    log_ratio = torch.zeros_like(mean)  # of a tubelet's standard deviation to `usual`
+    optimizer = torch.optim.LBFGS([mean, log_ratio], max_iter=200, line_search_fn="strong_wolfe")
+
+    def joined():
+        return torch.where(hidden, pattern * usual * log_ratio.exp() + mean, pixels).flatten(2)
+
+    @torch.enable_grad()
+    def loss():
+        optimizer.zero_grad()
+        clips, total = untubelets(joined(), grid, *tubelet), log_ratio.square().sum()
+        for dim, size in ((2, tubelet[0]), (3, tubelet[1]), (4, tubelet[1])):
+            steps = clips.diff(dim=dim)
+            borders = torch.arange(size - 1, steps.shape[dim], size)
+            total = total + steps.index_select(dim, borders).square().sum()
+        total.backward()
+        return total
+
+    mean.requires_grad_(), log_ratio.requires_grad_()
+    optimizer.step(loss)
+    return joined().detach()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # features
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def features(args):
-    """Draw features over time: the first three principal components of each encoder's tokens, as red, green and blue.
+    """Draw video clips and each encoder's features: their first three principal components, as red, green and blue.
 
-    A .png shows each clip and, below it, one row of features per run, with time from left to right. A .gif or .mp4
-    shows them in motion, one column per clip.
+    Small token grids are refined: the encoder also sees the clips shifted by fractions of a patch. The components are
+    those of all clips and frames together.
+
+    A .png shows time from left to right, a .gif or .mp4 plays the clips side by side. Without a suffix, write a .png
+    and a .gif.
     """
-    encoders = [load_encoder(path) for path in args.runs]
-    clips = load_clips(args, encoders[0].config, args.first, args.clips)
-    x = data.normalize(clips, "cpu")
-    videos = [("clip", clips)]
-    for path, encoder in zip(args.runs, encoders, strict=True):
-        videos.append((Path(path).name, token_colors(encoder(x), encoder.grid(x))))
-    title = "First three principal components of the tokens, as red, green and blue"
-    if args.save.suffix in (".gif", ".mp4"):
-        write_movie(render(videos, title), args.save)
-    else:
-        rows = [(name, video[b]) for b in range(len(clips)) for name, video in videos]
-        columns = max(encoder.grid(x)[0] for encoder in encoders)
-        save(show_rows(rows, columns, f"{title}.\nLeft to right: time."), args.save)
+    clips = load_clips(args, load_encoder(args.runs[0]).config, args.first, args.clips)
+    draw([("video clip", clips), *feature_videos(args.runs, data.normalize(clips, "cpu"))], args.save)
 
 
-def token_colors(tokens, grid):
-    """The first three principal components of tokens (B, N, D) of all clips, as colors (B, 3, t, h, w) uint8."""
-    centered = tokens.flatten(0, 1) - tokens.mean((0, 1))
-    components = centered @ torch.linalg.svd(centered, full_matrices=False).Vh[:3].T  # (B*N, 3)
+def feature_videos(runs, x):
+    """The features of normalized clips x as videos: [(label, (B, 3, t, rows, columns) uint8) for each run]."""
+    return [(f"features of\n{Path(run).name}", token_colors(dense_tokens(load_encoder(run), x))) for run in runs]
+
+
+def dense_tokens(encoder, x):
+    """A map of tokens with at least DENSE rows and columns, if the patches have that many pixels: (B, t, n*h, n*w, D).
+
+    Encode the normalized clips x n times n times, shifted by patch_size / n pixels down and across from one time to the
+    next, and interleave the tokens.
+    """
+    (B, _, _, H, W), patch = x.shape, encoder.patch_size
+    t, h, w = encoder.grid(x)
+    n = next((n for n in range(1, patch) if patch % n == 0 and n * min(h, w) >= DENSE), patch)
+    step, before = patch // n, (patch - patch // n) // 2
+    padding = (before, patch - step - before) * 2
+    padded = F.pad(x.flatten(1, 2), padding, mode="replicate").unflatten(1, (3, -1))
+    dense = torch.empty(B, t, h, n, w, n, encoder.width)
+    for i in range(n):
+        for j in range(n):
+            top, left = i * step, j * step
+            dense[:, :, :, i, :, j] = encoder(padded[..., top : top + H, left : left + W]).unflatten(1, (t, h, w))
+    return dense.flatten(4, 5).flatten(2, 3)
+
+
+def token_colors(tokens):
+    """The first three principal components of tokens (B, t, h, w, D) of all clips, as colors (B, 3, t, h, w) uint8."""
+    centered = tokens - tokens.mean((0, 1, 2, 3))
+    flat = centered.flatten(0, 3)
+    components = flat @ torch.linalg.eigh(flat.T @ flat).eigenvectors[:, -3:].flip(1)
     low, high = torch.quantile(components, 0.02, dim=0), torch.quantile(components, 0.98, dim=0)
     colors = ((components - low) / (high - low)).clamp(0, 1) * 255
-    return colors.to(torch.uint8).reshape(len(tokens), *grid, 3).permute(0, 4, 1, 2, 3)
+    return colors.to(torch.uint8).unflatten(0, tokens.shape[:4]).permute(0, 4, 1, 2, 3)
 
 
-def render(videos, title):
-    """Render a movie with one row per video and one column per clip: a list of (rows, columns, 3) uint8 arrays.
-
-    videos: [(name, (B, 3, T, H, W) uint8), ...]. T may differ: all videos start and end together.
-    """
-    num_frames = max(video.shape[2] for _, video in videos)
-    num_clips = len(videos[0][1])
-    size = 1.6 * num_clips, 1.6 * len(videos) + 0.4
-    figure, axes = plt.subplots(len(videos), num_clips, figsize=size, squeeze=False, layout="constrained")
-    figure.suptitle(title, fontsize=8, wrap=True)
-    pictures = []
-    for frame in range(num_frames):
-        for row, (name, video) in zip(axes, videos, strict=True):
-            for ax, clip in zip(row, video, strict=True):
-                ax.clear()
-                show_frame(ax, clip, frame, num_frames)
-            row[0].set_ylabel(name, fontsize=8)
+def render(videos):
+    """Render a movie of videos (see `draw`), which start and end together: a list of (rows, columns, 3) uint8."""
+    pictures, count = [], num_frames(videos)
+    for frame in range(count):
+        figure = show(videos, [frame], count)
         figure.canvas.draw()
         pictures.append(np.asarray(figure.canvas.buffer_rgba())[..., :3].copy())
-    plt.close(figure)
+        plt.close(figure)
     return pictures
 
 
@@ -186,7 +238,8 @@ def write_movie(pictures, path):
     """Write (rows, columns, 3) uint8 arrays as a .gif that loops, or as an .mp4 that plays them four times."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".gif":
-        first, *rest = map(PIL.Image.fromarray, pictures)
+        colors = PIL.Image.fromarray(np.concatenate(pictures)).quantize()  # the same for all frames, or labels flicker
+        first, *rest = (PIL.Image.fromarray(p).quantize(palette=colors, dither=PIL.Image.Dither.NONE) for p in pictures)
         first.save(path, save_all=True, append_images=rest, duration=200, loop=0)
     else:
         height, width = (n // 2 * 2 for n in pictures[0].shape[:2])  # H.264 needs even sizes
