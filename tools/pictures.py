@@ -238,8 +238,7 @@ def write_movie(pictures, path):
     """Write (rows, columns, 3) uint8 arrays as a .gif that loops, or as an .mp4 that plays them four times."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".gif":
-        colors = PIL.Image.fromarray(np.concatenate(pictures)).quantize()  # the same for all frames, or labels flicker
-        first, *rest = (PIL.Image.fromarray(p).quantize(palette=colors, dither=PIL.Image.Dither.NONE) for p in pictures)
+        first, *rest = map(PIL.Image.fromarray, pictures)
         first.save(path, save_all=True, append_images=rest, duration=200, loop=0)
     else:
         height, width = (n // 2 * 2 for n in pictures[0].shape[:2])  # H.264 needs even sizes
