@@ -72,8 +72,10 @@ def num_frames(videos):
 
 
 def show(videos, frames, count):
-    """Draw a row for each video, with its clips from left to right, and of each clip these of `count` evenly spaced
-    frames. videos: see `draw`; shorter or smaller ones are stretched."""
+    """Draw a row for each video: its clips from left to right, and of each clip one or more frames.
+
+    videos: see `draw`; short and small ones are stretched. frames: indices into `count` evenly spaced frames.
+    """
     size = max(video.shape[-1] for _, video in videos)
     gap, rows = size // 16 + 1, []
     for _, video in videos:
@@ -83,10 +85,10 @@ def show(videos, frames, count):
         rows.append(F.pad(cells, (0, 0, 0, 2 * gap), value=255).flatten(1, 2))  # a wider gap between clips
     image = torch.cat(rows)[:-gap, : -3 * gap].byte().numpy()
     scale = min(1.3, 9 / (len(frames) * len(videos[0][1]))) / size  # inches per pixel
-    figure = plt.figure(figsize=(image.shape[1] * scale + 1.5, image.shape[0] * scale + 0.1))
-    width, height = figure.get_size_inches()
-    box = 1.45 / width, 0.05 / height, image.shape[1] * scale / width, image.shape[0] * scale / height
-    ax = figure.add_axes(box)
+    height, width = image.shape[0] * scale, image.shape[1] * scale
+    total = width + 1.5, height + 0.1  # with room for the labels
+    figure = plt.figure(figsize=total)
+    ax = figure.add_axes((1.45 / total[0], 0.05 / total[1], width / total[0], height / total[1]))
     ax.imshow(image, interpolation="nearest")
     ax.set_yticks([size / 2 + i * (size + gap) for i in range(len(videos))], [label for label, _ in videos], fontsize=9)
     ax.set_xticks([])
@@ -149,6 +151,8 @@ def join(pixels, pattern, hidden, encoder, grid):
     mean = (pixels.mean(-1, keepdim=True) * visible).sum(1, keepdim=True).repeat(1, pixels.shape[1], 1, 1)
     usual = (pixels.std(-1, keepdim=True) * visible).sum(1, keepdim=True)  # (B, 1, 3, 1)
     log_ratio = torch.zeros_like(mean)  # of a tubelet's standard deviation to `usual`
+    for x in (mean, log_ratio):
+        x.requires_grad_()
     optimizer = torch.optim.LBFGS([mean, log_ratio], max_iter=200, line_search_fn="strong_wolfe")
 
     def joined():
@@ -159,13 +163,12 @@ def join(pixels, pattern, hidden, encoder, grid):
         optimizer.zero_grad()
         clips, total = untubelets(joined(), grid, *tubelet), log_ratio.square().sum()
         for dim, size in ((2, tubelet[0]), (3, tubelet[1]), (4, tubelet[1])):
-            steps = clips.diff(dim=dim)
-            borders = torch.arange(size - 1, steps.shape[dim], size)
-            total = total + steps.index_select(dim, borders).square().sum()
+            differences = clips.diff(dim=dim)
+            borders = torch.arange(size - 1, differences.shape[dim], size)
+            total = total + differences.index_select(dim, borders).square().sum()
         total.backward()
         return total
 
-    mean.requires_grad_(), log_ratio.requires_grad_()
     optimizer.step(loss)
     return joined().detach()
 
