@@ -80,10 +80,11 @@ def training_flags(description, out, steps):
     flag("--steps", type=int, default=steps, help="optimizer steps of the whole run")
     flag("--batch-size", type=int, default=3072, help="clips per step, over all processes (table 5)")
     flag("--micro-batch-size", type=int, help="clips per process and forward pass; default: the largest divisor <= 24")
-    flag("--lr", type=float, default=6.25e-4, help="learning rate after warm-up (table 5)")
+    flag("--lr", type=float, help="after warm-up; default: 6.25e-4 * sqrt(batch size / 3072), from table 5 and "
+         "the square-root rule for Adam (Malladi et al., 2022)")  # fmt: skip
     flag("--start-lr", type=float, help="learning rate at step 0; default 0.32 times --lr (table 5: 2e-4)")
     flag("--final-lr", type=float, default=1e-6, help="learning rate at the last step (table 5)")
-    flag("--warmup-steps", type=int, default=10_000, help="(table 5)")
+    flag("--warmup-steps", type=int, help="default: 10,000 (table 5), or a tenth of a run of less than 20,000 steps")
     flag("--weight-decay", type=float, default=0.04, help="weight decay at step 0 (table 5)")
     flag("--final-weight-decay", type=float, default=0.4, help="weight decay at the last step (table 5)")
     flag("--clip-grad", type=float, default=0.02, help="maximum global gradient norm (table 5)")

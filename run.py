@@ -123,7 +123,20 @@ class Run:
             self.clip_names += batch.names
             self._count_bad(batch)
             training.set_last_micro_batch(self.networks.values(), g == numbers[-1])
+            started = time.perf_counter()
             yield g, data.normalize(batch.clips, self.device)
+            if step == self.start_step and g == numbers[0] and self.rank == 0:
+                self._warn_if_slow(time.perf_counter() - started)
+
+    def _warn_if_slow(self, seconds):
+        """Without a GPU, print how long the run will take if that is more than a day. seconds: of one micro-batch."""
+        days = seconds * self.num_micro_batches * (self.args.steps - self.start_step) / 86400
+        if self.device.type == "cpu" and days > 1:
+            print(
+                f"WARNING: this run will take about {days:.1f} days without a GPU; shorten it with a smaller --model, "
+                "--steps, --batch-size, --resolution or --num-frames",
+                flush=True,
+            )
 
     def _count_bad(self, batch):
         """Count unreadable videos, and report each one once."""

@@ -25,6 +25,8 @@ import data
 import masking
 from cli import clip_grid, default_micro_batch_size, fail, rank_and_world, require_at_least, resolve_device
 
+PAPER_LR, PAPER_BATCH_SIZE, PAPER_WARMUP_STEPS = 6.25e-4, 3072, 10_000  # table 5
+
 # ---------------------------------------------------------------------------------------------------------------------
 # processes and sharding
 
@@ -39,13 +41,17 @@ def setup(args, stage):
     gpu = args.device == "cuda"
     args.compile = gpu if args.compile is None else args.compile
     args.workers = (8 if gpu else 1) if args.workers is None else args.workers
-    args.start_lr = 0.32 * args.lr if args.start_lr is None else args.start_lr
     args.stage = stage
     args.schedule_steps = args.steps  # where the schedules end; V-JEPA stretches them beyond the last step
     if args.steps < 1 or args.batch_size < 1 or args.batch_size % world:
         fail(f"--steps and --batch-size must be at least 1, and --batch-size divisible by the {world} processes")
     require_at_least(args, 1, "save_every", "log_every", "frame_step", "keep", "loader_timeout", "clips_per_video")
     require_at_least(args, 0, "seed", "workers", "snapshot_every")
+    if args.lr is None:
+        args.lr = PAPER_LR * math.sqrt(args.batch_size / PAPER_BATCH_SIZE)
+    args.start_lr = 0.32 * args.lr if args.start_lr is None else args.start_lr
+    if args.warmup_steps is None:
+        args.warmup_steps = PAPER_WARMUP_STEPS if args.steps >= 2 * PAPER_WARMUP_STEPS else args.steps // 10
     if args.warmup_steps >= args.steps:
         fail(f"--warmup-steps {args.warmup_steps} leaves nothing of --steps {args.steps}; a tenth of it is usual")
     clips = args.batch_size // world  # per process and step
@@ -65,7 +71,8 @@ def setup(args, stage):
     if rank == 0:
         name = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads (no GPU is used)"
         print(f"running on {world} x {name}, {args.dtype}; batch of {args.batch_size} clips = {world} processes x "
-              f"{clips // args.micro_batch_size} micro-batches x {args.micro_batch_size} clips")  # fmt: skip
+              f"{clips // args.micro_batch_size} micro-batches x {args.micro_batch_size} clips; learning rate "
+              f"{args.lr:.3g} after {args.warmup_steps} steps of warm-up")  # fmt: skip
 
 
 def compile_and_shard(network, args, sharded=True):

@@ -23,7 +23,7 @@ from bench import step as bench_step
 from bench.step import WARMUP_STEPS, Ours
 from model import SIZES
 
-PAPER_BATCH_SIZE, PAPER_NUM_FRAMES = 3072, 16
+PAPER_NUM_FRAMES = 16
 PAPER_TEACHER = ("teacher", "vit_l", 224, 80_000)
 PAPER_RUNS = [  # name, [(kind, size, resolution, steps), ...], hours of one A100 (paper table 11)
     ("V-JEPA 2 L", [("ema", "vit_l", 256, 240_000)], 9800),
@@ -178,15 +178,15 @@ def print_growth(cells, costs, args):
 def print_paper_runs(costs, args):
     """Print a table with the hours of each of the paper's runs, here and in the paper."""
     print(
-        f"\nthe paper's runs with a batch size of {PAPER_BATCH_SIZE}, in hours of one device; ~ at least partly "
-        "extrapolated by FLOPs"
+        f"\nthe paper's runs with a batch size of {training.PAPER_BATCH_SIZE}, in hours of one device; ~ at least "
+        "partly extrapolated by FLOPs"
     )
     print(f"{'run':12}{'here':>9}{'paper, A100':>13}")
     for name, stages, paper_hours in PAPER_RUNS:
         seconds, mark = 0.0, ""
         for stage in stages:
             cost, steps = costs[paper_cell(stage, args)], stage[-1]
-            seconds += steps * PAPER_BATCH_SIZE / args.batch_size * estimated_seconds(cost, costs.values())
+            seconds += steps * training.PAPER_BATCH_SIZE / args.batch_size * estimated_seconds(cost, costs.values())
             if not cost.seconds:
                 mark = "~"
         print(f"{name:12}{mark:>2}{seconds / 3600:7,.0f}{paper_hours:13,}")

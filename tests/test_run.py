@@ -1,11 +1,13 @@
 """A run's folder: what is logged and saved. Interruptions, damage and the number of processes do not change a run."""
 
+import itertools
 import json
 import math
 import os
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -93,6 +95,18 @@ def test_the_loss_of_a_log_line_is_the_mean_since_the_last_one(teacher, tmp_path
     step_losses = [loss for (loss,) in read_metrics(teacher, "loss")]
     losses = [loss for (loss,) in read_metrics(tmp_path, "loss")]
     assert losses == pytest.approx([sum(step_losses[:4]) / 4, sum(step_losses[4:]) / 2])
+
+
+@pytest.mark.parametrize("seconds, warns", [(4000, False), (8000, True)])
+def test_a_run_of_more_than_a_day_without_a_gpu_is_announced(seconds, warns, tmp_path, capfd, monkeypatch):
+    """TINY has 6 steps of 2 micro-batches. Here a clock advances `seconds` whenever it is read."""
+    clock = itertools.count(0, seconds)
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    run_script(train_teacher, *TINY, "--micro-batch-size", 2, "--out", tmp_path / "run")
+    lines = [line for line in capfd.readouterr().out.splitlines() if "days without a GPU" in line]
+    assert len(lines) == warns
+    if warns:
+        assert lines[0].startswith("WARNING: this run will take about 1.1 days") and "--batch-size" in lines[0]
 
 
 def test_snapshots_equal_the_checkpoints_of_their_steps(tmp_path, monkeypatch):

@@ -114,6 +114,15 @@ def test_schedules_match_the_paper(steps):
     assert decay((steps - 1) // 4) == pytest.approx(0.4 - 0.36 * (1 + math.cos(math.pi / 4)) / 2, rel=1e-3)
 
 
+def test_defaults_of_short_runs_and_small_batches():
+    args = parsed_flags(200, "--batch-size", "48")
+    assert args.warmup_steps == 20 and args.lr == pytest.approx(6.25e-4 / 8)  # 48 = 3072 / 8²
+    assert parsed_flags(19_999).warmup_steps == 1999 and parsed_flags(20_000).warmup_steps == 10_000
+    assert parsed_flags(5).warmup_steps == 0
+    args = parsed_flags(200, "--warmup-steps", "7", "--lr", "0.1")
+    assert (args.warmup_steps, args.lr) == (7, 0.1)
+
+
 def test_start_lr_is_relative_to_lr():
     assert parsed_flags(80_000, "--lr", "1e-3").start_lr == pytest.approx(3.2e-4)
     assert parsed_flags(80_000, "--start-lr", "1e-5").start_lr == 1e-5
