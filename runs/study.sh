@@ -1,80 +1,166 @@
 #!/usr/bin/env bash
-# SALT against V-JEPA 2 (EMA) at equal executed FLOPs on built-in videos: three seeds, two budgets, about an hour on two
-# CPU cores. Writes a table, a Pareto figure, and figures of accuracy against loss to out/study.
+# Test the paper's seven claims in miniature, on built-in videos: ./runs/study.sh [PART...], by default all parts.
+#
+#   salt      1. the student beats its teacher
+#   ema       2. SALT beats V-JEPA 2 (EMA) at equal executed FLOPs
+#   loss      3. the student's loss predicts its accuracy; the teacher's loss and RankMe do not
+#   sizes     4. small teachers suffice
+#   masks     5. multi-block masks make the best teachers
+#   split     6. the student deserves most of the steps
+#   students  7. larger students of the same teacher are better
+#
+# Runs JOBS (2) processes at a time; a part takes about an hour on two cores. Writes a figure and a table for each claim
+# to out/study. The same command continues where it stopped. docs/replication.md has the results.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH="$PWD/.venv/bin:$PATH"
-export OMP_NUM_THREADS=1 # SALT and EMA run side by side, on one core each
-OUT=${1:-out/study}
-rm -rf "$OUT"
+source runs/presets.sh
+OUT=${OUT:-out/study} JOBS=${JOBS:-2}
 mkdir -p "$OUT"
 
-if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then # has never run on a GPU
-    model=(--model vit_s --patch-size 8 --num-frames 8 --resolution 64 --predictor-width 192 --predictor-depth 6
-           --predictor-heads 6)
-    learning=(--batch-size 256 --micro-batch-size 256 --lr 1e-3 --workers 8)
-    probing=(--train-clips 4000)
-    budgets=("1500 3000" "3000 6000")
-else # the demo's networks
-    model=(--model vit_ti --width 96 --depth 4 --heads 4 --patch-size 8 --num-frames 8 --resolution 32
-           --predictor-width 48 --predictor-depth 2 --predictor-heads 4)
-    learning=(--batch-size 32 --lr 3e-3 --workers 0)
-    probing=(--train-clips 1500 --probe-depth 1 --probe-heads 4 --workers 0)
-    budgets=("600 1200" "1200 2400") # teacher and student steps
-fi
-learning+=(--clip-grad 1 --final-weight-decay 0.04 --log-every 100)
-probing+=(--task synthetic-motion synthetic-shape --batch-size 100 --lr 2e-3 --standardize)
-ema=(--ema-momentum 0.9998) # the best of six settings (docs/NOTES.md)
-
-train() { # script, seed, steps, run folder, further flags
-    python "$1" "${model[@]}" "${learning[@]}" --seed "$2" --steps "$3" --warmup-steps $(($3 / 10)) --out "$4" "${@:5}"
+train() { # script, run folder, seed, steps, further flags
+    python "$1" "${model[@]}" "${learning[@]}" --out "$2" --seed "$3" --steps "$4" "${@:5}"
 }
-probe() { # checkpoint, seed, folder for the results, further flags
-    python probe.py --checkpoint "$1" --seed "$2" "${probing[@]}" --out "$3" "${@:4}"
+probe() { # run folder or checkpoint, folder for the results, seed, further flags
+    [ -e "$2/results.json" ] || python probe.py --checkpoint "$1" --out "$2" --seed "$3" "${probing[@]}" "${@:4}"
+}
+teacher() { # folder of the variant, seed, steps, further flags
+    train train_teacher.py "$1/seed$2/teacher" "${@:2}"
+    probe "$1/seed$2/teacher" "$1/seed$2/probe-teacher" "$2"
+}
+student() { # folder of the variant, seed, steps, teacher, further flags
+    train train_student.py "$1/seed$2/student" "$2" "$3" --teacher "$4" "${@:5}"
+    probe "$1/seed$2/student" "$1/seed$2/probe-student" "$2"
+}
+teacher_and_student() { # folder of the variant, seed, steps of the teacher, steps of the student, flags of the teacher
+    teacher "$1" "$2" "$3" "${@:5}"
+    student "$1" "$2" "$4" "$1/seed$2/teacher" --snapshot-every $((student_steps / 5))
+}
+ema_run() { # folder of the variant, seed, steps, EMA momentum
+    train train_ema_baseline.py "$1/seed$2/ema" "$2" "$3" --ema-momentum "$4"
+    probe "$1/seed$2/ema" "$1/seed$2/probe-ema" "$2"
+    probe "$1/seed$2/ema" "$1/seed$2/probe-online" "$2" --weights student
+}
+course() { # folder, seed: probe the snapshots of a student
+    for checkpoint in "$OUT/salt/seed$2"/student/checkpoint-*.pt; do
+        probe "$checkpoint" "$1/seed$2/$(basename "$checkpoint" .pt)" "$2"
+    done
 }
 
-# Run two commands side by side; end if either fails.
-set -m # gives each a process group, so that it can be killed with its children
-trap 'for job in $(jobs -p); do kill -- "-$job"; done' EXIT
-both() {
-    "$1" & "$2" &
-    wait -n
-    wait -n
+# Run a function in the background, when a process is free: queue FUNCTION FOLDER SEED ...
+queue() {
+    while (($(jobs -rp | wc -l) >= JOBS)); do finish_one; done
+    mkdir -p "$2"
+    echo "$(date +%H:%M) $*"
+    ("$@" >"$2/seed$3.log" 2>&1 || { tail -n 3 "$2/seed$3.log"; exit 1; }) &
+}
+finish_one() {
+    wait -n || exit 1
+}
+finish_all() {
+    while [ -n "$(jobs -rp)" ]; do finish_one; done
+}
+trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
+
+same_as_salt() { # name of the variant that is the reference itself
+    mkdir -p "$(dirname "$OUT/$1")"
+    ln -sfn ../salt "$OUT/$1"
+}
+reference() { # seeds
+    for seed in "$@"; do queue teacher_and_student "$OUT/salt" "$seed" "$teacher_steps" "$student_steps"; done
+    finish_all
+}
+compare() { # name of the figure, folders of variants
+    python -m tools.analyze compare "${@:2}" --save "$OUT/$1.png"
 }
 
 salt() {
-    train train_teacher.py "$seed" "$teacher" "$run/teacher"
-    train train_student.py "$seed" "$student" "$run/student" --teacher "$run/teacher" --snapshot-every 300
-    probe "$run/teacher" "$seed" "$run/probe-teacher"
-    probe "$run/student" "$seed" "$run/probe-student"
-}
-baseline() {
-    train train_ema_baseline.py "$seed" "$matched" "$run/ema" "${ema[@]}"
-    probe "$run/ema" "$seed" "$run/probe-ema"
-    probe "$run/ema" "$seed" "$run/probe-ema-student" --weights student
-}
-for budget in "${budgets[@]}"; do
-    read -r teacher student <<<"$budget"
-    matched=$(python flops.py --match "${model[@]}" "${learning[@]}" --teacher-steps "$teacher" --steps "$student" |
-        awk '/executed/ { print $1 }')
-    for seed in 0 1 2; do
-        run=$OUT/$teacher+$student/seed$seed
-        echo "[seed $seed: $teacher teacher + $student student steps against $matched EMA steps]"
-        both salt baseline
+    reference 0 1 2 3 4
+    for seed in 0 1 2 3 4; do
+        probe "$OUT/salt/seed$seed/student" "$OUT/untrained/seed$seed/probe" "$seed" --untrained
     done
-done
-for seed in 0 1 2; do
-    probe "$run/student" "$seed" "$OUT/untrained/probe-seed$seed" --untrained
-done
+    compare salt "$OUT/untrained" "$OUT/salt"
+}
 
-echo "[does the loss predict the accuracy? checkpoints of one student, then the students of all teachers]"
-run=$OUT/$teacher+$student/seed0
-for checkpoint in "$run"/student/checkpoint-*.pt; do
-    probe "$checkpoint" 0 "$run/course/$(basename "$checkpoint" .pt)"
-done
+ema() {
+    reference 0 1 2 3 4
+    steps=$(python flops.py --match "${model[@]}" "${learning[@]}" --teacher-steps "$teacher_steps" \
+        --steps "$student_steps" | awk '/executed/ { print $1 }')
+    for seed in 0 1; do
+        for momentum in 0.99 0.996 0.999 0.9998; do
+            queue ema_run "$OUT/ema/$momentum" "$seed" "$steps" "$momentum"
+        done
+    done
+    for seed in 2 3 4; do queue ema_run "$OUT/ema/$best_momentum" "$seed" "$steps" "$best_momentum"; done
+    finish_all
+    compare ema "$OUT/salt" "$OUT"/ema/*
+}
 
-probes=("$OUT"/*/seed*/probe-{teacher,student,ema,ema-student} "$OUT"/untrained/*)
-python -m tools.analyze table "${probes[@]}" --save "$OUT/table.md"
-python -m tools.analyze pareto "${probes[@]}" --save "$OUT/pareto.png"
-python -m tools.analyze correlate "$run"/course/* --against loss rankme --save "$OUT/course.png"
-python -m tools.analyze correlate "$OUT"/*/seed*/probe-student --against loss teacher-loss teacher-rankme --save "$OUT/teachers.png"
+loss() {
+    reference 0 1 2
+    for seed in 0 1 2; do queue course "$OUT/loss" "$seed"; done
+    finish_all
+    for seed in 0 1 2; do
+        python -m tools.analyze correlate "$OUT/loss/seed$seed"/* --against loss rankme --save "$OUT/loss-seed$seed.png"
+    done
+    # of all teachers that other parts have trained so far
+    mapfile -t probes < <(find "$OUT" -path '*/seed*/probe-student' -not -path '*/students/*' | sort)
+    python -m tools.analyze correlate "${probes[@]}" --against loss teacher-loss teacher-rankme rankme --save "$OUT/loss.png"
+}
+
+sizes() {
+    reference 0 1 2
+    for seed in 0 1 2; do
+        queue teacher_and_student "$OUT/sizes/small" "$seed" "$teacher_steps" "$student_steps" "${small[@]}"
+        queue teacher_and_student "$OUT/sizes/large" "$seed" "$teacher_steps" "$student_steps" "${large[@]}"
+    done
+    finish_all
+    same_as_salt sizes/equal
+    compare sizes "$OUT"/sizes/{small,equal,large}
+}
+
+masks() {
+    reference 0 1 2
+    for seed in 0 1 2; do
+        for mask in tube2 tube causal; do
+            queue teacher_and_student "$OUT/masks/$mask" "$seed" "$teacher_steps" "$student_steps" --mask "$mask"
+        done
+    done
+    finish_all
+    same_as_salt masks/multiblock
+    compare masks "$OUT"/masks/{multiblock,tube2,tube,causal}
+}
+
+split() {
+    reference 0 1 2
+    total=$((teacher_steps + student_steps)) variants=()
+    for steps in 2 $((teacher_steps / 2)) "$teacher_steps" "$student_steps"; do
+        variants+=("$OUT/split/$steps+$((total - steps))")
+        [ "$steps" = "$teacher_steps" ] && continue
+        for seed in 0 1 2; do queue teacher_and_student "${variants[-1]}" "$seed" "$steps" $((total - steps)); done
+    done
+    finish_all
+    same_as_salt "split/$teacher_steps+$student_steps"
+    compare split "${variants[@]}"
+}
+
+students() {
+    reference 0 1 2
+    for seed in 0 1 2; do
+        of_salt=("$seed" "$student_steps" "$OUT/salt/seed$seed/teacher")
+        queue student "$OUT/students/small" "${of_salt[@]}" "${small[@]}"
+        queue student "$OUT/students/large" "${of_salt[@]}" "${large[@]}"
+    done
+    finish_all
+    same_as_salt students/equal
+    compare students "$OUT"/students/{small,equal,large}
+}
+
+parts=("$@")
+[ $# -gt 0 ] || parts=(salt ema sizes masks split students loss)
+for part in "${parts[@]}"; do
+    case $part in
+    salt | ema | loss | sizes | masks | split | students) "$part" ;;
+    *) echo "$part: not a part; the first lines of this script list them" >&2 && exit 2 ;;
+    esac
+done

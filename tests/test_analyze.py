@@ -415,6 +415,37 @@ def lines(ax):
     return {line.get_label(): line for line in ax.lines}
 
 
+def test_compare(runs, student, teacher, probe_of, drawn, tmp_path, capfd):
+    """Every folder below a variant's is one of its runs; the kinds of encoder are kept apart."""
+    variants = {
+        "small": [(student, {"synthetic-motion": 50, "synthetic-shape": 20}), (teacher, {"synthetic-motion": 60})],
+        "large": [(student, {"synthetic-motion": 70}), (runs / "student-1", {"synthetic-motion": 80})],
+    }
+    for name, probes in variants.items():
+        for seed, (checkpoint, top1) in enumerate(probes):
+            target = tmp_path / "study" / name / f"seed{seed}" / "probe"
+            target.parent.mkdir(parents=True)
+            probe_of(checkpoint, top1).rename(target)
+    folders = [tmp_path / "study" / name for name in variants]
+    run_script(analyze, "compare", *folders, "--save", tmp_path / "x.png")
+    motion, shape = drawn[0].axes
+    assert [label.get_text() for label in motion.get_xticklabels()] == ["small", "large"]
+    dots = sorted(y for line in motion.get_lines() if line.get_marker() == "." for y in line.get_ydata())
+    assert dots == [50, 60, 70, 80]
+    means = {bar.get_label(): bar[0].get_ydata().tolist() for bar in motion.containers}
+    assert means == {"student": [50], "teacher": [60], "_container1": [75]}
+    assert [bar[0].get_ydata().tolist() for bar in shape.containers] == [[20]]
+    rows = [[cell.strip() for cell in line.split("|")[1:5]] for line in (tmp_path / "x.md").read_text().splitlines()]
+    assert rows[2:] == [
+        ["small", "student", "1", "50.0"],
+        ["small", "teacher", "1", "60.0"],
+        ["large", "student", "2", f"75.0 ± {math.sqrt(50):.1f}"],
+    ]
+    (tmp_path / "empty").mkdir()
+    message = refusal(capfd, analyze, "compare", tmp_path / "empty", "--save", tmp_path / "x.png")
+    assert f"no results of probe.py in {tmp_path / 'empty'}" in message
+
+
 def test_pareto(runs, student, teacher, probe_of, drawn):
     students = [
         probe_of(runs / run, {TASKS[0]: a, TASKS[1]: b})

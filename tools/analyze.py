@@ -5,11 +5,12 @@
     python -m tools.analyze features out/student --data mine.csv --save mine.gif    features of your own videos
     python -m tools.analyze rankme out/teacher out/student                          effective rank of the embeddings
     python -m tools.analyze table out/probe-*                                       accuracy and cost
+    python -m tools.analyze compare out/study/masks/*                               accuracy of variants, with all seeds
     python -m tools.analyze pareto out/probe-*                                      accuracy against training FLOPs
     python -m tools.analyze correlate out/probe-* --against loss rankme             does the loss predict the accuracy?
 
-table, pareto and correlate read the folders that probe.py writes. FLOPs are those executed, from the training logs, and
-include the teachers'; `pareto --paper` counts as the paper does.
+table, compare, pareto and correlate read the folders that probe.py writes. FLOPs are those executed, from the training
+logs, and include the teachers'; `pareto --paper` counts as the paper does.
 """
 
 import inspect
@@ -259,18 +260,22 @@ def summarize(probes):
 
 def table(args):
     """Write a markdown table of accuracy and cost. Runs that differ only in their seeds share a row."""
-    found = experiments(args.runs)
-    tasks = {task: accuracy for experiment in found for task, accuracy in experiment.accuracies.items()}
+    write_table([("", experiment) for experiment in experiments(args.runs)], args.save)
+
+
+def write_table(rows, path):
+    """Write and print a markdown table. rows: [(variant, or "" in all rows, `Experiment`), ...]."""
+    tasks = {task: accuracy for _, experiment in rows for task, accuracy in experiment.accuracies.items()}
     headings = {task: f"{task}, top-1 % (chance {accuracy.chance:.1f})" for task, accuracy in tasks.items()}
-    columns = ["encoder", "runs", *tasks, "loss", "steps", "time", "FLOPs", "incl. teachers"]
-    if all(experiment.runs == 1 for experiment in found):
+    columns = ["variant", "encoder", "runs", *tasks, "loss", "steps", "time", "FLOPs", "incl. teachers"]
+    if not any(variant for variant, _ in rows):
+        columns.remove("variant")
+    if all(experiment.runs == 1 for _, experiment in rows):
         columns.remove("runs")
-    rows = [[headings.get(column, column) for column in columns]]
-    for experiment in found:
-        cells = table_cells(experiment)
-        rows.append([cells.get(column, "-") for column in columns])
-    text = markdown(rows)
-    write_text(text, args.save)
+    cells = [{"variant": variant} | table_cells(experiment) for variant, experiment in rows]
+    cells = [[headings.get(column, column) for column in columns], *([c.get(x, "-") for x in columns] for c in cells)]
+    text = markdown(cells)
+    write_text(text, path)
     print(text)
 
 
@@ -303,6 +308,44 @@ def markdown(rows):
     lines = ["| " + " | ".join(row) + " |" for row in padded]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     return "\n".join(lines)
+
+
+def compare(args):
+    """Compare variants: a figure with the accuracy of every run, the means and standard deviations, and a table.
+
+    RUN is a folder with all probes of a variant in it, at any depth. The table has the figure's name and suffix .md.
+    """
+    variants, found = [Path(folder) for folder in args.runs], {}  # found: {(variant, encoder name): [probe, ...]}
+    for folder in variants:
+        files = sorted(folder.rglob("results.json"))
+        if not files:
+            raise ValueError(f"there are no results of probe.py in {folder}")
+        for probe in (read_probe(file.parent) for file in files):
+            found.setdefault((folder.name, encoder_name(*probe)), []).append(probe)
+    rows = [(variant, summarize(probes)) for (variant, _), probes in found.items()]
+    tasks = list(dict.fromkeys(task for _, experiment in rows for task in experiment.accuracies))
+    names = list(dict.fromkeys(name for _, name in found))
+    size = (1.6 + len(variants)) * len(tasks), 3.6
+    figure, axes = plt.subplots(1, len(tasks), figsize=size, squeeze=False, layout="constrained")
+    for ax, task in zip(axes[0], tasks, strict=True):
+        for name in names:
+            marker, _, gray = STYLES.get(name, ("x", "", "0.5"))
+            shift = 0.12 * (names.index(name) - (len(names) - 1) / 2)
+            label = name
+            for x, folder in enumerate(variants):
+                top1 = [r["tasks"][task]["top1"] for r, _ in found.get((folder.name, name), []) if task in r["tasks"]]
+                if top1:
+                    spread = np.std(top1, ddof=1) if len(top1) > 1 else 0
+                    ax.plot([x + shift] * len(top1), top1, ".", color="0.75", markersize=4)
+                    ax.errorbar(x + shift, np.mean(top1), spread, color=gray, marker=marker, capsize=3, label=label)
+                    label = None  # one entry of the legend for each name
+        ax.set(ylabel="top-1 accuracy, %", title=task)
+        ax.set_xticks(range(len(variants)), [folder.name for folder in variants], fontsize=8)
+        ax.grid(color="0.9", axis="y")
+        ax.legend(fontsize=7)
+    figure.suptitle("Small dots: runs of different seeds. Error bars: their standard deviation.", fontsize=8)
+    save(figure, args.save)
+    write_table(rows, args.save.with_suffix(".md"))
 
 
 STYLES = {  # by `encoder_name`: marker, line, gray level
@@ -508,6 +551,7 @@ def parse_args():
     add_clip_flags(add_command(features, "png", runs), clips=4)
     add_embedding_flags(add_command(rankme, "json", runs))
     add_command(table, "md", probes)
+    add_command(compare, "png", "folders of variants")
     flag = add_command(pareto, "png", probes, nargs="*")
     flag("--paper", action="store_true", help="count FLOPs as the paper does, and add the points of its table 1")
     flag = add_command(correlate, "png", probes)
