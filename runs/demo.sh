@@ -12,7 +12,7 @@ train() { # script, further flags
     torchrun --nproc_per_node="$processes" "$1" --replicate "${model[@]}" "${learning[@]}" --seed "$SEED" "${@:2}"
 }
 probe() { # run folder, folder for the results, further flags
-    python probe.py --checkpoint "$1" "${probing[@]}" --seed "$SEED" --seeds 3 --out "$2" "${@:3}"
+    python probe.py --checkpoint "$1" "${probing[@]}" --seed "$SEED" --out "$2" "${@:3}"
 }
 
 echo "[1/4] train the teacher to reconstruct masked pixels (about 2 minutes)"

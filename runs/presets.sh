@@ -6,7 +6,7 @@ laptop)
     model=(--model vit_ti --width 96 --depth 4 --heads 2 --patch-size 8 --num-frames 16 --resolution 32
            --predictor-width 96 --predictor-depth 2 --predictor-heads 2)
     learning=(--batch-size 24 --lr 2e-3 --workers 0)
-    probing=(--train-clips 450 --workers 0)
+    probing=(--train-clips 350 --workers 0)
     teacher_steps=500 student_steps=1000 best_momentum=0.999 # the best of four (docs/replication.md)
     small=(--width 48 --heads 1) large=(--width 192 --heads 4)
     ;;
@@ -24,4 +24,5 @@ gpu)
     ;;
 esac
 learning+=(--clip-grad 1 --final-weight-decay 0.04 --log-every 50)
-probing+=(--task synthetic-motion synthetic-shape --batch-size 50 --lr 2e-3 --probe-depth 1 --probe-heads 4 --standardize)
+probing+=(--task synthetic-motion synthetic-shape --batch-size 50 --lr 8e-3 --probe-depth 1 --probe-heads 4 --standardize
+          --seeds 3)

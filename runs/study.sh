@@ -41,6 +41,9 @@ ema_run() { # folder of the variant, seed, steps, EMA momentum
     probe "$1/seed$2/ema" "$1/seed$2/probe-ema" "$2"
     probe "$1/seed$2/ema" "$1/seed$2/probe-online" "$2" --weights student
 }
+untrained() { # folder, seed
+    probe "$OUT/salt/seed$2/student" "$1/seed$2/probe" "$2" --untrained
+}
 course() { # folder, seed: probe the snapshots of a student
     for checkpoint in "$OUT/salt/seed$2"/student/checkpoint-*.pt; do
         probe "$checkpoint" "$1/seed$2/$(basename "$checkpoint" .pt)" "$2"
@@ -62,23 +65,10 @@ finish_all() {
 }
 trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
 
-same_as_salt() { # name of the variant that is the reference itself
-    mkdir -p "$(dirname "$OUT/$1")"
-    ln -sfn ../salt "$OUT/$1"
-}
-reference() { # seeds
-    for seed in "$@"; do queue teacher_and_student "$OUT/salt" "$seed" "$teacher_steps" "$student_steps"; done
+same_as_salt() {
+    reference {0..9}
+    for seed in {0..9}; do queue untrained "$OUT/untrained" "$seed"; done
     finish_all
-}
-compare() { # name of the figure, folders of variants
-    python -m tools.analyze compare "${@:2}" --save "$OUT/$1.png"
-}
-
-salt() {
-    reference 0 1 2 3 4
-    for seed in 0 1 2 3 4; do
-        probe "$OUT/salt/seed$seed/student" "$OUT/untrained/seed$seed/probe" "$seed" --untrained
-    done
     compare salt "$OUT/untrained" "$OUT/salt"
 }
 
