@@ -63,9 +63,22 @@ finish_one() {
 finish_all() {
     while [ -n "$(jobs -rp)" ]; do finish_one; done
 }
-trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
+set -m # gives each job a process group, so that it can be killed with its children
+trap 'for job in $(jobs -p); do kill -- "-$job" 2>/dev/null || true; done' EXIT
 
-same_as_salt() {
+same_as_salt() { # the variant that is the reference itself
+    mkdir -p "$(dirname "$OUT/$1")"
+    ln -sfn ../salt "$OUT/$1"
+}
+reference() { # seeds
+    for seed in "$@"; do queue teacher_and_student "$OUT/salt" "$seed" "$teacher_steps" "$student_steps"; done
+    finish_all
+}
+compare() { # name of the figure, folders of variants
+    python -m tools.analyze compare "${@:2}" --save "$OUT/$1.png"
+}
+
+salt() {
     reference {0..9}
     for seed in {0..9}; do queue untrained "$OUT/untrained" "$seed"; done
     finish_all
