@@ -4,6 +4,7 @@ import argparse
 import math
 import os
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -176,6 +177,32 @@ def predictor_config(args, in_width, out_width, model=None):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # results
+
+
+class Progress:
+    """A line of progress. In a terminal it is rewritten every second; in a file it is a new line every 30 seconds."""
+
+    def __init__(self, silent=False):
+        self.silent, self.terminal = silent, sys.stdout.isatty()
+        self.started = time.monotonic()
+        self.shown = self.started
+
+    def show(self, text, last=False):
+        """Show a text if it is time to. The last one is always shown."""
+        now = time.monotonic()
+        if self.silent or not (last or now > self.shown + (1 if self.terminal else 30)):
+            return
+        self.shown = now
+        print(f"\r\x1b[K{text}" if self.terminal else text, end="" if self.terminal and not last else "\n", flush=True)
+
+    def clear(self):
+        """Clear the line, in a terminal."""
+        if self.terminal and not self.silent:
+            print("\r\x1b[K", end="", flush=True)
+
+    def left(self, done, total):
+        """The time left, as text."""
+        return f"{duration((time.monotonic() - self.started) / done * (total - done))} left"
 
 
 def duration(seconds):

@@ -29,7 +29,7 @@ import torch.distributed as dist
 import augment
 import data
 import video
-from cli import duration, fail, rank_and_world
+from cli import Progress, fail, rank_and_world
 from model import Encoder, build, load_checkpoint, token_grid
 
 SINGLE_VIEW_SIDE = 224 / 256  # of the short side: V-JEPA 2 scales it to 256 and takes the center 224 x 224
@@ -287,15 +287,14 @@ class Tokens:
         tokens = torch.empty(
             (len(mine), 1, *self.shape), dtype=getattr(torch, self.args.dtype), device=self.args.device
         )
-        labels, readable, started, done = [], [], time.perf_counter(), 0
+        labels, readable, progress, done = [], [], Progress(silent=rank > 0), 0
         for batch in itertools.chain(*self.read(numbers.split(self.videos_at_once * world))):
             tokens[done : done + len(batch.tokens)] = batch.tokens
             labels.append(batch.labels)
             readable.append(batch.readable)
             done += len(batch.tokens)
-            left = (time.perf_counter() - started) * (len(mine) - done) / done
-            say(f"\r{description} features {done}/{len(mine)}, {duration(left)} left  ", end="")
-        say("")
+            text = f"{description} features {done}/{len(mine)}, {progress.left(done, len(mine))}"
+            progress.show(text, last=done == len(mine))
         if len(mine):
             self.kept = TokenBatch(mine, tokens, torch.cat(labels), torch.cat(readable))
         else:  # fewer samples than processes
@@ -339,16 +338,15 @@ def collect(tokens, column, function, shape, dtype):
     length, device = len(tokens.source), tokens.args.device
     results = torch.zeros(length, *shape, dtype=dtype, device=device)
     labels, readable, counts = torch.zeros(3, length, dtype=torch.long, device=device)
-    shown = time.perf_counter()
+    progress = Progress(silent=rank_and_world()[0] > 0)
     for batch in itertools.chain(*tokens.read([torch.arange(length)])):
-        if time.perf_counter() > shown + 1:
-            shown = time.perf_counter()
-            say(f"\revaluating video {batch.numbers[0]}/{length}  ", end="")
         with tokens.stopwatch.measure("probes"), torch.inference_mode():
             values = function(batch.tokens).to(dtype)
         rows = batch.numbers.to(device)
         results[rows], labels[rows], readable[rows] = values, batch.labels[:, column], batch.readable.long()
         counts[rows] += 1
+        progress.show(f"evaluated {int(batch.numbers[-1]) + 1} of {length} videos")
+    progress.clear()
     for tensor in (results, labels, readable, counts):
         all_reduce(tensor)
     assert (counts == 1).all(), "every video counts once"

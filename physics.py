@@ -41,7 +41,16 @@ from torchvision.transforms.v2 import functional as TF
 
 import data
 import video
-from cli import Parser, duration, fail, interval95, plain_flags, require_at_least, resolve_device, write_atomically
+from cli import (
+    Parser,
+    Progress,
+    fail,
+    interval95,
+    plain_flags,
+    require_at_least,
+    resolve_device,
+    write_atomically,
+)
 from model import Encoder, Predictor, build, load_checkpoint, load_teacher_of, token_grid, tubelets
 from synthetic import synthetic_pair
 
@@ -216,7 +225,7 @@ def measure(networks, items, args):
     loader = torch.utils.data.DataLoader(
         items, batch_size=None, collate_fn=functools.partial(read_pairs, args), num_workers=args.workers
     )
-    started = time.perf_counter()
+    progress = Progress()
     try:
         for done, pairs in enumerate(loader, start=1):
             for pair in pairs:
@@ -224,9 +233,7 @@ def measure(networks, items, args):
                 curves = surprise_of_pair(networks, pair, args)
                 measurements.append(Measurement(pair.property, pair.name, pair.event, pair.same, lengths, *curves))
                 examples.setdefault(pair.property, pair)
-            left = (time.perf_counter() - started) * (len(items) - done) / done
-            print(f"\r{done}/{len(items)}, {duration(left)} left  ", end="", flush=True)
-        print()
+            progress.show(f"{done}/{len(items)}, {progress.left(done, len(items))}", last=done == len(items))
     except video.BadVideo as error:
         reason = str(error).splitlines()[-1]  # an error in a worker begins with the worker's traceback
         fail(f"unreadable video: {reason}")

@@ -39,6 +39,7 @@ import data
 import video
 from cli import (
     Parser,
+    Progress,
     duration,
     fail,
     interval95,
@@ -395,16 +396,13 @@ def train_and_predict(args, train, val, task, key):
     for seed in range(args.seed, args.seed + args.seeds):
         probes = make_probes(args, train.shape[1], task.num_classes, seed)
         state_file = args.out / f"resume-{task.name}-{seed}.pt"
-        started = shown = time.perf_counter()
+        progress = Progress(silent=rank_and_world()[0] > 0)
         losses = train_probes(args, probes, train, task.column, seed, state_file, key)
         for done, (epoch, step, loss) in enumerate(losses, start=1):
-            now = time.perf_counter()
-            if step == steps or now > shown + 1:
-                shown = now
-                left = (now - started) / done * (args.epochs * steps - epoch * steps - step)
-                place = f"{task.name} seed {seed} epoch {epoch + 1}/{args.epochs}  step {step}/{steps}"
-                say(f"\r{place}  loss {loss.item():.3f}, {duration(left)} left  ", end="")
-        say("")
+            left = (args.epochs - epoch) * steps - step
+            place = f"{task.name} seed {seed} epoch {epoch + 1}/{args.epochs}  step {step}/{steps}"
+            text = f"{place}  loss {loss.item():.3f}, {progress.left(done, done + left)}"
+            progress.show(text, last=left == 0)
         predictions.append(predict_with_probes(args, probes, val, task.column))
     return predictions
 

@@ -1,7 +1,11 @@
 """cli.py: one-line errors, durations, confidence intervals, and files that are never incomplete."""
 
 import argparse
+import io
+import itertools
 import json
+import sys
+import time
 
 import pytest
 import torch
@@ -143,3 +147,34 @@ def test_write_atomically_replaces_the_file_only_when_it_is_complete(tmp_path):
     assert path.read_text() == "first"
     cli.write_atomically(path, lambda file: file.write_text("second"))
     assert path.read_text() == "second" and list(tmp_path.iterdir()) == [path]
+
+
+class Screen(io.StringIO):
+    """Standard output that is a terminal, or a file."""
+
+    def __init__(self, terminal):
+        super().__init__()
+        self.terminal = terminal
+
+    def isatty(self):
+        return self.terminal
+
+
+def test_progress_rewrites_one_line_in_a_terminal_and_adds_few_to_a_file(monkeypatch):
+    def shown(terminal):
+        screen, clock = Screen(terminal), itertools.count()
+        monkeypatch.setattr(sys, "stdout", screen)
+        monkeypatch.setattr(time, "monotonic", lambda: next(clock) / 2)  # half a second passes between two readings
+        progress = cli.Progress()
+        for i in range(140):
+            progress.show(f"at {i}", last=i == 139)
+        return screen.getvalue()
+
+    assert shown(terminal=False) == "at 60\nat 121\nat 139\n"
+    assert shown(terminal=True).startswith("\r\x1b[Kat 2\r\x1b[Kat 5") and shown(terminal=True).endswith("at 139\n")
+    assert shown(terminal=True).count("\n") == 1
+
+
+def test_progress_estimates_the_time_left(monkeypatch):
+    monkeypatch.setattr(time, "monotonic", iter((100.0, 110.0)).__next__)
+    assert cli.Progress().left(20, 100) == "40s left"

@@ -352,6 +352,7 @@ def test_narrow_networks_start_with_larger_weights():
     assert_std(Encoder(96, 1, 2).patch_embed.weight, 0.08)
     assert_std(Predictor(1024, 16, width=192, depth=1, heads=3).embed.weight, 0.04)
     assert_std(AttentiveProbe(96, 10, depth=1, heads=4).cross.kv.weight, 0.08)
+    assert_std(Encoder(16, 1, 2).patch_embed.weight, 1 / math.sqrt(16))
 
 
 def test_deeper_residual_branches_start_smaller():

@@ -35,7 +35,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cli import Parser, fail, require_at_least, write_lines
+from cli import Parser, Progress, fail, require_at_least, write_lines
 from data import read_manifest, write_manifest
 from tools.folder import VIDEO_SUFFIXES, write_folder
 from video import IMAGE_SUFFIXES
@@ -332,7 +332,7 @@ def find_files(folders, suffixes=VIDEO_SUFFIXES, frame_folders=frozenset()):
     Folders named in `frame_folders` count as files and are not searched. Of several files with the same name, one with
     "replacement" in its path is used (for K400's corrupted files), else the first in alphabetical order.
     """
-    found, seen, shown = {}, set(), 0
+    found, seen, progress = {}, set(), Progress()
     stack = [os.path.abspath(folder) for folder in folders]
     while stack:
         folder = stack.pop()
@@ -351,10 +351,8 @@ def find_files(folders, suffixes=VIDEO_SUFFIXES, frame_folders=frozenset()):
                         found[name] = entry.path
         except OSError as error:
             fail(f"--videos {folder}: {error.strerror}")
-        if len(found) > shown + 100_000:
-            shown = len(found)
-            print(f"\r{shown:,} files  ", end="", flush=True)
-    print(f"\r{len(found):,} files in {', '.join(map(str, folders))}")
+        progress.show(f"{len(found):,} files")
+    progress.show(f"{len(found):,} files in {', '.join(map(str, folders))}", last=True)
     return found
 
 

@@ -30,7 +30,7 @@ from av.sidedata.sidedata import Type as SideData
 from av.video.reformatter import ColorRange, VideoReformatter
 
 import video
-from cli import Parser, duration, fail, require_at_least, write_atomically
+from cli import Parser, Progress, duration, fail, require_at_least, write_atomically
 from data import read_manifest, write_manifest
 from video import IMAGE_SUFFIXES, BadVideo, is_folder, open_container, read_clip, video_stream
 
@@ -130,7 +130,7 @@ def work_through(args, paths, work, settings, log, copy_of=None):
     todo = [path for path in dict.fromkeys(paths) if path not in records]
     if records:
         print(f"{len(records):,} of {total:,} were done before ({log})")
-    progress = Progress(len(todo))
+    progress, done, bad = Progress(), 0, 0
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # raises KeyboardInterrupt
     try:
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -144,7 +144,10 @@ def work_through(args, paths, work, settings, log, copy_of=None):
                 records[path] = {"path": path, "bytes": size_in_bytes(path), "settings": settings, **result}
                 file.write(json.dumps(records[path]) + "\n")
                 file.flush()
-                progress.add(result)
+                done, bad = done + 1, bad + ("error" in result)
+                rate = done / (time.monotonic() - progress.started)
+                text = f"{done:,}/{len(todo):,} videos, {bad:,} bad, {rate:.1f}/s, {progress.left(done, len(todo))}"
+                progress.show(text, last=done == len(todo))
     except KeyboardInterrupt:
         print(f"\nstopped; {len(records):,} of {total:,} are done, and the same command continues from here")
         sys.exit(130)
@@ -181,28 +184,6 @@ def earlier_records(log, paths, settings, retry, copy_of):
 def size_in_bytes(path):
     """The size of a file; None for a folder or a missing file."""
     return os.path.getsize(path) if os.path.isfile(path) else None
-
-
-class Progress:
-    """Prints the progress: every second on a terminal, else every 30 seconds."""
-
-    def __init__(self, total):
-        self.total, self.done, self.bad = total, 0, 0
-        self.started, self.shown = time.monotonic(), 0
-        self.terminal = sys.stdout.isatty()
-
-    def add(self, result):
-        """Count a result."""
-        self.done += 1
-        if "error" in result:
-            self.bad += 1
-        seconds = time.monotonic() - self.started
-        if seconds > self.shown + (1 if self.terminal else 30) or self.done == self.total:
-            self.shown = seconds
-            left = duration(seconds / self.done * (self.total - self.done))
-            end = "\r" if self.terminal and self.done < self.total else "\n"
-            text = f"{self.done:,}/{self.total:,} videos, {self.bad:,} bad, {self.done / seconds:.1f}/s, {left} left"
-            print(text, end=end, flush=True)
 
 
 def read_absolute(manifest):
