@@ -1,5 +1,6 @@
 """tools/analyze.py and tools/pictures.py against costs, ranks, correlations and pictures computed by hand."""
 
+import base64
 import json
 import math
 import re
@@ -644,6 +645,28 @@ def test_pictures(command, runs, teacher, student, videos, tmp_path):
     for flags in ([], own):
         run_script(analyze, command, teacher, student, runs / "ema", "--save", tmp_path / "new" / "x.png", *flags)
         assert ink(tmp_path / "new" / "x.png") > 5
+
+
+def test_report(runs, student, teacher, probe_of, tmp_path, capfd):
+    """A page that holds everything itself: facts, curves, pictures, and the probes of this run beside it."""
+    for run in (teacher, student, runs / "ema", runs / "third"):
+        shutil.copytree(run, tmp_path / run.name)
+    probe_of(tmp_path / "student", 61.5).rename(tmp_path / "probe-a")
+    probe_of(tmp_path / "teacher", 42.5).rename(tmp_path / "probe-b")
+    for names in (["student"], ["teacher", "ema"], ["third"]):
+        file = tmp_path / "report.html"
+        run_script(analyze, "report", *(tmp_path / name for name in names), "--save", file)
+        text = file.read_text()
+        links = re.findall('(?:src|href)="([^;"]*)', text)
+        assert text.count("<h2>") == len(names) and links == ["data:image/png", "data:image/gif"] * len(names)
+        for name in names:
+            assert f"<td>{last_line(tmp_path / name)['loss']:.4f}" in text
+        assert ("probe-a: synthetic-shape" in text, "top-1 61.5%" in text) == (("student" in names),) * 2
+        assert ("top-1 42.5%" in text) == ("teacher" in names)
+        images = [base64.b64decode(x) for x in re.findall('base64,([^"]+)', text)]
+        assert [image[:4] for image in images] == [b"\x89PNG", b"GIF8"] * len(names)
+    (tmp_path / "student" / "metrics.jsonl").write_text("")
+    assert "has not logged a step" in refusal(capfd, analyze, "report", tmp_path / "student", "--save", file)
 
 
 def test_curves(runs, teacher, student, drawn):

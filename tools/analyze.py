@@ -4,6 +4,7 @@
     python -m tools.analyze picture out/teacher out/student --save salt.gif         what they see: png, gif or mp4
     python -m tools.analyze features out/student --data mine.csv --save mine.gif    features of your own videos
     python -m tools.analyze rankme out/teacher out/student                          effective rank of the embeddings
+    python -m tools.analyze report out/teacher out/student                          all about runs, as one HTML page
     python -m tools.analyze table out/probe-*                                       accuracy and cost
     python -m tools.analyze compare out/study/masks/*                               accuracy of variants, with all seeds
     python -m tools.analyze pareto out/probe-*                                      accuracy against training FLOPs
@@ -29,6 +30,7 @@ import flops
 from cli import Parser, duration, fail, require_at_least, resolve_device
 from model import load_checkpoint, load_encoder, load_teacher_of, token_grid
 from tools.pictures import features, load_clips, picture, save
+from tools.report import page
 from training import effective_rank
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -520,6 +522,27 @@ def draw_fit(ax, x, y, steps):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# report
+
+
+def report(args):
+    """Write an HTML page about training runs: curves, pictures, results of probes in folders beside them, flags."""
+    keys = ("checkpoint", "step", "weights", "tasks")
+    runs = []
+    for run in map(Path, args.runs):
+        record = parse((run / "args.json").read_text(), run / "args.json", "the args.json of a training run", "kind")
+        log = list(read_log(run / "metrics.jsonl"))
+        if not log:
+            raise ValueError(f"{run / 'metrics.jsonl'} is empty: the run has not logged a step yet")
+        files = sorted(run.resolve().parent.glob("*/results.json"))
+        probes = [(file.parent.name, parse(file.read_text(), file, "the results of probe.py", *keys)) for file in files]
+        own = {run.resolve(), (run / "checkpoint.pt").resolve()}
+        runs.append((run, record, log, [probe for probe in probes if Path(probe[1]["checkpoint"]).resolve() in own]))
+    write_text(page(runs), args.save)
+    print(args.save)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # the command line
 
 
@@ -550,6 +573,7 @@ def parse_args():
     add_clip_flags(add_command(picture, "png", "a teacher, then its students: run folders or files"), clips=4)
     add_clip_flags(add_command(features, "png", runs), clips=4)
     add_embedding_flags(add_command(rankme, "json", runs))
+    add_command(report, "html", "run folders")
     add_command(table, "md", probes)
     add_command(compare, "png", "folders of variants")
     flag = add_command(pareto, "png", probes, nargs="*")
