@@ -112,7 +112,7 @@ def draw_curves(log, path):
 def draw_pictures(folder, record, path):
     """Draw what a teacher fills in and, for a student, its features. For other runs, draw features only."""
     args = record["args"]
-    options = dict(data=args["data"], frame_step=args["frame_step"], clips=4, first=4, save=path)
+    options = dict(data=args["data"], frame_step=args["frame_step"], clips=4, first=0, save=path)
     teacher = args.get("teacher")
     if record["kind"] == "teacher":
         picture(argparse.Namespace(runs=[folder], **options))
