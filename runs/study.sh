@@ -55,12 +55,16 @@ course() { # folder, seed: probe the snapshots of a student
     done
 }
 
-# Run a function in the background, when a process is free: queue FUNCTION FOLDER SEED ...
+# Run a function in the background when a process is free: queue FUNCTION FOLDER SEED ...
+exec 3>&1
 queue() {
     while (($(jobs -rp | wc -l) >= JOBS)); do finish_one; done
     mkdir -p "$2"
     echo "$(date +%H:%M) $*"
-    ("$@" >"$2/seed$3.log" 2>&1 || { tail -n 3 "$2/seed$3.log"; exit 1; }) &
+    (
+        trap '(($? == 0)) || echo "failed: see '"$2/seed$3.log"'" >&3' EXIT
+        "$@" >"$2/seed$3.log" 2>&1
+    ) &
 }
 finish_one() {
     wait -n || exit 1
