@@ -82,6 +82,14 @@ def test_estimates_for_gpus_equal_the_storages_of_a_step(kind, model, teacher, p
     With checkpointing, the peak of a ViT-Ti student with a ViT-G teacher is the teacher's forward pass.
     """
     flags = ["--num-frames", 16, "--model", model, "--batch-size", 3072, "--micro-batch-size", 24]
+    flags += [
+        "--predictor-width",
+        384,
+        "--predictor-depth",
+        12,
+        "--predictor-heads",
+        16,
+    ]  # the paper's, for vit_ti, too
     for counted, checkpointing in ((needed, False), (checkpointed, True)):
         parts = estimate(*flags, kind=kind, teacher=teacher, processes=processes, device="cuda", dtype="bfloat16",
                          checkpointing=checkpointing, masks=masks)  # fmt: skip
@@ -92,7 +100,7 @@ def test_bytes_of_weights_gradients_optimizer_and_teacher():
     """Weights, gradients and two averages are float32; the frozen teacher has the compute dtype, the EMA float32."""
     vit = dict(SIZES["vit_ti"], depth=2, num_frames=4)
     teacher = flops.parameters(Encoder, vit)
-    trained = teacher + flops.parameters(Predictor, dict(in_width=192, out_width=192, depth=2))
+    trained = teacher + flops.parameters(Predictor, dict(in_width=192, out_width=192, width=192, depth=2, heads=3))
     flags = ["--model", "vit_ti", "--depth", 2, "--predictor-depth", 2, "--batch-size", 4]
     student, ema = (estimate(*flags, kind=kind, dtype="bfloat16") for kind in ("student", "ema"))
     for parts in (student, ema):
