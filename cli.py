@@ -59,9 +59,9 @@ def training_flags(description, out, steps):
     flag("--tubelet-size", type=int, default=2, help="frames per token")
     flag("--num-frames", type=int, default=16, help="frames per clip (table 5)")
     flag("--resolution", type=int, default=224, help="height and width of a clip in pixels (table 5)")
-    flag("--predictor-width", type=int, help="default: 384 (table 4); smaller for vit_ti, as are the next two")
-    flag("--predictor-depth", type=int, help="default: 12 (table 4)")
-    flag("--predictor-heads", type=int, help="default: 16 (table 4)")
+    flag("--predictor-width", type=int, help="default: 384 (table 4); vit_ti: 192")
+    flag("--predictor-depth", type=int, help="default: 12 (table 4); vit_ti: 4, vit_s: 6")
+    flag("--predictor-heads", type=int, help="default: 16 (table 4); vit_ti: 3, vit_s: 6")
 
     flag = parser.add_argument_group("data").add_argument
     flag("--data", nargs="+", metavar="MANIFEST", help="text files of 'path label' lines; default: built-in videos")

@@ -22,10 +22,11 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 import data
+import flops
 import masking
 from cli import clip_grid, default_micro_batch_size, fail, rank_and_world, require_at_least, resolve_device
 
-PAPER_LR, PAPER_BATCH_SIZE, PAPER_WARMUP_STEPS = 6.25e-4, 3072, 10_000  # table 5
+PAPER_LR, PAPER_WARMUP_STEPS = 6.25e-4, 10_000  # table 5
 
 # ---------------------------------------------------------------------------------------------------------------------
 # processes and sharding
@@ -48,7 +49,7 @@ def setup(args, stage):
     require_at_least(args, 1, "save_every", "log_every", "frame_step", "keep", "loader_timeout", "clips_per_video")
     require_at_least(args, 0, "seed", "workers", "snapshot_every")
     if args.lr is None:
-        args.lr = PAPER_LR * math.sqrt(args.batch_size / PAPER_BATCH_SIZE)
+        args.lr = PAPER_LR * math.sqrt(args.batch_size / flops.PAPER_BATCH)
     args.start_lr = 0.32 * args.lr if args.start_lr is None else args.start_lr
     if args.warmup_steps is None:
         args.warmup_steps = PAPER_WARMUP_STEPS if args.steps >= 2 * PAPER_WARMUP_STEPS else args.steps // 10

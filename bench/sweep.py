@@ -178,7 +178,7 @@ def print_growth(cells, costs, args):
 def print_paper_runs(costs, args):
     """Print a table with the hours of each of the paper's runs, here and in the paper."""
     print(
-        f"\nthe paper's runs with a batch size of {training.PAPER_BATCH_SIZE}, in hours of one device; ~ at least "
+        f"\nthe paper's runs with a batch size of {flops.PAPER_BATCH}, in hours of one device; ~ at least "
         "partly extrapolated by FLOPs"
     )
     print(f"{'run':12}{'here':>9}{'paper, A100':>13}")
@@ -186,7 +186,7 @@ def print_paper_runs(costs, args):
         seconds, mark = 0.0, ""
         for stage in stages:
             cost, steps = costs[paper_cell(stage, args)], stage[-1]
-            seconds += steps * training.PAPER_BATCH_SIZE / args.batch_size * estimated_seconds(cost, costs.values())
+            seconds += steps * flops.PAPER_BATCH / args.batch_size * estimated_seconds(cost, costs.values())
             if not cost.seconds:
                 mark = "~"
         print(f"{name:12}{mark:>2}{seconds / 3600:7,.0f}{paper_hours:13,}")

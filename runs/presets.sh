@@ -1,4 +1,4 @@
-# The settings of demo.sh and study.sh. PRESET=gpu selects the larger ones, which have only run for a few steps on a CPU.
+# The settings of demo.sh and study.sh. PRESET=gpu selects the larger ones, which have never run.
 case ${PRESET:-laptop} in
 laptop)
     processes=2 # of one thread: a little slower than two threads on idle cores, far faster on shared ones
@@ -7,7 +7,7 @@ laptop)
            --predictor-width 96 --predictor-depth 2 --predictor-heads 2)
     learning=(--batch-size 24 --lr 2e-3 --workers 0)
     probing=(--train-clips 350 --workers 0)
-    teacher_steps=500 student_steps=1000 best_momentum=0.999 # the best of four (docs/replication.md)
+    teacher_steps=500 student_steps=1000 best_momentum=0.999 # to be chosen: the ema part has not run yet
     small=(--width 48 --heads 1) large=(--width 192 --heads 4)
     ;;
 gpu)
