@@ -187,10 +187,15 @@ class Progress:
         self.started = time.monotonic()
         self.shown = self.started
 
+    def due(self, last=False, now=None):
+        """Whether `show` would show a text now; to ask where the text is expensive."""
+        now = time.monotonic() if now is None else now
+        return not self.silent and (last or now > self.shown + (1 if self.terminal else 30))
+
     def show(self, text, last=False):
         """Show a text if it is time to. The last one is always shown."""
         now = time.monotonic()
-        if self.silent or not (last or now > self.shown + (1 if self.terminal else 30)):
+        if not self.due(last, now):
             return
         self.shown = now
         print(f"\r\x1b[K{text}" if self.terminal else text, end="" if self.terminal and not last else "\n", flush=True)

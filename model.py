@@ -178,8 +178,8 @@ def apply_block(block, x, rope, checkpointed):
 def init_std(width):
     """Standard deviation of initial weights: V-JEPA 2's 0.02, and more for networks narrower than any of the paper's.
 
-    With 0.02, their attention logits and residual branches start near zero, and they learn nothing for long. With 1 /
-    sqrt(width), a layer's outputs would be as large as its inputs.
+    With 0.02, their attention logits and residual branches start near zero, and they learn little for hundreds of
+    steps. With 1 / sqrt(width), a layer's outputs would be as large as its inputs.
     """
     return min(0.02 * max(1, 384 / width), 1 / math.sqrt(width))
 

@@ -401,8 +401,9 @@ def train_and_predict(args, train, val, task, key):
         for done, (epoch, step, loss) in enumerate(losses, start=1):
             left = (args.epochs - epoch) * steps - step
             place = f"{task.name} seed {seed} epoch {epoch + 1}/{args.epochs}  step {step}/{steps}"
-            text = f"{place}  loss {loss.item():.3f}, {progress.left(done, done + left)}"
-            progress.show(text, last=left == 0)
+            if progress.due(last=left == 0):  # reading the loss waits for the GPU
+                text = f"{place}  loss {loss.item():.3f}, {progress.left(done, done + left)}"
+                progress.show(text, last=left == 0)
         predictions.append(predict_with_probes(args, probes, val, task.column))
     return predictions
 

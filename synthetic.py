@@ -149,11 +149,8 @@ def _straight_path(direction, speed, time):
 def _texture(rng, path, pixels, color, contrast, frequencies):
     """Two plane waves around a color (B, 3) that move along the path: (B, 3, T, S, S)."""
     waves, (x, y) = 2, path
-    frequency, angle, phase = (
-        rng.uniforms(*frequencies, waves),
-        rng.uniforms(0, TAU, waves),
-        rng.uniforms(0, TAU, waves),
-    )
+    frequency = rng.uniforms(*frequencies, waves)
+    angle, phase = rng.uniforms(0, TAU, waves), rng.uniforms(0, TAU, waves)
     kx, ky = TAU * frequency * angle.cos(), TAU * frequency * angle.sin()
     px = kx[:, None, :, None] * (pixels - x[:, :, None, None]) + phase[:, None, :, None]  # (B, T, waves, S)
     py = ky[:, None, :, None] * (pixels - y[:, :, None, None])
