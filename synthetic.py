@@ -114,8 +114,8 @@ def synthetic_clips(seed, numbers, num_frames, resolution):
     The shape moves in one of 8 directions; its speed, size, angle, position and texture vary from clip to clip. What
     leaves the frame on one side comes back on the other. The background (camera motion) moves independently. Colors
     vary from clip to clip, brightness flickers a little from frame to frame, and there is film grain. Positions are
-    uniform, so a single frame does not reveal the motion, and colors do not reveal the shape. The shape moves a fifth
-    to a third of the frame width in a clip, so that its direction shows only over many frames.
+    uniform, so a single frame does not reveal the motion, and colors do not reveal the shape. The shape moves
+    0.28 to 0.42 frame widths in a clip, so that its direction shows only over many frames.
 
     numbers: (B,) int64; its device renders. Returns clips (B, 3, T, S, S) uint8 and labels (B, 2) int64: the motion and
     the shape, independent of each other, as indices of MOTIONS and SHAPES.
@@ -129,7 +129,7 @@ def synthetic_clips(seed, numbers, num_frames, resolution):
     camera = _straight_path(rng.uniform(0, TAU), rng.uniform(0, 0.6), time)
     clips = _texture(rng, camera, pixels, color, contrast=0.15, frequencies=(0.3, 0.9))
 
-    path = _straight_path(motion * (TAU / len(MOTIONS)), rng.uniform(0.21, 0.33), time)
+    path = _straight_path(motion * (TAU / len(MOTIONS)), rng.uniform(0.28, 0.42), time)
     brighter = color + rng.uniforms(0.3, 0.45, 3)
     texture = _texture(rng, path, pixels, brighter, contrast=0.12, frequencies=(0.3, 1.2))
     clips = torch.lerp(clips, texture, _shape_opacity(rng, path, pixels, shape))

@@ -7,7 +7,7 @@ laptop)
            --predictor-width 96 --predictor-depth 2 --predictor-heads 2)
     learning=(--batch-size 24 --lr 2e-3 --workers 0)
     probing=(--train-clips 350 --workers 0)
-    teacher_steps=500 student_steps=1000 best_momentum=0.999 # to be chosen: the ema part has not run yet
+    teacher_steps=350 student_steps=800 best_momentum=0.999 # to be chosen: the ema part has not run yet
     small=(--width 48 --heads 1) large=(--width 192 --heads 4)
     ;;
 gpu)
