@@ -194,7 +194,7 @@ class Run:
                     flush=True,
                 )
             self._leave()
-            sys.exit(0)
+            sys.exit(128 + self.stop)  # as if killed, so that no script goes on with an unfinished run
 
     def _snapshots(self, step):
         return bool(self.args.snapshot_every) and (step + 1) % self.args.snapshot_every == 0

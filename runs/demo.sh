@@ -19,12 +19,14 @@ echo "[1/4] train the teacher to reconstruct masked pixels (about 2 minutes)"
 train train_teacher.py --steps "$teacher_steps" --out "$OUT/teacher"
 echo "[2/4] train the student to predict the frozen teacher's latents (about 4 minutes)"
 train train_student.py --steps "$student_steps" --teacher "$OUT/teacher" --out "$OUT/student"
-echo "[3/4] probe an untrained encoder, the teacher and the student (about a minute)"
-probe "$OUT/student" "$OUT/probe-untrained" --untrained
+echo "[3/4] probe an untrained encoder, the teacher and the student; draw pictures (about a minute)"
+probe "$OUT/student" "$OUT/probe-untrained" --untrained >"$OUT/probe-untrained.log" &
 probe "$OUT/teacher" "$OUT/probe-teacher"
-probe "$OUT/student" "$OUT/probe-student"
-echo "[4/4] draw pictures and the table"
+wait $! # one process per core
+probe "$OUT/student" "$OUT/probe-student" &
 python -m tools.analyze curves "$OUT/teacher" "$OUT/student" --save "$OUT/curves.png"
 python -m tools.analyze picture "$OUT/teacher" "$OUT/student" --first 2 --save "$OUT/salt"
+wait $!
+echo "[4/4] write the table and the report"
 python -m tools.analyze table "$OUT/probe-untrained" "$OUT/probe-teacher" "$OUT/probe-student" --save "$OUT/table.md"
 python -m tools.analyze report "$OUT/teacher" "$OUT/student" --save "$OUT/report.html"

@@ -25,4 +25,4 @@ gpu)
 esac
 learning+=(--clip-grad 1 --final-weight-decay 0.04 --log-every 50)
 probing+=(--task synthetic-motion synthetic-shape --batch-size 50 --lr 8e-3 --probe-depth 1 --probe-heads 4 --standardize
-          --seeds 3)
+          --seeds 5)

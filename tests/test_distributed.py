@@ -102,10 +102,10 @@ def wait(processes, seconds=120):
     return codes
 
 
-def train(world, script, *flags, out, **rest):
-    """Run a script that must succeed. Returns its folder."""
+def train(world, script, *flags, out, code=0, **rest):
+    """Run a script that must end with exit status `code`. Returns its folder."""
     codes = wait(start(world, script, *flags, "--out", out, **rest))
-    assert codes == [0] * world, "".join(printed(out, rank) for rank in range(world))
+    assert codes == [code] * world, "".join(printed(out, rank) for rank in range(world))
     return out
 
 
@@ -373,7 +373,7 @@ def test_a_signal_ends_a_run_after_its_step(world, ranks, number, undisturbed, t
     flags = [*TINY, "--teacher", teacher]
     expected = undisturbed if world == 2 else train(1, train_student, *flags, out=tmp_path / "undisturbed")
     patch = functools.partial(send_signal, number, ranks, "training.update", 3, False)
-    out = train(world, train_student, *flags, out=tmp_path / "run", patch=patch)
+    out = train(world, train_student, *flags, out=tmp_path / "run", patch=patch, code=128 + number)
     line = f"{number.name}: saved and stopped after step 3 of 6; rerun the same command to continue\n"
     assert printed(out, 0, "out").endswith(line) and printed(out, 0) == ""
     assert load_checkpoint(out)["step"] == 3 and saved_states(out) == ["step-00000002", "step-00000003"]
@@ -391,7 +391,7 @@ def test_a_signal_to_a_run_and_its_loader_processes_ends_it_after_its_step(numbe
     for line in run.stdout:
         if line.startswith("teacher 5/"):
             os.killpg(run.pid, number)
-    assert run.wait(30) == 0 and run.stderr.read() == ""
+    assert run.wait(30) == 128 + number and run.stderr.read() == ""
     step = int(re.fullmatch(rf"{number.name}: saved and stopped after step (\d+) of 300; .*\n", line)[1])
     assert 5 <= step < 300 and saved_states(tmp_path / "run") == [f"step-{step:08}"]
     run_script(train_teacher, *flags)
