@@ -30,15 +30,6 @@ QUICK = shlex.split("--epochs 1 --batch-size 16 --probe-heads 2 --probe-depth 2 
 SYNTHETIC = shlex.split("--train-clips 24 --val-clips 20")
 
 
-@pytest.mark.parametrize(
-    "right, total, low, high",
-    [(0, 10, 0, 27.753), (5, 10, 23.659, 76.341), (81, 263, 25.529, 36.617), (10, 10, 72.247, 100)],
-)
-def test_interval95(right, total, low, high):
-    """Wilson's interval; 81 of 263 is the example of Newcombe (1998), table I: 0.2553 to 0.3662."""
-    assert interval95(right, total) == pytest.approx([low, high], abs=0.01)
-
-
 class FixedTokens:
     """Made-up tokens (M, N, D) or (M, V, N, D) with labels (M, L), in place of `features.Tokens`."""
 
