@@ -20,9 +20,9 @@ train train_teacher.py --steps "$teacher_steps" --out "$OUT/teacher"
 echo "[2/4] train the student to predict the frozen teacher's latents (about 4 minutes)"
 train train_student.py --steps "$student_steps" --teacher "$OUT/teacher" --out "$OUT/student"
 echo "[3/4] probe an untrained encoder, the teacher and the student; draw pictures (about a minute)"
-probe "$OUT/student" "$OUT/probe-untrained" --untrained >"$OUT/probe-untrained.log" &
+probe "$OUT/student" "$OUT/probe-untrained" --untrained >"$OUT/probe-untrained.log" & # two at a time, one per core
 probe "$OUT/teacher" "$OUT/probe-teacher"
-wait $! # one process per core
+wait $!
 probe "$OUT/student" "$OUT/probe-student" &
 python -m tools.analyze curves "$OUT/teacher" "$OUT/student" --save "$OUT/curves.png"
 python -m tools.analyze picture "$OUT/teacher" "$OUT/student" --first 2 --save "$OUT/salt"

@@ -82,14 +82,8 @@ def test_estimates_for_gpus_equal_the_storages_of_a_step(kind, model, teacher, p
     With checkpointing, the peak of a ViT-Ti student with a ViT-G teacher is the teacher's forward pass.
     """
     flags = ["--num-frames", 16, "--model", model, "--batch-size", 3072, "--micro-batch-size", 24]
-    flags += [
-        "--predictor-width",
-        384,
-        "--predictor-depth",
-        12,
-        "--predictor-heads",
-        16,
-    ]  # the paper's, for vit_ti, too
+    # the paper's predictor, for vit_ti, too
+    flags += ["--predictor-width", 384, "--predictor-depth", 12, "--predictor-heads", 16]
     for counted, checkpointing in ((needed, False), (checkpointed, True)):
         parts = estimate(*flags, kind=kind, teacher=teacher, processes=processes, device="cuda", dtype="bfloat16",
                          checkpointing=checkpointing, masks=masks)  # fmt: skip
