@@ -15,7 +15,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH="$PWD/.venv/bin:$PATH"
 source runs/presets.sh
-OUT=${OUT:-out/study} JOBS=${JOBS:-2}
+source runs/jobs.sh
+OUT=${OUT:-out/study}
 mkdir -p "$OUT"
 
 train() { # script, run folder, seed, steps, further flags
@@ -54,26 +55,6 @@ course() { # folder, seed: probe the snapshots of a student
         probe "$checkpoint" "$1/seed$2/$(basename "$checkpoint" .pt)" "$2"
     done
 }
-
-# Run a function in the background when a process is free: queue FUNCTION FOLDER SEED ...
-exec 3>&1
-queue() {
-    while (($(jobs -rp | wc -l) >= JOBS)); do finish_one; done
-    mkdir -p "$2"
-    echo "$(date +%H:%M) $*"
-    (
-        trap '(($? == 0)) || echo "failed: see '"$2/seed$3.log"'" >&3' EXIT
-        "$@" >"$2/seed$3.log" 2>&1
-    ) &
-}
-finish_one() {
-    wait -n || exit 1
-}
-finish_all() {
-    while [ -n "$(jobs -rp)" ]; do finish_one; done
-}
-set -m # gives each job a process group, so that it can be killed with its children
-trap 'for job in $(jobs -p); do kill -- "-$job" 2>/dev/null || true; done' EXIT
 
 same_as_salt() { # the variant that is the reference itself
     mkdir -p "$(dirname "$OUT/$1")"

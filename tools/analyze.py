@@ -326,20 +326,21 @@ def compare(args):
             found.setdefault((folder.name, encoder_name(*probe)), []).append(probe)
     rows = [(variant, summarize(probes)) for (variant, _), probes in found.items()]
     tasks = list(dict.fromkeys(task for _, experiment in rows for task in experiment.accuracies))
-    names = list(dict.fromkeys(name for _, name in found))
+    names = list(dict.fromkeys([*STYLES, *(name for _, name in found)]))
     size = (1.6 + len(variants)) * len(tasks), 3.6
     figure, axes = plt.subplots(1, len(tasks), figsize=size, squeeze=False, layout="constrained")
     for ax, task in zip(axes[0], tasks, strict=True):
         for name in names:
             marker, _, gray = STYLES.get(name, ("x", "", "0.5"))
-            shift = 0.12 * (names.index(name) - (len(names) - 1) / 2)
             label = name
             for x, folder in enumerate(variants):
+                here = [other for other in names if (folder.name, other) in found]
                 top1 = [r["tasks"][task]["top1"] for r, _ in found.get((folder.name, name), []) if task in r["tasks"]]
                 if top1:
+                    place = x + 0.12 * (here.index(name) - (len(here) - 1) / 2)
                     spread = np.std(top1, ddof=1) if len(top1) > 1 else 0
-                    ax.plot([x + shift] * len(top1), top1, ".", color="0.75", markersize=4)
-                    ax.errorbar(x + shift, np.mean(top1), spread, color=gray, marker=marker, capsize=3, label=label)
+                    ax.plot([place] * len(top1), top1, ".", color="0.75", markersize=4)
+                    ax.errorbar(place, np.mean(top1), spread, color=gray, marker=marker, capsize=3, label=label)
                     label = None  # one entry of the legend for each name
         ax.set(ylabel="top-1 accuracy, %", title=task)
         ax.set_xticks(range(len(variants)), [folder.name for folder in variants], fontsize=8)
@@ -351,6 +352,7 @@ def compare(args):
 
 
 STYLES = {  # by `encoder_name`: marker, line, gray level
+    "untrained": ("x", "", "0.5"),
     "teacher": ("^", ":", "0.45"),
     "student": ("o", "-", "0.0"),
     "EMA (V-JEPA 2)": ("s", "--", "0.3"),
