@@ -24,5 +24,5 @@ gpu)
     ;;
 esac
 learning+=(--final-weight-decay 0.04 --log-every 50)
-probing+=(--task synthetic-motion synthetic-shape --batch-size 50 --lr 8e-3 --probe-depth 1 --probe-heads 4 --standardize
-          --seeds 10)
+probing+=(--task synthetic-motion synthetic-shape --batch-size 25 --lr 8e-3 --probe-depth 1 --probe-heads 4 --standardize
+          --seeds 8)
