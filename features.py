@@ -34,6 +34,7 @@ from model import Encoder, build, load_checkpoint, token_grid
 
 SINGLE_VIEW_SIDE = 224 / 256  # of the short side: V-JEPA 2 scales it to 256 and takes the center 224 x 224
 TOKENS_AT_ONCE = 100_000  # most tokens that pass through the encoder, or a probe, at a time
+KEPT_BYTES = 2**32  # most memory for tokens that a process computes once
 
 
 def load(args):
@@ -204,7 +205,7 @@ class TokenBatch(NamedTuple):
 
 
 class Tokens:
-    """The frozen encoder's tokens of a source: computed at every `read`, or once by `keep`."""
+    """The frozen encoder's tokens of a source: computed at every `read`, or once by `keep`, if they `fit`."""
 
     def __init__(self, args, encoder, source, stopwatch):
         self.args, self.encoder, self.source, self.stopwatch = args, encoder, source, stopwatch
@@ -217,6 +218,11 @@ class Tokens:
         self.shape = args.segments * math.prod(grid) * longer, encoder.width * wider  # of a view
         self.clips_at_once = max(1, TOKENS_AT_ONCE // math.prod(grid))
         self.videos_at_once = max(1, TOKENS_AT_ONCE // (self.shape[0] * source.views))
+
+    def fit(self):
+        """Whether this process's share of the tokens takes at most KEPT_BYTES."""
+        count = math.ceil(len(self.source) / rank_and_world()[1]) * self.source.views * math.prod(self.shape)
+        return count * getattr(torch, self.args.dtype).itemsize <= KEPT_BYTES
 
     def read(self, batches):
         """For each batch of sample numbers, yield an iterator over this process's share in `TokenBatch`es."""
@@ -284,9 +290,8 @@ class Tokens:
         rank, world = rank_and_world()
         numbers = torch.arange(len(self.source))
         mine = numbers[rank::world]
-        tokens = torch.empty(
-            (len(mine), 1, *self.shape), dtype=getattr(torch, self.args.dtype), device=self.args.device
-        )
+        shape = len(mine), self.source.views, *self.shape
+        tokens = torch.empty(shape, dtype=getattr(torch, self.args.dtype), device=self.args.device)
         labels, readable, progress, done = [], [], Progress(silent=rank > 0), 0
         for batch in itertools.chain(*self.read(numbers.split(self.videos_at_once * world))):
             tokens[done : done + len(batch.tokens)] = batch.tokens

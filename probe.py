@@ -10,8 +10,8 @@
 The encoder is frozen and encodes each clip once; all probes of the grid train on its tokens in the same pass. A video
 is `segments` clips times `views` crops (features.py). A probe sees the tokens of all segments of a view together; its
 class probabilities (softmax) are averaged over the views. Training uses one view, augmented as V-JEPA 2 does
-(augment.py). AdamW, cosine schedule to 0 without warm-up, 20 epochs; all probes start from the same weights. Built-in
-tasks are not augmented, so their features are computed once. To probe V-JEPA 2's weights, convert them first
+(augment.py). AdamW, cosine schedule to 0 without warm-up, 20 epochs; all probes start from the same weights. Without
+augmentation, features are computed once if they fit into memory. To probe V-JEPA 2's weights, convert them first
 (tools/convert.py).
 
 Under torchrun each process takes its share of every batch, and every validation video counts exactly once. An
@@ -519,15 +519,14 @@ def prepare_tokens(args, train, val):
 
     BadVideo if an unreadable validation video is an error: better now than after the training.
     """
-    unchanging = args.segments == 1 and not train.source.train
-    if unchanging and args.views == 1:
+    if val.fit():
         val.keep("validation")
     elif not args.skip_bad:
         rank, world = rank_and_world()
         with val.stopwatch.measure("loader"):
             for _ in data.clip_loader(val.source, [[n] for n in range(rank, len(val.source), world)], args.workers):
                 pass
-    if unchanging:
+    if train.fit() and not train.source.train:
         train.keep("training")
     if args.standardize:
         length = len(train.source)

@@ -485,6 +485,26 @@ def test_step_of_the_checkpoint_is_that_of_the_probed_weights(teacher, tmp_path,
     assert results(tmp_path / "out")["step"] == 6
 
 
+def test_features_that_never_change_are_computed_once(dark_or_bright, teacher, tmp_path, monkeypatch):
+    """With two segments and three views, too; the probes are the same as without keeping features."""
+    flags = [*QUICK, "--checkpoint", teacher, *own_task(dark_or_bright), "--augment", "none", "--epochs", "2",
+             "--seeds", "2", "--segments", "2", "--views", "3", "--standardize", "--batch-size", "24"]  # fmt: skip
+    encode, encoded = features.Tokens.encode, collections.Counter()
+
+    def counted(tokens, clips):
+        encoded[tokens.source.views] += len(clips)  # one view of training videos, three of validation videos
+        return encode(tokens, clips)
+
+    monkeypatch.setattr(features.Tokens, "encode", counted)
+    run_script(probe, *flags, "--out", tmp_path / "kept")
+    num_train, num_val = (len((dark_or_bright / f"{split}.csv").read_text().splitlines()) for split in ("train", "val"))
+    assert encoded == {1: num_train, 3: num_val}
+    monkeypatch.setattr(features, "KEPT_BYTES", 0)
+    run_script(probe, *flags, "--out", tmp_path / "not-kept")
+    assert encoded == {1: num_train * (1 + 1 + 2 * 2), 3: num_val * (1 + 2)}  # 1 to standardize, 2 epochs x 2 seeds
+    assert results(tmp_path / "kept")["tasks"] == results(tmp_path / "not-kept")["tasks"]
+
+
 def test_knn(dark_or_bright, teacher, tmp_path):
     run_script(probe, *QUICK, "--checkpoint", teacher, "--out", tmp_path, "--knn", 3, *own_task(dark_or_bright))
     found = results(tmp_path)["tasks"]["own"]
