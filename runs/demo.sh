@@ -19,7 +19,7 @@ echo "[1/4] train the teacher to reconstruct masked pixels (about 2 minutes)"
 train train_teacher.py --steps "$teacher_steps" --out "$OUT/teacher"
 echo "[2/4] train the student to predict the frozen teacher's latents (about 4 minutes)"
 train train_student.py --steps "$student_steps" --teacher "$OUT/teacher" --out "$OUT/student"
-echo "[3/4] probe an untrained encoder, the teacher and the student; draw pictures (about a minute)"
+echo "[3/4] probe an untrained encoder, the teacher and the student; draw pictures (about 2 minutes)"
 probe "$OUT/student" "$OUT/probe-untrained" --untrained >"$OUT/probe-untrained.log" & # two at a time, one per core
 probe "$OUT/teacher" "$OUT/probe-teacher"
 wait $!
