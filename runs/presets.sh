@@ -7,7 +7,7 @@ laptop)
            --predictor-width 96 --predictor-depth 2 --predictor-heads 2)
     learning=(--batch-size 24 --lr 2e-3 --workers 0)
     probing=(--train-clips 350 --workers 0)
-    teacher_steps=400 student_steps=800 best_momentum=0.999 # to be chosen: the ema part has not run yet
+    teacher_steps=400 student_steps=800
     small=(--width 48 --heads 1) large=(--width 192 --heads 4)
     ;;
 gpu)
@@ -15,7 +15,7 @@ gpu)
     model=(--model vit_s --patch-size 8 --num-frames 16 --resolution 64)
     learning=(--batch-size 256 --micro-batch-size 256 --lr 1e-3 --workers 12)
     probing=(--train-clips 2000)
-    teacher_steps=3000 student_steps=6000 best_momentum=0.999
+    teacher_steps=3000 student_steps=6000
     small=(--width 192 --heads 3) large=(--width 768 --heads 12)
     ;;
 *)
