@@ -1,0 +1,78 @@
+#!/usr/bin/env bash
+# Learn from real videos without labels, and probe what was learned, on two CPU cores.
+#
+#   ./runs/real.sh                  # ../shared/data: 394 clips of three UCF-101 classes, 284 of fights and non-fights,
+#                                   # 99 of Panda-70M without labels
+#   ./runs/real.sh data/mine ...    # your own folders, as tools.prepare folder writes them (docs/your-videos.md)
+#
+# Each folder has train.csv, and val.csv if its videos are labeled. Training uses the videos of all train.csv, but no
+# labels. Then each labeled folder is a task for an untrained encoder, the teacher, the student, and a V-JEPA 2 encoder
+# (EMA) trained with equal executed FLOPs: once with clips, and once with a single frame of each clip, which shows how
+# much of a task is motion. Three training seeds. Writes a figure and a table per task to out/real; the same command
+# continues where it stopped. Similar data: UCF-101 (www.crcv.ucf.edu/data/UCF101.php), HMDB51, and the fights of
+# github.com/seymanurakti/fight-detection-surv-dataset. docs/replication.md has the results.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export PATH="$PWD/.venv/bin:$PATH" OMP_NUM_THREADS=1
+source runs/jobs.sh
+OUT=${OUT:-out/real} seeds=(0 1 2)
+folders=("$@")
+[ $# -gt 0 ] || folders=(../shared/data/{ucf3,surveillance,panda_samples})
+
+teacher_steps=500 student_steps=700 momentum=0.998
+model=(--model vit_ti --width 96 --depth 4 --heads 2 --patch-size 8 --num-frames 16 --resolution 48
+       --predictor-width 96 --predictor-depth 2 --predictor-heads 2)
+learning=(--batch-size 24 --lr 2e-3 --final-weight-decay 0.04)
+reading=(--frame-step 2 --workers 0)
+probing=(--segments 4 --augment none --batch-size 25 --lr 2e-3 --probe-depth 1 --probe-heads 4 --standardize --seeds 5)
+
+train() { # script, run folder, seed, steps, further flags
+    python "$1" "${model[@]}" "${learning[@]}" "${reading[@]}" --data "${manifests[@]}" --log-every 50 \
+        --out "$2" --seed "$3" --steps "$4" "${@:5}"
+}
+probe() { # run folder, name of the encoder, seed, further flags
+    local task
+    for task in "${tasks[@]}"; do
+        probe_task "$1" "$OUT/$task/clips/$2-seed$3" "${@:3}"
+        probe_task "$1" "$OUT/$task/single-frame/$2-seed$3" "${@:3}" --single-frame
+    done
+}
+probe_task() { # run folder, folder for the results (its grandparent is the task), seed, further flags
+    local videos
+    videos=$OUT/videos/$(basename "$(dirname "$(dirname "$2")")")
+    [ -e "$2/results.json" ] || python probe.py --checkpoint "$1" --out "$2" --seed "$3" "${probing[@]}" "${reading[@]}" \
+        --train-data "$videos/train.csv" --val-data "$videos/val.csv" \
+        --num-classes "$(awk '{ print $NF }' "$videos/train.csv" | sort -u | wc -l)" "${@:4}"
+}
+salt() { # folder, seed
+    train train_teacher.py "$1/teacher-seed$2" "$2" "$teacher_steps"
+    train train_student.py "$1/student-seed$2" "$2" "$student_steps" --teacher "$1/teacher-seed$2"
+    probe "$1/teacher-seed$2" teacher "$2"
+    probe "$1/student-seed$2" student "$2"
+    probe "$1/student-seed$2" untrained "$2" --untrained
+}
+ema() { # folder, seed
+    train train_ema_baseline.py "$1/ema-seed$2" "$2" "$ema_steps" --ema-momentum "$momentum"
+    probe "$1/ema-seed$2" ema "$2"
+}
+
+manifests=() tasks=()
+for folder in "${folders[@]}"; do
+    name=$(basename "$folder")
+    for split in train val; do
+        [ -e "$folder/$split.csv" ] || continue
+        python -m tools.transcode copy "$folder/$split.csv" --out "$OUT/videos/$name" --short-side 64
+    done
+    manifests+=("$OUT/videos/$name/train.csv")
+    [ ! -e "$folder/val.csv" ] || tasks+=("$name")
+done
+ema_steps=$(python flops.py --match "${model[@]}" "${learning[@]}" --teacher-steps "$teacher_steps" \
+    --steps "$student_steps" | awk '/executed/ { print $1 }')
+for seed in "${seeds[@]}"; do queue salt "$OUT/salt" "$seed"; done
+for seed in "${seeds[@]}"; do queue ema "$OUT/ema" "$seed"; done
+finish_all
+for task in "${tasks[@]}"; do
+    python -m tools.analyze compare "$OUT/$task/clips" "$OUT/$task/single-frame" --save "$OUT/$task.png"
+done
+python -m tools.analyze picture "$OUT/salt/teacher-seed0" "$OUT/salt/student-seed0" --data "$OUT/videos/${tasks[0]}/val.csv" \
+    --frame-step 2 --save "$OUT/real"
