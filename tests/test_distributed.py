@@ -122,11 +122,12 @@ def same_runs(a, b):
 def assert_close_runs(a, b, rel=1e-4):
     """Check that all metrics of two finished runs agree up to rounding.
 
-    The gradient of an absolute error jumps where the error changes its sign, so its norm may differ by up to 2%.
+    The gradient of an absolute error jumps where the error changes its sign, so its norm may differ by up to 5% (2.7%
+    on a CPU with AVX-512).
     """
     for line, other in zip(read_metrics(a, *EXACT_METRICS), read_metrics(b, *EXACT_METRICS), strict=True):
         norm = EXACT_METRICS.index("grad_norm")
-        assert line.pop(norm) == pytest.approx(other.pop(norm), rel=max(0.02, rel))
+        assert line.pop(norm) == pytest.approx(other.pop(norm), rel=max(0.05, rel))
         assert line == pytest.approx(other, rel=rel)
 
 
