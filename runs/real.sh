@@ -10,7 +10,7 @@
 # (EMA) trained with equal executed FLOPs: once with clips, and once with a single frame of each clip, which shows how
 # much of a task is motion. Three training seeds. Writes a figure and a table per task to out/real; the same command
 # continues where it stopped. Similar data: UCF-101 (www.crcv.ucf.edu/data/UCF101.php), HMDB51, and the fights of
-# github.com/seymanurakti/fight-detection-surv-dataset. docs/replication.md has the results.
+# github.com/seymanurakti/fight-detection-surv-dataset. It has never run to its end: there are no results yet.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH="$PWD/.venv/bin:$PATH" OMP_NUM_THREADS=1
@@ -74,5 +74,5 @@ finish_all
 for task in "${tasks[@]}"; do
     python -m tools.analyze compare "$OUT/$task/clips" "$OUT/$task/single-frame" --save "$OUT/$task.png"
 done
-python -m tools.analyze picture "$OUT/salt/teacher-seed0" "$OUT/salt/student-seed0" --data "$OUT/videos/${tasks[0]}/val.csv" \
+python -m tools.analyze picture "$OUT/salt/teacher-seed0" "$OUT/salt/student-seed0" --data "${manifests[0]}" \
     --frame-step 2 --save "$OUT/real"
