@@ -103,8 +103,9 @@ loss() {
     for seed in 0 1 2; do queue course "$OUT/loss" "$seed"; done
     finish_all
     for seed in 0 1 2; do
-        python -m tools.analyze correlate "$OUT/loss/seed$seed"/* --against loss rankme --save "$OUT/loss-seed$seed.png"
+        python -m tools.analyze correlate "$OUT/loss/seed$seed"/* --against loss --save "$OUT/loss-seed$seed.png"
     done
+    python -m tools.analyze correlate "$OUT"/loss/seed*/*/ --against loss rankme --save "$OUT/loss-checkpoints.png"
     # of all teachers that other parts have trained so far
     mapfile -t probes < <(find "$OUT" -path '*/seed*/probe-student' -not -path '*/students/*' | sort)
     python -m tools.analyze correlate "${probes[@]}" --against loss teacher-loss teacher-rankme rankme --save "$OUT/loss.png"
