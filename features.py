@@ -34,7 +34,7 @@ from model import Encoder, build, load_checkpoint, token_grid
 
 SINGLE_VIEW_SIDE = 224 / 256  # of the short side: V-JEPA 2 scales it to 256 and takes the center 224 x 224
 TOKENS_AT_ONCE = 100_000  # most tokens that pass through the encoder, or a probe, at a time
-KEPT_BYTES = 2**32  # most memory for tokens that a process computes once
+KEPT_BYTES = 2**32  # most memory of a process for the tokens of one source that are computed once
 
 
 def load(args):

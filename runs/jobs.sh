@@ -1,4 +1,4 @@
-# Run functions in the background, JOBS (2) at a time. study.sh and real.sh source this file.
+# What study.sh and real.sh share: run functions in the background, JOBS (2) at a time; compare at equal executed FLOPs.
 JOBS=${JOBS:-2}
 exec 3>&1
 set -m # gives each job a process group, so that it can be killed with its children
@@ -19,4 +19,9 @@ finish_one() {
 }
 finish_all() {
     while [ -n "$(jobs -rp)" ]; do finish_one; done
+}
+
+steps_of_equal_flops() { # EMA steps that execute as many FLOPs as teacher and student together
+    python flops.py --match "${model[@]}" "${learning[@]}" --teacher-steps "$teacher_steps" --steps "$student_steps" |
+        awk '/executed/ { print $1 }'
 }

@@ -1,4 +1,4 @@
-# The settings of demo.sh and study.sh. PRESET=gpu selects the larger ones, which have never run.
+# The settings of demo.sh and study.sh. PRESET=gpu selects the larger ones, which have only run a few steps on a CPU.
 case ${PRESET:-laptop} in
 laptop)
     processes=2 # of one thread: a little slower than two threads on idle cores, far faster on shared ones

@@ -31,18 +31,17 @@ train() { # script, run folder, seed, steps, further flags
         --out "$2" --seed "$3" --steps "$4" "${@:5}"
 }
 probe() { # run folder, name of the encoder, seed, further flags
-    local task
+    local task input videos out flags
     for task in "${tasks[@]}"; do
-        probe_task "$1" "$OUT/$task/clips/$2-seed$3" "${@:3}"
-        probe_task "$1" "$OUT/$task/single-frame/$2-seed$3" "${@:3}" --single-frame
+        videos=$OUT/videos/$task
+        for input in clips single-frame; do
+            out=$OUT/$task/$input/$2-seed$3 flags=("${@:4}")
+            [ "$input" = clips ] || flags+=(--single-frame)
+            [ -e "$out/results.json" ] || python probe.py --checkpoint "$1" --out "$out" --seed "$3" "${probing[@]}" \
+                "${reading[@]}" --train-data "$videos/train.csv" --val-data "$videos/val.csv" \
+                --num-classes "$(awk '{ print $NF }' "$videos/train.csv" | sort -u | wc -l)" "${flags[@]}"
+        done
     done
-}
-probe_task() { # run folder, folder for the results (its grandparent is the task), seed, further flags
-    local videos
-    videos=$OUT/videos/$(basename "$(dirname "$(dirname "$2")")")
-    [ -e "$2/results.json" ] || python probe.py --checkpoint "$1" --out "$2" --seed "$3" "${probing[@]}" "${reading[@]}" \
-        --train-data "$videos/train.csv" --val-data "$videos/val.csv" \
-        --num-classes "$(awk '{ print $NF }' "$videos/train.csv" | sort -u | wc -l)" "${@:4}"
 }
 salt() { # folder, seed
     train train_teacher.py "$1/teacher-seed$2" "$2" "$teacher_steps"
@@ -66,8 +65,7 @@ for folder in "${folders[@]}"; do
     manifests+=("$OUT/videos/$name/train.csv")
     [ ! -e "$folder/val.csv" ] || tasks+=("$name")
 done
-ema_steps=$(python flops.py --match "${model[@]}" "${learning[@]}" --teacher-steps "$teacher_steps" \
-    --steps "$student_steps" | awk '/executed/ { print $1 }')
+ema_steps=$(steps_of_equal_flops)
 for seed in "${seeds[@]}"; do queue salt "$OUT/salt" "$seed"; done
 for seed in "${seeds[@]}"; do queue ema "$OUT/ema" "$seed"; done
 finish_all

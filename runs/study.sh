@@ -88,8 +88,7 @@ salt() {
 
 ema() {
     reference 0 1 2 3 4
-    steps=$(python flops.py --match "${model[@]}" "${learning[@]}" --teacher-steps "$teacher_steps" \
-        --steps "$student_steps" | awk '/executed/ { print $1 }')
+    steps=$(steps_of_equal_flops)
     for momentum in 0.99 0.996 0.999 0.9998; do queue ema_run "$OUT/ema/$momentum" 0 "$steps" "$momentum"; done
     finish_all
     best=$(best_momentum)
