@@ -37,9 +37,8 @@ teacher_and_student() { # folder of the variant, seed, steps of the teacher, ste
     teacher "$1" "$2" "$3" "${@:5}"
     student "$1" "$2" "$4" "$1/seed$2/teacher" --snapshot-every $((student_steps / 5))
 }
-two_step_teacher() { # folder of the variant, seed, steps of: teacher, student that becomes a teacher, student
-    teacher "$1" "$2" "$3"
-    train train_student.py "$1/seed$2/second-teacher" "$2" "$4" --teacher "$1/seed$2/teacher"
+two_step_teacher() { # folder of the variant, seed, first teacher, steps of: second teacher, student
+    train train_student.py "$1/seed$2/second-teacher" "$2" "$4" --teacher "$3"
     student "$1" "$2" "$5" "$1/seed$2/second-teacher"
 }
 ema_run() { # folder of the variant, seed, steps, EMA momentum
@@ -136,10 +135,14 @@ masks() {
 split() {
     reference 0 1 2
     quarter=$((teacher_steps / 4)) half=$((teacher_steps / 2)) total=$((teacher_steps + student_steps))
+    for seed in 0 1 2; do queue teacher_and_student "$OUT/split/$half+$((total - half))" "$seed" "$half" $((total - half)); done
     for seed in 0 1 2; do
         queue teacher_and_student "$OUT/split/$quarter+$((total - quarter))" "$seed" "$quarter" $((total - quarter))
-        queue teacher_and_student "$OUT/split/$half+$((total - half))" "$seed" "$half" $((total - half))
-        queue two_step_teacher "$OUT/split/$half+$teacher_steps+$((total / 2))" "$seed" "$half" "$teacher_steps" $((total / 2))
+    done
+    finish_all
+    for seed in 0 1 2; do
+        queue two_step_teacher "$OUT/split/$half+$teacher_steps+$((total / 2))" "$seed" \
+            "$OUT/split/$half+$((total - half))/seed$seed/teacher" "$teacher_steps" $((total / 2))
     done
     finish_all
     same_as_salt "split/$teacher_steps+$student_steps"
