@@ -8,7 +8,7 @@ laptop)
     learning=(--batch-size 24 --lr 2e-3 --workers 0)
     probing=(--train-clips 350 --workers 0)
     teacher_steps=400 student_steps=800
-    small=(--width 48 --heads 1) large=(--width 192 --heads 4)
+    small=(--width 48 --heads 1) large=(--width 192 --heads 4 --lr 1e-3)
     ;;
 gpu)
     processes=1
