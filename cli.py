@@ -76,6 +76,9 @@ def training_flags(description, out, steps):
     flag("--mask", choices=masking.STRATEGIES, default="multiblock", help="masking strategy (section 5.2)")
     flag("--mask-truncation", choices=("random", "raster"), default="random", help="which tokens to drop so that all "
          "clips keep equally many; raster is V-JEPA's (masking.py)")  # fmt: skip
+    flag("--masks-per-clip", type=int, default=1, help="masks of each type per clip and teacher pass; 2 with half the "
+         "--batch-size learns from as many masks for half of the teacher's FLOPs")  # fmt: skip
+    flag("--target-fraction", type=float, default=1.0, help="predict only so much of the targets, chosen at random")
 
     flag = parser.add_argument_group("optimization").add_argument
     flag("--steps", type=int, default=steps, help="optimizer steps of the whole run")
@@ -119,6 +122,15 @@ def require_at_least(args, minimum, *names):
     for name in names:
         if getattr(args, name) < minimum:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {minimum}")
+
+
+def check_mask_flags(args):
+    """End the script if --masks-per-clip or --target-fraction makes no sense."""
+    require_at_least(args, 1, "masks_per_clip")
+    if not 0 < args.target_fraction <= 1:
+        fail(f"--target-fraction {args.target_fraction}: must be more than 0 and at most 1")
+    if args.target_fraction < 1 and args.mask_truncation == "raster":
+        fail("--target-fraction chooses targets at random, which --mask-truncation raster does not")
 
 
 def resolve_device(args):

@@ -92,7 +92,7 @@ def parameters(cls, config):
         return sum(p.numel() for p in cls(**config).parameters())
 
 
-def paper_flops_of(encoder, predictor, teacher, tokens):
+def paper_flops_of(encoder, predictor, teacher, tokens, masks_per_clip=1):
     """`paper_flops` from configs. As in the paper, the pixel decoder of stage 1 counts as a predictor of stage 2."""
     predictor = predictor if teacher else predictor | {"out_width": encoder["width"]}
     sizes = (
@@ -100,7 +100,7 @@ def paper_flops_of(encoder, predictor, teacher, tokens):
         parameters(Predictor, predictor),
         parameters(Encoder, teacher) if teacher else 0,
     )
-    return paper_flops(tokens, *sizes, num_masks=predictor["num_mask_tokens"])
+    return paper_flops(tokens, *sizes, num_masks=masks_per_clip * predictor["num_mask_tokens"])
 
 
 def paper_run(size, steps, teacher=None, resolution=224):
@@ -207,8 +207,9 @@ def stages(args):
 def drawn_masks(args, grid, draws):
     """Token counts of the masks of `draws` micro-batches: [[(Kc, Kt), ...], ...]."""
     drawn, generator = [], torch.Generator().manual_seed(args.seed)
+    options = args.mask_truncation, None, args.masks_per_clip, args.target_fraction
     for _ in range(draws):
-        masks = sample_masks(args.mask, grid, args.micro_batch_size, generator, args.mask_truncation)
+        masks = sample_masks(args.mask, grid, args.micro_batch_size, generator, *options)
         drawn.append([(mask.context_ids.shape[1], mask.target_ids.shape[1]) for mask in masks])
     return drawn
 
@@ -217,7 +218,8 @@ def per_clip(stage, masks, tokens):
     """Mean FLOPs per clip: (executed, over the drawn masks; by the paper's convention)."""
     encoder, predictor, teacher, _ = stage
     executed = sum(step_flops(encoder, predictor, counts, teacher, tokens) for counts in masks) / len(masks)
-    return executed, paper_flops_of(encoder, predictor, teacher, tokens)
+    masks_per_clip = len(masks[0]) // predictor["num_mask_tokens"]
+    return executed, paper_flops_of(encoder, predictor, teacher, tokens, masks_per_clip)
 
 
 def print_executed(args, grid):
@@ -278,6 +280,7 @@ def main():
     if args.micro_batch_size is None:
         args.micro_batch_size = cli.default_micro_batch_size(args.batch_size)
     cli.require_at_least(args, 1, "micro_batch_size")
+    cli.check_mask_flags(args)
     try:
         grid = cli.clip_grid(args)
         if args.executed:

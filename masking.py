@@ -31,10 +31,11 @@ KEEP = 0.1  # fraction of tokens that the tube and causal strategies leave visib
 class Mask(NamedTuple):
     """One mask for each clip of a batch. Ids are sorted; context and targets are disjoint."""
 
+    index: int  # its number in the strategy's list of masks, each of which has its own mask token in the predictor
     context_ids: torch.Tensor  # (B, Kc) int64
     target_ids: torch.Tensor  # (B, Kt) int64
     context_lost: torch.Tensor  # (B,) context tokens dropped to give all clips equally many; always on the CPU
-    target_lost: torch.Tensor  # (B,) target tokens dropped, likewise
+    target_lost: torch.Tensor  # (B,) target tokens dropped for this or by target_fraction, likewise
 
     def to(self, device):
         """Move the ids to a device, without waiting for the work that is queued on it."""
@@ -45,18 +46,25 @@ class Mask(NamedTuple):
         return self._replace(context_ids=context_ids, target_ids=target_ids)
 
 
-def sample_masks(strategy, grid, batch, generator, truncation="random", sizes=None):
-    """Draw the masks of a batch, on the generator's device: a list with one `Mask` per mask type.
+def sample_masks(
+    strategy, grid, batch, generator, truncation="random", sizes=None, masks_per_clip=1, target_fraction=1.0
+):
+    """Draw the masks of a batch, on the generator's device: a list with one `Mask` per mask type, masks_per_clip times.
 
     strategy: a key of STRATEGIES. truncation: "random", or "raster" for V-JEPA's. sizes: the generator for block sizes,
-    which all micro-batches of a step share; default `generator`. ValueError if the grid is too small.
+    which all micro-batches of a step share; default `generator`. target_fraction: of the targets, which ones is random.
+    ValueError if the grid is too small.
     """
     if truncation not in ("random", "raster"):
         raise ValueError(f"truncation must be 'random' or 'raster', not {truncation!r}")
-    drawn = STRATEGIES[strategy].draw(grid, batch, generator, sizes or generator, truncation)
-    if any(visible.all() for visible, _ in drawn):
-        raise ValueError(f"a grid of {'x'.join(map(str, grid))} tokens is too small: {strategy} masks hide nothing")
-    return [split(visible, counts, generator, truncation) for visible, counts in drawn]
+    masks = []
+    for _ in range(masks_per_clip):
+        drawn = STRATEGIES[strategy].draw(grid, batch, generator, sizes or generator, truncation)
+        if any(visible.all() for visible, _ in drawn):
+            raise ValueError(f"a grid of {'x'.join(map(str, grid))} tokens is too small: {strategy} masks hide nothing")
+        for index, (visible, counts) in enumerate(drawn):
+            masks.append(split(index, visible, counts, generator, truncation, target_fraction))
+    return masks
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -144,8 +152,11 @@ def _usual_areas(h, w, rows, cols, blocks):
     return areas[rare], areas[-1 - rare]
 
 
-def split(visible, counts, generator, truncation):
-    """Turn visible (B, N) into a `Mask` that keeps `counts` (Kc, Kt) tokens of each clip; None: the smallest clip's."""
+def split(index, visible, counts, generator, truncation, target_fraction):
+    """Turn visible (B, N) into a `Mask` that keeps `counts` (Kc, Kt) tokens of each clip; None: the smallest clip's.
+
+    Of the targets it keeps only target_fraction, rounded up.
+    """
     N = visible.shape[1]
     if truncation == "random":
         order = torch.rand(visible.shape, generator=generator, device=visible.device)
@@ -155,7 +166,8 @@ def split(visible, counts, generator, truncation):
     for i, chosen in enumerate((visible, ~visible)):
         count = chosen.sum(1)
         keep = counts[i] if counts else int(count.min())
+        keep = math.ceil(keep * (1.0, target_fraction)[i])
         first = torch.where(chosen, order, 2.0).topk(keep, dim=1, largest=False, sorted=False).indices
         ids.append(first.sort(dim=1).values)
         lost.append(count - keep)
-    return Mask(*ids, *lost)
+    return Mask(index, *ids, *lost)

@@ -50,10 +50,11 @@ def load_teacher(args):
 
 
 def draw_masks(args, step, g):
-    """The masks of micro-batch g of a step, one per mask type. Block sizes are the same for all micro-batches."""
+    """The masks of micro-batch g of a step, of all types. Block sizes are the same for all micro-batches."""
     rng = training.generator("masks", args.stage, args.seed, step, g)
     sizes = training.generator("block sizes", args.stage, args.seed, step)
-    masks = sample_masks(args.mask, cli.clip_grid(args), args.micro_batch_size, rng, args.mask_truncation, sizes)
+    options = args.mask_truncation, sizes, args.masks_per_clip, args.target_fraction
+    masks = sample_masks(args.mask, cli.clip_grid(args), args.micro_batch_size, rng, *options)
     return [mask.to(args.device) for mask in masks]
 
 
@@ -63,13 +64,13 @@ def latent_targets(teacher, clips):
     return F.layer_norm(teacher(clips).float(), (teacher.width,))
 
 
-def latent_loss(student, predictor, targets, clips, mask, mask_index):
+def latent_loss(student, predictor, targets, clips, mask):
     """Mean absolute error at the target tokens of a mask. targets: (B, N, D_teacher), the latents of all tokens.
 
     Returns the loss, and the predictions and targets at the target tokens, both (B, Kt, D_teacher).
     """
     context = student(clips, mask.context_ids)
-    predicted = predictor(context, mask.context_ids, mask.target_ids, student.grid(clips), mask_index)
+    predicted = predictor(context, mask.context_ids, mask.target_ids, student.grid(clips), mask.index)
     targets = gather(targets, mask.target_ids)
     return (predicted.float() - targets).abs().mean(), predicted, targets
 
@@ -79,7 +80,7 @@ def fixed_batch_metrics(teacher, student, predictor, fixed, args, autocast):
     clips = data.normalize(fixed.clips, torch.device(args.device))
     with training.evaluating(teacher, student, predictor), autocast:
         targets = latent_targets(teacher, clips)
-        results = [latent_loss(student, predictor, targets, clips, mask, i) for i, mask in enumerate(fixed.masks)]
+        results = [latent_loss(student, predictor, targets, clips, mask) for mask in fixed.masks]
     losses, predictions, targets = zip(*results, strict=True)
     held_out = {"held_out_loss": torch.stack(losses).mean()} if fixed.held_out else {}
     return held_out | training.collapse_metrics(predictions[-1], targets[-1])
@@ -118,9 +119,9 @@ def main():
             with autocast:
                 targets = latent_targets(teacher, clips)  # (B, N, D_teacher)
             # One mask at a time: each backward pass frees its activations before the next forward pass.
-            for i, mask in enumerate(masks):
+            for mask in masks:
                 with autocast:
-                    mask_loss, *_ = latent_loss(student, predictor, targets, clips, mask, i)
+                    mask_loss, *_ = latent_loss(student, predictor, targets, clips, mask)
                 mask_loss = mask_loss / (len(masks) * run.num_micro_batches)
                 mask_loss.backward()
                 loss += mask_loss.detach()

@@ -18,10 +18,11 @@ from run import Run
 
 
 def draw_masks(args, step, g):
-    """The masks of micro-batch g of a step, one per mask type. Block sizes are the same for all micro-batches."""
+    """The masks of micro-batch g of a step, of all types. Block sizes are the same for all micro-batches."""
     rng = training.generator("masks", args.stage, args.seed, step, g)
     sizes = training.generator("block sizes", args.stage, args.seed, step)
-    masks = sample_masks(args.mask, cli.clip_grid(args), args.micro_batch_size, rng, args.mask_truncation, sizes)
+    options = args.mask_truncation, sizes, args.masks_per_clip, args.target_fraction
+    masks = sample_masks(args.mask, cli.clip_grid(args), args.micro_batch_size, rng, *options)
     return [mask.to(args.device) for mask in masks]
 
 
@@ -32,13 +33,13 @@ def pixel_targets(clips, tubelet_size, patch_size):
     return y.flatten(-2)
 
 
-def pixel_loss(encoder, predictor, targets, clips, mask, mask_index):
+def pixel_loss(encoder, predictor, targets, clips, mask):
     """Mean squared error at the target tokens of a mask. targets: (B, N, P), the pixels of all tokens.
 
     Returns the loss, and the predictions and targets at the target tokens, both (B, Kt, P).
     """
     context = encoder(clips, mask.context_ids)
-    predicted = predictor(context, mask.context_ids, mask.target_ids, encoder.grid(clips), mask_index)
+    predicted = predictor(context, mask.context_ids, mask.target_ids, encoder.grid(clips), mask.index)
     targets = gather(targets, mask.target_ids)
     return (predicted.float() - targets).square().mean(), predicted, targets
 
@@ -48,7 +49,7 @@ def fixed_batch_metrics(encoder, predictor, fixed, args, autocast):
     clips = data.normalize(fixed.clips, torch.device(args.device))
     with training.evaluating(encoder, predictor), autocast:
         targets = pixel_targets(clips, args.tubelet_size, args.patch_size)
-        results = [pixel_loss(encoder, predictor, targets, clips, mask, i) for i, mask in enumerate(fixed.masks)]
+        results = [pixel_loss(encoder, predictor, targets, clips, mask) for mask in fixed.masks]
     losses, predictions, targets = zip(*results, strict=True)
     held_out = {"held_out_loss": torch.stack(losses).mean()} if fixed.held_out else {}
     return held_out | training.collapse_metrics(predictions[-1], targets[-1])
@@ -79,9 +80,9 @@ def main():
             run.record_masks(masks)
             targets = pixel_targets(clips, args.tubelet_size, args.patch_size)  # (B, N, P)
             # One mask at a time: each backward pass frees its activations before the next forward pass.
-            for i, mask in enumerate(masks):
+            for mask in masks:
                 with autocast:
-                    mask_loss, *_ = pixel_loss(encoder, predictor, targets, clips, mask, i)
+                    mask_loss, *_ = pixel_loss(encoder, predictor, targets, clips, mask)
                 mask_loss = mask_loss / (len(masks) * run.num_micro_batches)
                 mask_loss.backward()
                 loss += mask_loss.detach()

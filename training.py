@@ -24,7 +24,15 @@ from torch.distributed.tensor import DTensor
 import data
 import flops
 import masking
-from cli import clip_grid, default_micro_batch_size, fail, rank_and_world, require_at_least, resolve_device
+from cli import (
+    check_mask_flags,
+    clip_grid,
+    default_micro_batch_size,
+    fail,
+    rank_and_world,
+    require_at_least,
+    resolve_device,
+)
 
 PAPER_LR, PAPER_WARMUP_STEPS = 6.25e-4, 10_000  # table 5
 
@@ -48,6 +56,7 @@ def setup(args, stage):
         fail(f"--steps and --batch-size must be at least 1, and --batch-size divisible by the {world} processes")
     require_at_least(args, 1, "save_every", "log_every", "frame_step", "keep", "loader_timeout", "clips_per_video")
     require_at_least(args, 0, "seed", "workers", "snapshot_every")
+    check_mask_flags(args)
     if args.lr is None:
         args.lr = PAPER_LR * math.sqrt(args.batch_size / flops.PAPER_BATCH)
     args.start_lr = 0.32 * args.lr if args.start_lr is None else args.start_lr

@@ -226,7 +226,8 @@ def cpu_peak(run):
 def training_command(args, stage, folder):
     """The command line of the training script, on built-in videos; saves a random teacher if it needs one."""
     names = "model width depth heads patch_size tubelet_size num_frames resolution predictor_width predictor_depth"
-    names += " predictor_heads mask mask_truncation batch_size micro_batch_size seed device dtype"
+    names += " predictor_heads mask mask_truncation masks_per_clip target_fraction batch_size micro_batch_size seed"
+    names += " device dtype"
     flags = {name: getattr(args, name) for name in names.split() if getattr(args, name) is not None}
     flags |= {"steps": CHECKED_STEPS, "warmup_steps": 1, "log_every": 1, "out": folder / "out"}
     flags["workers"] = 1  # clips made in this process would count as its memory
@@ -318,6 +319,7 @@ def parse_flags():
         args.micro_batch_size = cli.default_micro_batch_size(clips)
     if args.micro_batch_size < 1 or clips % args.micro_batch_size:
         cli.fail(f"--micro-batch-size {args.micro_batch_size} does not divide {clips} clips per process")
+    cli.check_mask_flags(args)
     if args.kind != "student" and (args.teacher or args.shard_teacher):
         cli.fail(f"--kind {args.kind} takes no --teacher and no --shard-teacher: it has no frozen teacher")
     if args.parallel == "hybrid" and args.processes % args.processes_per_node:

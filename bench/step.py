@@ -105,11 +105,11 @@ class Ours:
     def latents(self, clips):
         return train_student.latent_targets(self.teacher, clips)
 
-    def loss(self, targets, clips, mask, mask_index):
+    def loss(self, targets, clips, mask):
         loss = train_student.latent_loss
         if self.kind == "teacher":
             loss = train_teacher.pixel_loss
-        return loss(self.encoder, self.predictor, targets, clips, mask, mask_index)[0]
+        return loss(self.encoder, self.predictor, targets, clips, mask)[0]
 
 
 class HuggingFace:
@@ -148,12 +148,12 @@ class HuggingFace:
         latents = self.teacher(clips.transpose(1, 2)).last_hidden_state.float()  # it takes (B, T, 3, H, W)
         return F.layer_norm(latents, latents.shape[-1:])
 
-    def loss(self, targets, clips, mask, mask_index):
+    def loss(self, targets, clips, mask):
         x = gather(self.encoder.embeddings(clips.transpose(1, 2)), mask.context_ids)
         for layer in self.encoder.layer:
             x = layer(x, mask.context_ids)[0]
         context = self.encoder.layernorm(x)
-        x, ids = self.predictor.embeddings(context, [mask.context_ids], [mask.target_ids], mask_index)
+        x, ids = self.predictor.embeddings(context, [mask.context_ids], [mask.target_ids], mask.index)
         for layer in self.predictor.layer:
             x = layer(x, ids)[0]
         predicted = self.predictor.proj(self.predictor.layernorm(x)[:, mask.context_ids.shape[1] :])
@@ -217,9 +217,9 @@ def training_step(runner, step, clips, mark=mark_nothing):
         masks = train_student.draw_masks(args, step, g)
         with autocast:
             all_targets = targets(runner, normalized)
-        for i, mask in enumerate(masks):
+        for mask in masks:
             with autocast:
-                mask_loss = runner.loss(all_targets, normalized, mask, i)
+                mask_loss = runner.loss(all_targets, normalized, mask)
             mask_loss = mask_loss / (len(masks) * len(micro_batches))
             mask_loss.backward()
             mark("rest")

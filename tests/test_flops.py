@@ -153,6 +153,17 @@ def test_masks_are_drawn_as_in_training():
     assert contexts[0] > 1.1 * contexts[1] > 1.2 * contexts[2]
 
 
+def test_masks_per_clip_and_target_fraction_count():
+    args = parsed_flags("--batch-size", 12, "--masks-per-clip", 3, "--target-fraction", 0.5)
+    rng = torch.Generator().manual_seed(0)
+    masks = sample_masks("multiblock", (2, 6, 6), 12, rng, masks_per_clip=3, target_fraction=0.5)
+    (drawn,) = flops.drawn_masks(args, (2, 6, 6), 1)
+    assert drawn == [(m.context_ids.shape[1], m.target_ids.shape[1]) for m in masks] and len(drawn) == 6
+    stage = encoder(), predictor(), None, 1
+    once, thrice = (flops.per_clip(stage, [counts], 72)[1] for counts in (drawn[:2], drawn))
+    assert thrice == pytest.approx(3 * once)  # by the paper's convention
+
+
 def test_the_training_log_counts_executed_flops(teacher, student, ema):
     for run, other in ((teacher, None), (student, teacher), (ema, ema)):  # other: the run of the target encoder
         checkpoint = load_checkpoint(run)

@@ -1,5 +1,6 @@
 """Masks have V-JEPA's distributions, account for every token, and are truncated without its bias to early frames."""
 
+import hashlib
 import math
 from collections import Counter
 
@@ -191,7 +192,7 @@ def test_causal(t, steps):
     first, second = sample_masks("causal", (t, 3, 5), 2, generator())
     assert torch.equal(first.context_ids, torch.arange(steps * 15).expand(2, -1))
     assert torch.equal(first.target_ids, torch.arange(steps * 15, t * 15).expand(2, -1))
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(first[1:], second[1:], strict=True))
 
 
 def test_all_micro_batches_of_a_step_keep_equally_many_tokens():
@@ -220,13 +221,61 @@ def test_only_rare_clips_are_redrawn(mask):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# several masks per clip, fewer targets
+
+
+def same_mask(a, b):
+    return a.index == b.index and all(torch.equal(x, y) for x, y in zip(a[1:], b[1:], strict=True))
+
+
+@every_strategy
+def test_masks_per_clip_are_independent(name, truncation):
+    once, thrice = (
+        sample_masks(name, GRID, 4, generator(), truncation, generator(1), masks_per_clip=count) for count in (1, 3)
+    )
+    types = masking.STRATEGIES[name].num_masks
+    assert [mask.index for mask in thrice] == 3 * list(range(types)) and len(once) == types
+    assert all(same_mask(a, b) for a, b in zip(once, thrice[:types], strict=True))
+    if name != "causal":
+        assert not any(same_mask(a, b) for a, b in zip(thrice, thrice[types:], strict=False))
+
+
+@pytest.mark.parametrize("name", masking.STRATEGIES)
+def test_a_fraction_of_the_targets_is_random(name):
+    """It changes neither the context nor the random numbers, and favors no target."""
+    frequency = []
+    for seed in range(40):
+        for all_of, some_of in zip(
+            *(sample_masks(name, GRID, 4, generator(seed), target_fraction=f) for f in (1, 0.3)), strict=True
+        ):
+            assert torch.equal(all_of.context_ids, some_of.context_ids)
+            assert some_of.target_ids.shape[1] == math.ceil(0.3 * all_of.target_ids.shape[1])
+            kept = (all_of.target_ids.unsqueeze(2) == some_of.target_ids.unsqueeze(1)).any(2)
+            assert (kept.sum(1) == some_of.target_ids.shape[1]).all()
+            assert torch.equal(some_of.target_lost - all_of.target_lost, (~kept).sum(1))
+            early, late = kept.float().chunk(2, dim=1)
+            frequency.append((early.mean(1) - late.mean(1)).mean())
+    assert_zero_mean(torch.stack(frequency))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # determinism and limits
+
+
+def test_masks_never_change():
+    """The same generator gives the same masks as in earlier versions, so that old runs can be repeated."""
+    digest = hashlib.sha256()
+    for name, truncation in STRATEGIES_AND_TRUNCATIONS:
+        for mask in sample_masks(name, GRID, BATCH, generator(), truncation):
+            for ids in (mask.context_ids, mask.target_ids):
+                digest.update(ids.numpy().tobytes())
+    assert digest.hexdigest() == "9428e29f22a1f8f894d9c4bedb561734b815c64c2554ff38a000ca2a547b6a63"
 
 
 @every_strategy
 def test_masks_depend_on_the_seed_only(name, truncation):
     a, b, c = (sample_masks(name, GRID, 4, generator(seed), truncation) for seed in (5, 5, 6))
-    assert all(torch.equal(x, y) for m, n in zip(a, b, strict=True) for x, y in zip(m, n, strict=True))
+    assert all(same_mask(m, n) for m, n in zip(a, b, strict=True))
     if name != "causal":
         assert a[0].context_ids.tolist() != c[0].context_ids.tolist()
 

@@ -81,7 +81,7 @@ def make_targets(script, teacher, clips):
 def mean_loss(script, encoder, predictor, targets, clips, masks):
     """The mean loss over the masks, and the last mask's predictions and targets."""
     loss_function = train_teacher.pixel_loss if script is train_teacher else script.latent_loss
-    results = [loss_function(encoder, predictor, targets, clips, mask, i) for i, mask in enumerate(masks)]
+    results = [loss_function(encoder, predictor, targets, clips, mask) for mask in masks]
     return torch.stack([loss for loss, *_ in results]).mean(), *results[-1][1:]
 
 
@@ -286,26 +286,28 @@ def test_the_teacher_is_frozen(teacher, loaded_teachers, tmp_path):
 @every_script
 def test_every_micro_batch_is_new_and_losses_are_averaged(script, teacher, tmp_path, monkeypatch):
     clips, masks, losses = [], [], []
+    masks_per_clip = 2 if script is train_student else 1
     name = "pixel_loss" if script is train_teacher else "latent_loss"
     original = getattr(script, name)
 
     def recorded_loss(*args):
         result = original(*args)
-        *_, batch, mask, i = args
+        *_, batch, mask = args
         if torch.is_grad_enabled():  # not the fixed batch
-            clips.extend(batch if i == 0 else [])
+            clips.extend(batch if len(losses) % (2 * masks_per_clip) == 0 else [])
             masks.append(mask.context_ids.numpy().tobytes())
             losses.append(result[0].item())
         return result
 
     monkeypatch.setattr(script, name, recorded_loss)
-    run_script(script, *TINY, *extra_flags(script, teacher), "--micro-batch-size", 2, "--seed", 3, "--out", tmp_path)
+    run_script(script, *TINY, *extra_flags(script, teacher), "--micro-batch-size", 2, "--seed", 3,
+               "--masks-per-clip", masks_per_clip, "--out", tmp_path)  # fmt: skip
     stage = 1 if script is train_teacher else 2
     expected = data.Synthetic(4, 32, data.stream_seed("data", stage, 3)).batch(range(6 * 4)).clips
     torch.testing.assert_close(torch.stack(clips), data.normalize(expected, "cpu"))  # every clip once
-    assert len(set(zip(masks[::2], masks[1::2], strict=True))) == 12
+    assert len(set(zip(masks[::2], masks[1::2], strict=True))) == 12 * masks_per_clip
     assert [loss for (loss,) in read_metrics(tmp_path, "loss")] == pytest.approx(
-        torch.tensor(losses).view(6, 4).mean(1).tolist()
+        torch.tensor(losses).view(6, 4 * masks_per_clip).mean(1).tolist()
     )
 
 
@@ -585,6 +587,10 @@ def test_load_encoder_loads_the_teacher_or_the_student_of_the_baseline(teacher, 
         ("--patch-size 0", "0x0 pixels"),
         ("--resolution 8", "too small"),
         ("--mask causal --num-frames 2", "too small"),
+        ("--masks-per-clip 0", "--masks-per-clip 0"),
+        ("--target-fraction 0", "--target-fraction 0"),
+        ("--target-fraction 1.5", "--target-fraction 1.5"),
+        ("--target-fraction 0.5 --mask-truncation raster", "raster does not"),
         ("--save-every 0", "--save-every"),
         ("--log-every 0", "--log-every"),
         ("--snapshot-every -1", "--snapshot-every -1"),

@@ -102,8 +102,9 @@ def paper_flops(checkpoint, teachers):
         teacher = encoder
     clip_shape = encoder["num_frames"], encoder["resolution"], encoder["resolution"]
     tokens = math.prod(token_grid(clip_shape, encoder["tubelet_size"], encoder["patch_size"]))
-    clips = checkpoint["step"] * checkpoint["args"]["batch_size"]
-    return flops.paper_flops_of(encoder, predictor, teacher, tokens) * clips
+    args = checkpoint["args"]
+    per_clip = flops.paper_flops_of(encoder, predictor, teacher, tokens, args.get("masks_per_clip", 1))
+    return per_clip * checkpoint["step"] * args["batch_size"]
 
 
 def total_flops(stages, count="flops"):
