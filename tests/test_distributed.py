@@ -187,7 +187,7 @@ def break_loss(how, rank):
 
     def pixel_loss(*args):
         loss, *vectors = original(*args)
-        if rank == 1 and torch.is_grad_enabled() and args[-1] == 0 and next(calls) == 3:
+        if rank == 1 and torch.is_grad_enabled() and args[-1].index == 0 and next(calls) == 3:
             if how == "gradients":
                 loss.register_hook(lambda gradient: gradient * nan)
             else:
