@@ -9,7 +9,7 @@
 #   split     6. the student deserves most of the steps
 #   students  7. larger students of the same teacher are better
 #
-# Runs JOBS (2) processes at a time; on two cores, part salt takes 50 minutes, then part ema 40. Writes a figure and a
+# Runs JOBS (2) processes at a time; on two cores, part salt takes 50 minutes, the others 15 to 40. Writes a figure and a
 # table for each claim to out/study. The same command continues where it stopped. docs/replication.md has the results.
 set -euo pipefail
 cd "$(dirname "$0")/.."
