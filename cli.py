@@ -78,7 +78,7 @@ def training_flags(description, out, steps):
          "clips keep equally many; raster is V-JEPA's (masking.py)")  # fmt: skip
     flag("--masks-per-clip", type=int, default=1, help="masks of each type per clip and teacher pass; 2 with half the "
          "--batch-size learns from as many masks for half of the teacher's FLOPs")  # fmt: skip
-    flag("--target-fraction", type=float, default=1.0, help="predict only so much of the targets, chosen at random")
+    flag("--target-fraction", type=float, default=1.0, help="fraction of the targets to predict, chosen at random")
 
     flag = parser.add_argument_group("optimization").add_argument
     flag("--steps", type=int, default=steps, help="optimizer steps of the whole run")

@@ -35,7 +35,7 @@ class Mask(NamedTuple):
     context_ids: torch.Tensor  # (B, Kc) int64
     target_ids: torch.Tensor  # (B, Kt) int64
     context_lost: torch.Tensor  # (B,) context tokens dropped to give all clips equally many; always on the CPU
-    target_lost: torch.Tensor  # (B,) target tokens dropped for this or by target_fraction, likewise
+    target_lost: torch.Tensor  # (B,) target tokens dropped, likewise, or left out by target_fraction
 
     def to(self, device):
         """Move the ids to a device, without waiting for the work that is queued on it."""
@@ -49,11 +49,11 @@ class Mask(NamedTuple):
 def sample_masks(
     strategy, grid, batch, generator, truncation="random", sizes=None, masks_per_clip=1, target_fraction=1.0
 ):
-    """Draw the masks of a batch, on the generator's device: a list with one `Mask` per mask type, masks_per_clip times.
+    """Draw the masks of a batch, on the generator's device: a list with masks_per_clip `Mask`s per mask type.
 
     strategy: a key of STRATEGIES. truncation: "random", or "raster" for V-JEPA's. sizes: the generator for block sizes,
-    which all micro-batches of a step share; default `generator`. target_fraction: of the targets, which ones is random.
-    ValueError if the grid is too small.
+    which all micro-batches of a step share; default `generator`. target_fraction: the fraction of the targets to keep,
+    chosen at random. ValueError if the grid is too small.
     """
     if truncation not in ("random", "raster"):
         raise ValueError(f"truncation must be 'random' or 'raster', not {truncation!r}")
@@ -163,10 +163,9 @@ def split(index, visible, counts, generator, truncation, target_fraction):
     else:
         order = torch.arange(N, device=visible.device).expand_as(visible) / N
     ids, lost = [], []
-    for i, chosen in enumerate((visible, ~visible)):
+    for i, (chosen, fraction) in enumerate(((visible, 1.0), (~visible, target_fraction))):
         count = chosen.sum(1)
-        keep = counts[i] if counts else int(count.min())
-        keep = math.ceil(keep * (1.0, target_fraction)[i])
+        keep = math.ceil(fraction * (counts[i] if counts else int(count.min())))
         first = torch.where(chosen, order, 2.0).topk(keep, dim=1, largest=False, sorted=False).indices
         ids.append(first.sort(dim=1).values)
         lost.append(count - keep)
