@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import SHARED_DATA, frame_numbers, numbered, write_image, write_video
 
+import cli
 import data
 import video
 from data import Manifest, read_manifest
@@ -242,8 +243,10 @@ def test_cache_reads_each_video_once(tmp_path, monkeypatch, capsys):
     (tmp_path / "frames").mkdir()
     write_image(torch.full((3, 40, 48), 200, dtype=torch.uint8), tmp_path / "frames" / "0.png")
     (tmp_path / "m.csv").write_text("v.mp4\nx.png\nframes\nmissing.mp4\n")
-    from_disk, cached = (Manifest([tmp_path / "m.csv"], 4, 2, 16) for _ in range(2))
-    cached.decode_into_memory()
+    flags = ["--data", str(tmp_path / "m.csv"), "--num-frames", "4", "--frame-step", "2", "--resolution", "16"]
+    parser = cli.training_flags("", out="out/teacher", steps=5)
+    parser.set_defaults(stage=1)
+    from_disk, cached = (data.clip_source(parser.parse_args(flags + more)) for more in ([], ["--cache"]))
     assert "4 videos" in capsys.readouterr().out and sorted(cached.decoded) == [0, 1]
     expected, reads = from_disk.batch(range(40)), []
     read_clips = video.read_clips
