@@ -236,7 +236,7 @@ def test_training_crops_and_flips(tmp_path):
 
 
 def test_cache_reads_each_video_once(tmp_path, monkeypatch, capsys):
-    """Clips from memory have the crops and flips of clips from disk. What cannot be kept in memory is read as before."""
+    """Clips from memory have the crops and flips of clips from disk. Other files are read as before."""
     ramp = np.stack((np.arange(48) * 5, np.arange(48)[::-1] * 5, np.full(48, 80)), -1)
     write_video(tmp_path / "v.mp4", [np.tile(ramp, (40, 1, 1)).astype(np.uint8) + n for n in range(12)])
     write_image(torch.full((3, 40, 48), 90, dtype=torch.uint8), tmp_path / "x.png")
