@@ -69,7 +69,6 @@ def training_flags(description, out, steps):
     flag("--held-out", metavar="MANIFEST", help="videos to log the loss of; never trained on")
     flag("--frame-step", type=int, default=4, help="video frames from one clip frame to the next (table 5)")
     flag("--fps", type=float, help="clip frames per second of video, by time stamps; replaces --frame-step")
-    flag("--cache", action="store_true", help="keep all videos in memory, decoded; for small videos seen many times")
     flag("--clips-per-video", type=int, default=1, help="clips per opened video: faster, but less diverse batches")
     flag("--max-bad", type=float, default=0.05, help="end the run if more than this fraction of videos is unreadable")
     flag("--workers", type=int, help="loader processes per training process; default 8 on a GPU, 1 on the CPU")

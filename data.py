@@ -11,7 +11,6 @@ with paths relative to the manifest. Pretraining needs no labels.
 import array
 import atexit
 import bisect
-import contextlib
 import ctypes
 import functools
 import itertools
@@ -203,21 +202,6 @@ class Manifest:
         self.weights = np.array(weights) / sum(weights) if weights else None
         self.num_frames, self.frame_step, self.fps, self.resolution = num_frames, frame_step, fps, resolution
         self.seed, self.train, self.clips_per_video = seed, train, clips_per_video
-        self.decoded = {}  # the videos in memory, by line
-
-    def decode_into_memory(self):
-        """Decode all videos now, to cut clips from memory. What fails, and folders of images, are read from disk."""
-        size = 0
-        for path in self.paths:
-            with contextlib.suppress(BadVideo):
-                size += video.decoded_bytes(path)
-        if rank_and_world()[0] == 0:
-            print(f"decoding {len(self)} videos into memory: about {size / 1e9:.2g} GB per process")
-        if size > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
-            fail("--cache: this machine has less memory than that")
-        for line, path in enumerate(self.paths):
-            with contextlib.suppress(BadVideo):
-                self.decoded[line] = video.decode_video(path)
 
     def __len__(self):
         return len(self.paths)
@@ -262,12 +246,10 @@ class Manifest:
         for line in self.lines(numbers[0]):
             places = [rng.random() if self.train else 0.5 for rng in rngs]
             note_reading(line)
-            wanted = self.num_frames, self.frame_step, places, self.fps, crops, self.resolution
             try:
-                if line in self.decoded:
-                    clips = self.decoded[line].clips(*wanted)
-                else:
-                    clips = video.read_clips(self.paths[line], *wanted)
+                clips = video.read_clips(
+                    self.paths[line], self.num_frames, self.frame_step, places, self.fps, crops, self.resolution
+                )
                 break
             except BadVideo as error:
                 skipped.append(str(error))
@@ -441,7 +423,7 @@ def clip_source(args):
             print("no --data: training on the built-in synthetic videos")
         return Synthetic(args.num_frames, args.resolution, seed)
     try:
-        source = Manifest(
+        return Manifest(
             args.data,
             args.num_frames,
             args.frame_step,
@@ -453,9 +435,6 @@ def clip_source(args):
         )
     except (OSError, ValueError) as error:
         fail(f"--data: {error}")
-    if args.cache:
-        source.decode_into_memory()
-    return source
 
 
 def micro_batch_indices(args):

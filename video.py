@@ -12,8 +12,6 @@ Decoding is what costs time, so `read_clips` tries two ways to get the frames:
 2. Careful (`_read_all`): decode the whole video and choose among the frames that come out. Slow, but works for every
    file that FFmpeg can decode. Used only if the fast way returns None or fails.
 
-`decode_video` decodes a whole video once, for a dataset small enough to stay in memory (`--cache`).
-
 To find frame number n, the fast way trusts the header's frame rate only if the file's index has evenly spaced time
 stamps. Otherwise it lists the time stamps of all packets, for which it has to read the whole file (see `_timeline`).
 
@@ -32,7 +30,6 @@ from typing import NamedTuple
 import av
 import numpy as np
 import torch
-from torchvision.transforms.v2.functional import resized_crop
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png"}
 CROP_AREA, CROP_ASPECT = (0.3, 1.0), (0.75, 1.35)  # paper table 5
@@ -225,10 +222,13 @@ def _read_all(path, num_frames, frame_step, places, fps):
     """
     with open_container(path) as container:
         stream = video_stream(path, container)
+        unit, rate = stream.time_base, stream.average_rate or stream.guessed_rate
         shown = [frame.pts for frame in container.decode(stream)]
-        if not shown:
-            return None
-        timeline = _decoded_timeline(stream, shown)
+    if not shown:
+        return None
+    if None in shown or any(a >= b for a, b in itertools.pairwise(shown)):  # useless time stamps: number the frames
+        shown, unit = np.arange(len(shown)), 1 / rate if rate else None
+    timeline = _Timeline.from_time_stamps(shown, unit)
     clip_times = timeline.clip_times(path, num_frames, frame_step, places, fps)
     times = np.unique(np.concatenate(clip_times))
     chosen = np.searchsorted(timeline.shown, times, side="right") - 1
@@ -237,64 +237,6 @@ def _read_all(path, num_frames, frame_step, places, fps):
         stream = video_stream(path, container)
         frames = {n: frame for n, frame in enumerate(container.decode(stream)) if n in wanted}
     return _clips_at(clip_times, times, [frames[n] for n in chosen])
-
-
-def _decoded_timeline(stream, shown):
-    """The timeline of all frames that a stream decodes to, which have these time stamps."""
-    unit, rate = stream.time_base, stream.average_rate or stream.guessed_rate
-    if None in shown or any(a >= b for a, b in itertools.pairwise(shown)):  # useless time stamps: number the frames
-        shown, unit = np.arange(len(shown)), 1 / rate if rate else None
-    return _Timeline.from_time_stamps(shown, unit)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# videos in memory
-
-
-class DecodedVideo(NamedTuple):
-    """A whole video in memory, from `decode_video`."""
-
-    path: str
-    timeline: _Timeline
-    frames: torch.Tensor  # uint8 (T, 3, H, W)
-
-    def clips(self, num_frames, frame_step, places, fps, crops, size):
-        """The clips that `read_clips` would return, scaled by torchvision instead of FFmpeg."""
-        clips = []
-        all_times = self.timeline.clip_times(self.path, num_frames, frame_step, places, fps)
-        for times, crop in zip(all_times, crops, strict=True):
-            shown = self.frames[np.searchsorted(self.timeline.shown, times, side="right") - 1]
-            clips.append(resized_crop(shown, *crop(*shown.shape[2:]), [size, size], antialias=True))
-        return clips
-
-
-def decode_video(path):
-    """Decode all frames of a video file or image: a `DecodedVideo`. BadVideo if that fails, or if it is a folder."""
-    try:
-        with _open_file(path) as container:
-            stream = video_stream(path, container)
-            frames = list(container.decode(stream))
-            timeline = _decoded_timeline(stream, [frame.pts for frame in frames])
-        return DecodedVideo(path, timeline, _to_rgb(frames, None, None))
-    except Exception as error:
-        raise BadVideo(f"{path}: {reason(error)}") from error
-
-
-def decoded_bytes(path):
-    """The memory that `decode_video` will need, by the file's header. BadVideo if it cannot be read."""
-    try:
-        with _open_file(path, options={"skip_frame": "all"}) as container:
-            stream = video_stream(path, container)
-            seconds = (container.duration or 0) / av.time_base
-            return 3 * stream.width * stream.height * (stream.frames or math.ceil(seconds * (stream.average_rate or 0)))
-    except Exception as error:
-        raise BadVideo(f"{path}: {reason(error)}") from error
-
-
-def _open_file(path, **options):
-    if is_folder(path):
-        raise BadVideo(f"{path}: a folder of images")
-    return open_container(path, **options)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

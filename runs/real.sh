@@ -22,7 +22,7 @@ folders=("$@")
 teacher_steps=800 student_steps=800 momentum=0.999
 model=(--model vit_ti --width 96 --depth 4 --heads 2 --patch-size 16 --num-frames 8 --resolution 64
        --predictor-width 96 --predictor-depth 2 --predictor-heads 2)
-learning=(--batch-size 24 --lr 2e-3 --final-weight-decay 0.04 --cache)
+learning=(--batch-size 24 --lr 2e-3 --final-weight-decay 0.04)
 reading=(--frame-step 4 --workers 0)
 probing=(--segments 4 --augment none --batch-size 25 --lr 2e-3 --probe-depth 1 --probe-heads 4 --standardize --seeds 5)
 

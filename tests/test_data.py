@@ -13,7 +13,6 @@ import pytest
 import torch
 from conftest import SHARED_DATA, frame_numbers, numbered, write_image, write_video
 
-import cli
 import data
 import video
 from data import Manifest, read_manifest
@@ -233,37 +232,6 @@ def test_training_crops_and_flips(tmp_path):
     assert 0.27 < area.min() < 0.35 and 0.9 < area.max() < 1.05 and 0.55 < area.mean() < 0.68
     assert 0.7 < aspect.min() < 0.8 and 1.25 < aspect.max() < 1.42
     assert (x.min(1).values / 256).std() > 0.05 and (y.min(1).values / 256).std() > 0.05  # positions vary
-
-
-def test_cache_reads_each_video_once(tmp_path, monkeypatch, capsys):
-    """Clips from memory have the crops and flips of clips from disk. Other files are read as before."""
-    ramp = np.stack((np.arange(48) * 5, np.arange(48)[::-1] * 5, np.full(48, 80)), -1)
-    write_video(tmp_path / "v.mp4", [np.tile(ramp, (40, 1, 1)).astype(np.uint8) + n for n in range(12)])
-    write_image(torch.full((3, 40, 48), 90, dtype=torch.uint8), tmp_path / "x.png")
-    (tmp_path / "frames").mkdir()
-    write_image(torch.full((3, 40, 48), 200, dtype=torch.uint8), tmp_path / "frames" / "0.png")
-    (tmp_path / "m.csv").write_text("v.mp4\nx.png\nframes\nmissing.mp4\n")
-    flags = ["--data", str(tmp_path / "m.csv"), "--num-frames", "4", "--frame-step", "2", "--resolution", "16"]
-    parser = cli.training_flags("", out="out/teacher", steps=5)
-    parser.set_defaults(stage=1)
-    from_disk, cached = (data.clip_source(parser.parse_args(flags + more)) for more in ([], ["--cache"]))
-    assert "4 videos" in capsys.readouterr().out and sorted(cached.decoded) == [0, 1]
-    expected, reads = from_disk.batch(range(40)), []
-    read_clips = video.read_clips
-    monkeypatch.setattr(video, "read_clips", lambda path, *wanted: reads.append(path) or read_clips(path, *wanted))
-    batch = cached.batch(range(40))
-    assert {os.path.basename(path) for path in reads} == {"frames", "missing.mp4"}
-    assert batch.names == expected.names and batch.skipped == expected.skipped
-    assert (batch.clips.int() - expected.clips.int()).abs().float().mean() < 2
-
-
-def test_cache_that_exceeds_memory_is_refused(tmp_path, monkeypatch, capsys):
-    write_video(tmp_path / "v.mp4", map(numbered, range(10)))
-    (tmp_path / "m.csv").write_text("v.mp4\n")
-    monkeypatch.setattr(video, "decoded_bytes", lambda path: 1e15)
-    with pytest.raises(SystemExit):
-        Manifest([tmp_path / "m.csv"], 4, 2, 16).decode_into_memory()
-    assert "--cache: this machine has less memory" in capsys.readouterr().err
 
 
 def test_evaluation_reads_the_middle_clip_and_center_crop(tmp_path):

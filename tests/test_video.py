@@ -75,21 +75,6 @@ def test_read_clips_equals_read_clip_at_every_place(sample):
         assert torch.equal(clip, read_clip(path, 4, 3, place))
 
 
-def test_clips_from_memory_equal_those_from_the_file(sample):
-    """The same frames, and pixels that differ only by rounding and where color is subsampled."""
-    path = sample[0]
-    decoded, places = video.decode_video(path), [0, 0.3, 0.99, 1]
-    crops = [lambda height, width: (0, 0, height, width)] * len(places)
-    for step, fps in ((1, None), (3, None), (4, 5), (100, None)):
-        clips = decoded.clips(5, step, places, fps, crops, 16)
-        expected = read_clips(path, 5, step, places, fps, crops, 16)
-        assert [frame_numbers(clip) for clip in clips] == [frame_numbers(clip) for clip in expected]
-        assert all((a.int() - b.int()).abs().float().mean() < 2 for a, b in zip(clips, expected, strict=True))
-    assert decoded.frames.shape == (LENGTH, 3, 32, 32)
-    # "late start.mkv" states its end instead of its duration.
-    assert decoded.frames.numel() <= video.decoded_bytes(path) < 1.5 * decoded.frames.numel()
-
-
 def test_all_first_frames_are_equally_likely(tmp_path):
     path = write_video(tmp_path / "v.mp4", map(numbered, range(8)))
     first = [frame_numbers(read_clip(path, 2, 3, (i + 0.5) / 100))[0] for i in range(100)]
