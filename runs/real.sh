@@ -9,8 +9,9 @@
 # labels. Then each labeled folder is a task for an untrained encoder, the teacher, the student, and a V-JEPA 2 encoder
 # (EMA) trained with equal executed FLOPs: once with clips, and once with a single frame of each clip, which shows how
 # much of a task is motion. Three training seeds. Writes a figure and a table per task to out/real; the same command
-# continues where it stopped. Similar data: UCF-101 (www.crcv.ucf.edu/data/UCF101.php), HMDB51, and the fights of
-# github.com/seymanurakti/fight-detection-surv-dataset. docs/replication.md has the results.
+# continues where it stopped. docs/replication.md has results, those of V-JEPA 2 with one seed so far. Similar data:
+# UCF-101 (www.crcv.ucf.edu/data/UCF101.php), HMDB51, and the fights of
+# github.com/seymanurakti/fight-detection-surv-dataset.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH="$PWD/.venv/bin:$PATH" OMP_NUM_THREADS=1
