@@ -1,7 +1,7 @@
 # The settings of demo.sh and study.sh. PRESET=gpu selects the larger ones, which have only run a few steps on a CPU.
 case ${PRESET:-laptop} in
 laptop)
-    processes=2 # of one thread: a little slower than two threads on idle cores, far faster on shared ones
+    processes=2 # of one thread: about as fast as two threads on idle cores, far faster on shared ones
     export OMP_NUM_THREADS=1
     model=(--model vit_ti --width 96 --depth 4 --heads 2 --patch-size 8 --num-frames 16 --resolution 32
            --predictor-width 96 --predictor-depth 2 --predictor-heads 2)
