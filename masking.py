@@ -35,7 +35,7 @@ class Mask(NamedTuple):
     context_ids: torch.Tensor  # (B, Kc) int64
     target_ids: torch.Tensor  # (B, Kt) int64
     context_lost: torch.Tensor  # (B,) context tokens dropped to give all clips equally many; always on the CPU
-    target_lost: torch.Tensor  # (B,) target tokens dropped, likewise, or left out by target_fraction
+    target_lost: torch.Tensor  # (B,) the same for target tokens, with those that target_fraction leaves out
 
     def to(self, device):
         """Move the ids to a device, without waiting for the work that is queued on it."""

@@ -6,11 +6,11 @@
 #   ./runs/real.sh data/mine ...    # your own folders, as tools.prepare folder writes them (docs/your-videos.md)
 #
 # Each folder has train.csv, and val.csv if its videos are labeled. Training uses the videos of all train.csv, but no
-# labels. Then each labeled folder is a task for an untrained encoder, the teacher, the student, and a V-JEPA 2 encoder
-# (EMA) trained with equal executed FLOPs: once with clips, and once with a single frame of each clip, which shows how
-# much of a task is motion. Three training seeds. Writes a figure and a table per task to out/real; the same command
-# continues where it stopped. docs/replication.md has results, those of V-JEPA 2 with one seed so far. Similar data:
-# UCF-101 (www.crcv.ucf.edu/data/UCF101.php), HMDB51, and the fights of
+# labels. Then each labeled folder is a task for an untrained encoder, the teacher, the student, and both encoders of
+# V-JEPA 2 (EMA and online), trained with equal executed FLOPs: once with clips, and once with a single frame of each
+# clip, which shows how much of a task is motion. Three training seeds. Writes a figure and a table per task to out/real;
+# the same command continues where it stopped. docs/replication.md has results, those of V-JEPA 2 with one seed so far.
+# Similar data: UCF-101 (www.crcv.ucf.edu/data/UCF101.php), HMDB51, and the fights of
 # github.com/seymanurakti/fight-detection-surv-dataset.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -23,12 +23,12 @@ folders=("$@")
 teacher_steps=800 student_steps=800 momentum=0.999
 model=(--model vit_ti --width 96 --depth 4 --heads 2 --patch-size 16 --num-frames 8 --resolution 64
        --predictor-width 96 --predictor-depth 2 --predictor-heads 2)
-learning=(--batch-size 24 --lr 2e-3 --final-weight-decay 0.04)
-reading=(--frame-step 4 --workers 0)
-probing=(--segments 4 --augment none --batch-size 25 --lr 2e-3 --probe-depth 1 --probe-heads 4 --standardize --seeds 5)
+learning=(--batch-size 24 --lr 2e-3 --final-weight-decay 0.04 --workers 0)
+probing=(--segments 4 --augment none --batch-size 25 --lr 2e-3 --probe-depth 1 --probe-heads 4 --standardize --seeds 5
+         --workers 0)
 
 train() { # script, run folder, seed, steps, further flags
-    python "$1" "${model[@]}" "${learning[@]}" "${reading[@]}" --data "${manifests[@]}" --log-every 50 \
+    python "$1" "${model[@]}" "${learning[@]}" --data "${manifests[@]}" --log-every 50 \
         --out "$2" --seed "$3" --steps "$4" "${@:5}"
 }
 probe() { # run folder, name of the encoder, seed, further flags
@@ -39,7 +39,7 @@ probe() { # run folder, name of the encoder, seed, further flags
             out=$OUT/$task/$input/$2-seed$3 flags=("${@:4}")
             [ "$input" = clips ] || flags+=(--single-frame)
             [ -e "$out/results.json" ] || python probe.py --checkpoint "$1" --out "$out" --seed "$3" "${probing[@]}" \
-                "${reading[@]}" --train-data "$videos/train.csv" --val-data "$videos/val.csv" \
+                --train-data "$videos/train.csv" --val-data "$videos/val.csv" \
                 --num-classes "$(awk '{ print $NF }' "$videos/train.csv" | sort -u | wc -l)" "${flags[@]}"
         done
     done
@@ -75,4 +75,4 @@ for task in "${tasks[@]}"; do
     python -m tools.analyze compare "$OUT/$task/clips" "$OUT/$task/single-frame" --save "$OUT/$task.png"
 done
 python -m tools.analyze picture "$OUT/salt/teacher-seed0" "$OUT/salt/student-seed0" --data "${manifests[0]}" \
-    --frame-step 4 --save "$OUT/real"
+    --save "$OUT/real"
