@@ -402,6 +402,7 @@ def _filter_graph(frame, first, upright, box, size):
         ("buffersink", None),
     ]
     graph = av.filter.Graph()
+    graph.threads = 1  # FFmpeg would start one per core for each clip
     source = graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=Fraction(1))
     graph.link_nodes(source, *(graph.add(name, value) for name, value in filters)).configure()
     return graph

@@ -217,6 +217,21 @@ def test_only_needed_frames_are_decoded(tmp_path, monkeypatch):
 # from decoded frames to clips
 
 
+def test_reading_starts_no_threads(sample, monkeypatch):
+    def threads():
+        return len(os.listdir("/proc/self/task"))
+
+    def filter_graph(*arguments, make=video._filter_graph):
+        graphs.append(make(*arguments))
+        counts.append(threads())
+        return graphs[-1]
+
+    graphs, counts, before = [], [], threads()
+    monkeypatch.setattr(video, "_filter_graph", filter_graph)
+    read_clip(sample[0], 4, 1, 0.5)
+    assert counts == [before]
+
+
 @pytest.mark.parametrize("suffix", ["png", "jpg", "JPEG"])
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA"])
 def test_images(tmp_path, suffix, mode):
