@@ -102,7 +102,7 @@ def make_parser():
 
     flag = parser.add_argument_group("task (defaults: the task's protocol, at the top of probe.py)").add_argument
     flag("--task", nargs="+", choices=PROTOCOLS, default=[], help="several synthetic tasks share their features")
-    flag("--train-data", nargs="+", metavar="MANIFEST", help="your own task; needs --val-data and --num-classes")
+    flag("--train-data", nargs="+", metavar="MANIFEST", help="your own task, named like the folder of the manifest")
     flag("--val-data", nargs="+", metavar="MANIFEST", help="validation videos of your own task")
     flag("--num-classes", type=int, help="number of classes of your own task")
     flag("--fast", action="store_true", help="one clip, one view, one probe (table 7); always so for your own task")
@@ -205,7 +205,7 @@ def open_task(args, encoder):
         tasks = [Task(name, SYNTHETIC.index(name), PROTOCOLS[name].num_classes) for name in args.task]
         train = BuiltInVideos(args.num_frames, args.resolution, SYNTHETIC_SEED, args.train_clips)
         return train, BuiltInVideos(args.num_frames, args.resolution, SYNTHETIC_SEED + 2, args.val_clips), tasks
-    name = args.task[0] if args.task else "own"
+    name = args.task[0] if args.task else Path(args.train_data[0]).resolve().parent.name
     if args.task:
         args.train_data, args.val_data = [f"data/{name}/train.csv"], [f"data/{name}/val.csv"]
         for manifest in (*args.train_data, *args.val_data):

@@ -23,7 +23,7 @@ folders=("$@")
 teacher_steps=800 student_steps=800 momentum=0.999
 model=(--model vit_ti --width 96 --depth 4 --heads 2 --patch-size 16 --num-frames 8 --resolution 64
        --predictor-width 96 --predictor-depth 2 --predictor-heads 2)
-learning=(--batch-size 24 --lr 2e-3 --final-weight-decay 0.04 --workers 0)
+learning=(--mask causal --batch-size 24 --lr 2e-3 --final-weight-decay 0.04 --workers 0)
 probing=(--segments 4 --augment none --batch-size 25 --lr 2e-3 --probe-depth 1 --probe-heads 4 --standardize --seeds 5
          --workers 0)
 
@@ -62,7 +62,7 @@ for folder in "${folders[@]}"; do
     name=$(basename "$folder")
     for split in train val; do
         [ -e "$folder/$split.csv" ] || continue
-        python -m tools.transcode copy "$folder/$split.csv" --out "$OUT/videos/$name" --short-side 64
+        python -m tools.transcode copy "$folder/$split.csv" --out "$OUT/videos/$name" --short-side 96
     done
     manifests+=("$OUT/videos/$name/train.csv")
     [ ! -e "$folder/val.csv" ] || tasks+=("$name")

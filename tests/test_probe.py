@@ -374,7 +374,7 @@ def own_task(folder, classes=2, val="val.csv"):
 def test_own_task(dark_or_bright, teacher, tmp_path):
     flags = [*QUICK, "--checkpoint", teacher, "--out", tmp_path, "--epochs", 8, "--lr", "3e-3", "--standardize"]
     run_script(probe, *flags, *own_task(dark_or_bright))
-    found = results(tmp_path)["tasks"]["own"]
+    found = results(tmp_path)["tasks"][dark_or_bright.name]
     assert found["top1"] == 100 and found["chance"] == 50 and found["num_val"] == 8
 
 
@@ -411,7 +411,7 @@ def test_skip_bad_counts_a_miss(dark_or_bright, teacher, tmp_path, capfd):
     (folder / "20.mp4").write_bytes(b"")
     flags = [*QUICK, "--checkpoint", teacher, "--out", tmp_path / "out", "--epochs", 8, "--lr", "3e-3", "--standardize"]
     run_script(probe, *flags, *own_task(folder), "--skip-bad")
-    found = results(tmp_path / "out")["tasks"]["own"]
+    found = results(tmp_path / "out")["tasks"]["data"]
     assert found["num_val"] == 8 and found["unreadable"] == 1 and found["top1"] == 87.5
     assert found["per_class"] == [75, 100]
     said = capfd.readouterr()
@@ -507,7 +507,7 @@ def test_features_that_never_change_are_computed_once(dark_or_bright, teacher, t
 
 def test_knn(dark_or_bright, teacher, tmp_path):
     run_script(probe, *QUICK, "--checkpoint", teacher, "--out", tmp_path, "--knn", 3, *own_task(dark_or_bright))
-    found = results(tmp_path)["tasks"]["own"]
+    found = results(tmp_path)["tasks"][dark_or_bright.name]
     assert found["top1"] == 100 and found["best"] == [{"k": 3}]
 
 
@@ -527,7 +527,7 @@ def test_three_processes_seven_videos(augment, dark_or_bright, teacher, tmp_path
         [*command, *map(str, flags), "--out", str(tmp_path / "three")], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    one, three = (results(tmp_path / name)["tasks"]["own"] for name in ("one", "three"))
+    one, three = (results(tmp_path / name)["tasks"][dark_or_bright.name] for name in ("one", "three"))
     assert one == three and one["num_val"] == 7
     losses = [re.findall(r"step 4/4  loss ([0-9.]+)", text) for text in (capfd.readouterr().out, done.stdout)]
     assert losses[0] == losses[1] and len(losses[0]) == 1  # the last step's; others appear every 30 seconds
