@@ -8,8 +8,9 @@
 # Each folder has train.csv, and val.csv if its videos are labeled. Training uses the videos of all train.csv, but no
 # labels. Then each labeled folder is a task for an untrained encoder, the teacher, the student, and both encoders of
 # V-JEPA 2 (EMA and online), trained with equal executed FLOPs: once with clips, and once with a single frame of each
-# clip, which shows how much of a task is motion. Three training seeds. Writes a figure and a table per task to out/real;
-# the same command continues where it stopped. docs/replication.md has results, those of V-JEPA 2 with one seed so far.
+# clip, which shows how much of a task is motion. All train with causal masks: with the paper's, these short runs learn no
+# motion (docs/NOTES.md). Three training seeds. Writes a figure and a table per task to out/real; the same command
+# continues where it stopped. docs/replication.md has the results.
 # Similar data: UCF-101 (www.crcv.ucf.edu/data/UCF101.php), HMDB51, and the fights of
 # github.com/seymanurakti/fight-detection-surv-dataset.
 set -euo pipefail
