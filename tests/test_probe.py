@@ -531,7 +531,7 @@ def test_three_processes_seven_videos(augment, dark_or_bright, teacher, tmp_path
     assert one == three and one["num_val"] == 7
     losses = [re.findall(r"step 4/4  loss ([0-9.]+)", text) for text in (capfd.readouterr().out, done.stdout)]
     assert losses[0] == losses[1] and len(losses[0]) == 1  # the last step's; others appear every 30 seconds
-    assert (tmp_path / "three" / "confusion-own.png").stat().st_size > 1000
+    assert (tmp_path / "three" / f"confusion-{dark_or_bright.name}.png").stat().st_size > 1000
 
 
 @pytest.mark.parametrize("task, protocol", [
