@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Test the paper's seven claims in miniature, on built-in videos, and our shortcut: ./runs/study.sh [PART...], by default
-# all parts.
+# Test the paper's seven claims in miniature, on built-in videos, and a cheaper student: ./runs/study.sh [PART...]
+# Without arguments, all parts run.
 #
 #   salt      1. the student beats its teacher
 #   ema       2. SALT beats V-JEPA 2 (EMA) at equal executed FLOPs
