@@ -2,6 +2,7 @@
 
     python -m bench.step --kind teacher student ema --model vit_l --batch-size 24   # the paper's shapes, for a GPU
     python -m bench.step --peer hf --peer-compile --model vit_l --batch-size 24     # the same step by Hugging Face
+    python -m bench.step --compile --peer eager --model vit_l --batch-size 24       # what torch.compile gains
     python -m bench.step --sharded --model vit_l --batch-size 24     # overhead of FSDP2 with a single process
     python -m bench.step --compiles 300 --model vit_ti               # count compilations and graph breaks in 300 steps
 
@@ -16,6 +17,7 @@ So its layers are called on the context tokens only, without its sorting of toke
 replaced by ours, which predicts pixels, or latents of any width.
 """
 
+import argparse
 import contextlib
 import copy
 import dataclasses
@@ -70,7 +72,7 @@ class Ours:
         self.encoder, self.predictor, self.teacher = encoder, predictor, teacher
 
     @classmethod
-    def build(cls, kind, stage, args, weights=None, sharded=False):
+    def build(cls, kind, stage, args, weights=None, sharded=False, name="ours"):
         """Make the networks and the optimizer as the training script does.
 
         weights: what `weights()` returns; default: initialize. sharded: with FSDP2, as far as the script shards.
@@ -84,8 +86,7 @@ class Ours:
         if kind == "ema":
             teacher = copy.deepcopy(encoder).requires_grad_(False)
         self = cls(kind, args, encoder, predictor, teacher)
-        self.stage, self.memory_before = stage, memory_before
-        self.name = "ours, sharded" if sharded else "ours"
+        self.stage, self.memory_before, self.name = stage, memory_before, name
         for name, network in self._networks().items():
             if weights:
                 network.load_state_dict(weights[name])
@@ -376,10 +377,13 @@ def build_runners(kind, stage, args):
     weights = ours.weights()
     yield ours
     if args.sharded:
-        yield Ours.build(kind, stage, args, weights, sharded=True)
-    if args.peer:
+        yield Ours.build(kind, stage, args, weights, sharded=True, name="ours, sharded")
+    if args.peer == "eager":
+        eager = argparse.Namespace(**vars(args) | {"compile": False})
+        yield Ours.build(kind, stage, eager, weights, name="ours, eager")
+    if args.peer == "hf":
         yield HuggingFace.build(ours, weights, compiled=False)
-    if args.peer and args.peer_compile:
+    if args.peer == "hf" and args.peer_compile:
         yield HuggingFace.build(ours, weights, compiled=True)
 
 
@@ -537,7 +541,7 @@ def parse_args():
     flag("--teacher", metavar="SIZE", choices=SIZES, help="teacher of the student; default: the student's size")
     flag("--rounds", type=int, default=5, help="number of times that ours and the others take turns")
     flag("--round-steps", type=int, default=4, help="steps per turn")
-    flag("--peer", choices=("hf",), help="also time transformers' VJEPA2Model")
+    flag("--peer", choices=("hf", "eager"), help="also time transformers' VJEPA2Model, or ours without --compile")
     flag("--peer-compile", action="store_true", help="also time the peer with compiled layers")
     flag("--sharded", action="store_true", help="also time ours under FSDP2, with a single process")
     flag("--attention", choices=ATTENTION_KERNELS, help="attention kernel to prefer, on a GPU; default: torch's choice")
@@ -548,6 +552,8 @@ def parse_args():
     if args.compiles:
         args.compile = True
     training.setup(args, stage=2)
+    if args.peer == "eager" and not args.compile:
+        cli.fail("--peer eager compares with a compiled step: add --compile")
     return args
 
 

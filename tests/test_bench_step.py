@@ -107,6 +107,19 @@ def test_a_peer_with_another_loss_is_refused_after_everything_is_printed(capfd, 
     assert "NOT THE SAME" in out and out.rstrip().splitlines()[-1].startswith("parts of our step: ")
 
 
+def test_the_eager_peer_is_ours_without_compilation(monkeypatch, capsys):
+    args, compiled = tiny_args("--compile", "--batch-size", 2), []
+    args.sharded, args.peer = False, "eager"
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(module))
+    ours, eager = bench_step.build_runners("student", flops.stages(args)["student"], args)
+    assert eager.name == "ours, eager" and args.compile
+    assert compiled == [block for network in ours._networks().values() for block in network.blocks]
+    torch.testing.assert_close(ours.weights(), eager.weights())
+    with pytest.raises(SystemExit):
+        run_script(bench_step, *TINY, "--device", "cpu", "--peer", "eager")
+    assert "add --compile" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("kind", ["teacher", "student", "ema"])
 def test_executed_flops_equal_torchs_count(kind):
     args = tiny_args("--batch-size", 4, "--micro-batch-size", 2)
