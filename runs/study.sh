@@ -9,7 +9,7 @@
 #   masks     5. multi-block masks make the best teachers
 #   split     6. the student deserves most of the steps
 #   students  7. larger students of the same teacher are better
-#   cheaper   two masks per teacher pass and half of the targets, for less compute
+#   cheaper   two masks per teacher pass and half of the targets, beside the recipe with as many FLOPs
 #
 # Runs JOBS (2) processes at a time; on two cores, part salt takes 50 minutes, the others 15 to 40. Writes a figure and a
 # table for each claim to out/study. The same command continues where it stopped. docs/replication.md has the results.
@@ -165,13 +165,18 @@ students() {
 
 cheaper() {
     reference 0 1 2 3 4
-    half=$((learning[1] / 2)) # of the batch
+    half=$((learning[1] / 2)) quarter=$((student_steps / 4)) # of the batch, of the steps
+    flags=(--batch-size "$half" --micro-batch-size "$half" --masks-per-clip 2 --target-fraction 0.5)
     for seed in 0 1 2 3 4; do
-        queue student "$OUT/cheaper" "$seed" "$student_steps" "$OUT/salt/seed$seed/teacher" --batch-size "$half" \
-            --micro-batch-size "$half" --masks-per-clip 2 --target-fraction 0.5
+        teacher="$OUT/salt/seed$seed/teacher"
+        queue student "$OUT/cheaper/flags" "$seed" "$student_steps" "$teacher" "${flags[@]}"
+        # with as many FLOPs, because a step with these flags executes 0.7 times as many
+        queue student "$OUT/cheaper/fewer-steps" "$seed" $((student_steps * 7 / 10)) "$teacher"
+        queue student "$OUT/cheaper/quarter" "$seed" "$quarter" "$teacher"
+        queue student "$OUT/cheaper/quarter-flags" "$seed" $((quarter * 144 / 100)) "$teacher" "${flags[@]}"
     done
     finish_all
-    compare cheaper "$OUT"/{salt,cheaper}
+    compare cheaper "$OUT/salt" "$OUT"/cheaper/{flags,fewer-steps,quarter,quarter-flags}
 }
 
 parts=("$@")
