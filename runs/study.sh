@@ -11,7 +11,7 @@
 #   students  7. larger students of the same teacher are better
 #   cheaper   two masks per teacher pass and half of the targets, beside the recipe with as many FLOPs
 #
-# Runs JOBS (2) processes at a time; on two cores, part salt takes 50 minutes, the others 15 to 40. Writes a figure and a
+# Runs JOBS (2) processes at a time; on two cores, part salt takes 50 minutes, the others 15 to 60. Writes a figure and a
 # table for each claim to out/study. The same command continues where it stopped. docs/replication.md has the results.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -106,8 +106,8 @@ loss() {
         python -m tools.analyze correlate "$OUT/loss/seed$seed"/* --against loss --save "$OUT/loss-seed$seed.png"
     done
     python -m tools.analyze correlate "$OUT"/loss/seed*/*/ --against loss rankme --save "$OUT/loss-checkpoints.png"
-    # of all teachers that other parts have trained so far
-    mapfile -t probes < <(find "$OUT" -path '*/seed*/probe-student' -not -path '*/students/*' | sort)
+    # students of the same size and length, of all teachers that these parts have trained so far
+    mapfile -t probes < <(find "$OUT"/{salt,sizes,masks} -path '*/seed*/probe-student' 2>/dev/null | sort)
     python -m tools.analyze correlate "${probes[@]}" --against loss teacher-loss teacher-rankme rankme --save "$OUT/loss.png"
 }
 
@@ -137,14 +137,15 @@ masks() {
 split() {
     reference 0 1 2
     quarter=$((teacher_steps / 4)) half=$((teacher_steps / 2)) total=$((teacher_steps + student_steps))
-    for seed in 0 1 2; do queue teacher_and_student "$OUT/split/$half+$((total - half))" "$seed" "$half" $((total - half)); done
+    half_split="$OUT/split/$half+$((total - half))"
+    for seed in 0 1 2; do queue teacher_and_student "$half_split" "$seed" "$half" $((total - half)); done
     for seed in 0 1 2; do
         queue teacher_and_student "$OUT/split/$quarter+$((total - quarter))" "$seed" "$quarter" $((total - quarter))
     done
     finish_all
     for seed in 0 1 2; do
         queue two_step_teacher "$OUT/split/$half+$teacher_steps+$((total / 2))" "$seed" \
-            "$OUT/split/$half+$((total - half))/seed$seed/teacher" "$teacher_steps" $((total / 2))
+            "$half_split/seed$seed/teacher" "$teacher_steps" $((total / 2))
     done
     finish_all
     same_as_salt "split/$teacher_steps+$student_steps"
