@@ -75,7 +75,8 @@ class Ours:
     def build(cls, kind, stage, args, weights=None, sharded=False, name="ours"):
         """Make the networks and the optimizer as the training script does.
 
-        weights: what `weights()` returns; default: initialize. sharded: with FSDP2, as far as the script shards.
+        weights: what `weights()` returns; default: initialize. sharded: with FSDP2, as far as the script shards. name:
+        for the printed results.
         """
         memory_before = allocated_memory(args)
         encoder_config, predictor_config, teacher_config, _ = stage
@@ -383,8 +384,8 @@ def build_runners(kind, stage, args):
         yield Ours.build(kind, stage, eager, weights, name="ours, eager")
     if args.peer == "hf":
         yield HuggingFace.build(ours, weights, compiled=False)
-    if args.peer == "hf" and args.peer_compile:
-        yield HuggingFace.build(ours, weights, compiled=True)
+        if args.peer_compile:
+            yield HuggingFace.build(ours, weights, compiled=True)
 
 
 def time_kind(kind, args):

@@ -9,7 +9,7 @@
 #   masks     5. multi-block masks make the best teachers
 #   split     6. the student deserves most of the steps
 #   students  7. larger students of the same teacher are better
-#   cheaper   two masks per teacher pass and half of the targets, beside the recipe with as many FLOPs
+#   cheaper   two masks per teacher pass and half of the targets, and the recipe at equal FLOPs
 #
 # Runs JOBS (2) processes at a time; on two cores, part salt takes 50 minutes, the others 15 to 60. Writes a figure and a
 # table for each claim to out/study. The same command continues where it stopped. docs/replication.md has the results.
@@ -171,7 +171,7 @@ cheaper() {
     for seed in 0 1 2 3 4; do
         teacher="$OUT/salt/seed$seed/teacher"
         queue student "$OUT/cheaper/flags" "$seed" "$student_steps" "$teacher" "${flags[@]}"
-        # with as many FLOPs, because a step with these flags executes 0.7 times as many
+        # At the laptop's size, a step with these flags executes 1 / 1.44 = 0.7 times the FLOPs.
         queue student "$OUT/cheaper/fewer-steps" "$seed" $((student_steps * 7 / 10)) "$teacher"
         queue student "$OUT/cheaper/quarter" "$seed" "$quarter" "$teacher"
         queue student "$OUT/cheaper/quarter-flags" "$seed" $((quarter * 144 / 100)) "$teacher" "${flags[@]}"
