@@ -1,4 +1,4 @@
-"""What all command lines share: flags, one-line errors, and how results are printed and saved."""
+"""What all command lines share: flags, one-line errors, progress, and files that are never incomplete."""
 
 import argparse
 import math
@@ -66,16 +66,14 @@ def training_flags(description, out, steps):
     flag = parser.add_argument_group("data").add_argument
     flag("--data", nargs="+", metavar="MANIFEST", help="text files of 'path label' lines; default: built-in videos")
     flag("--data-weights", nargs="+", type=float, metavar="WEIGHT", help="sampling weight of each manifest")
-    flag("--held-out", metavar="MANIFEST", help="videos to log the loss of; never trained on")
     flag("--frame-step", type=int, default=4, help="video frames from one clip frame to the next (table 5)")
     flag("--fps", type=float, help="clip frames per second of video, by time stamps; replaces --frame-step")
-    flag("--clips-per-video", type=int, default=1, help="clips per opened video: faster, but less diverse batches")
     flag("--max-bad", type=float, default=0.05, help="end the run if more than this fraction of videos is unreadable")
-    flag("--workers", type=int, help="loader processes per training process; default 8 on a GPU, 1 on the CPU")
-    flag("--loader-timeout", type=int, default=600, help="seconds to wait for a batch before the run ends")
+    flag("--workers", type=int, help="loader processes per training process; default: 1 per core, up to 16, on a GPU; "
+         "1 on the CPU")  # fmt: skip
     flag("--mask", choices=masking.STRATEGIES, default="multiblock", help="masking strategy (section 5.2)")
     flag("--mask-truncation", choices=("random", "raster"), default="random", help="which tokens to drop so that all "
-         "clips keep equally many; raster is V-JEPA's (masking.py)")  # fmt: skip
+         "clips keep equally many; raster is V-JEPA's, for comparison: slower to compile (masking.py)")  # fmt: skip
     flag("--masks-per-clip", type=int, default=1, help="masks of each type per clip and teacher pass; 2 with half the "
          "--batch-size learns from as many masks for half of the teacher's FLOPs")  # fmt: skip
     flag("--target-fraction", type=float, default=1.0, help="fraction of the targets to predict, chosen at random")
@@ -92,7 +90,6 @@ def training_flags(description, out, steps):
     flag("--weight-decay", type=float, default=0.04, help="weight decay at step 0 (table 5)")
     flag("--final-weight-decay", type=float, default=0.4, help="weight decay at the last step (table 5)")
     flag("--clip-grad", type=float, default=0.02, help="maximum global gradient norm (table 5)")
-    flag("--betas", type=float, nargs=2, default=(0.9, 0.95), help="of AdamW (table 5)")
     flag("--seed", type=int, default=0, help="of initial weights, sample order, crops and masks")
 
     flag = parser.add_argument_group("hardware").add_argument
@@ -108,8 +105,7 @@ def training_flags(description, out, steps):
 
     flag = parser.add_argument_group("output").add_argument
     flag("--out", type=Path, default=Path(out), help="run folder; the run in it, if any, is continued")
-    flag("--save-every", type=int, default=1000, help="steps between checkpoints")
-    flag("--keep", type=int, default=2, help="number of newest states to keep for resuming")
+    flag("--save-minutes", type=float, default=30, help="minutes between saves; 0: save after every step")
     flag("--snapshot-every", type=int, default=0, help="steps between checkpoint-STEP.pt files that are kept; 0: none")
     flag("--log-every", type=int, default=10, help="steps between lines of metrics.jsonl")
     flag("--tensorboard", action="store_true", help="also write the metrics for TensorBoard")
@@ -125,25 +121,52 @@ def require_at_least(args, minimum, *names):
 
 
 def check_mask_flags(args):
-    """End the script if --masks-per-clip or --target-fraction makes no sense."""
+    """End the script if the masking flags make no sense, or if the token grid is too small for the masks."""
     require_at_least(args, 1, "masks_per_clip")
     if not 0 < args.target_fraction <= 1:
         fail(f"--target-fraction {args.target_fraction}: must be more than 0 and at most 1")
     if args.target_fraction < 1 and args.mask_truncation == "raster":
         fail("--target-fraction chooses targets at random, which --mask-truncation raster does not")
+    try:
+        masking.sample_masks(args.mask, clip_grid(args), 1, torch.Generator(), args.mask_truncation)
+    except ValueError as error:
+        fail(f"--mask {args.mask}: {error}")
 
 
 def resolve_device(args):
-    """Fill in --device and --dtype, in place, where the user left them to the machine."""
+    """Fill in --device and --dtype, in place, where the user left them to the machine.
+
+    Without bfloat16 units (V100, T4), torch emulates bfloat16, and attention materializes all scores: use float32.
+    """
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if args.device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda: torch finds no GPU on this machine")
-    args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
+    if args.dtype is None:
+        fast = args.device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        args.dtype = "bfloat16" if fast else "float32"
+        if args.device == "cuda" and not fast and rank_and_world()[0] == 0:
+            print(f"{torch.cuda.get_device_name()} has no bfloat16: using float32 (--dtype bfloat16 emulates it)")
 
 
 def rank_and_world():
     """This process's rank and the number of processes, from torchrun's variables; (0, 1) without torchrun."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    return launched("RANK", 0), launched("WORLD_SIZE", 1)
+
+
+def launched(name, default):
+    """An integer that torchrun sets in the environment: RANK, WORLD_SIZE, LOCAL_RANK or LOCAL_WORLD_SIZE.
+
+    `default` without torchrun. Ends the script if only some of the four are set.
+    """
+    values = {x: os.environ.get(x) for x in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
+    found = [x for x, value in values.items() if value]
+    if not found:
+        return default
+    if len(found) < len(values) or not all(value.isdecimal() for value in values.values()):
+        text = " ".join(f"{x}={value or ''}" for x, value in values.items())
+        print(f"the environment has {text}: start with torchrun, or unset {', '.join(found)}", file=sys.stderr)
+        sys.exit(2)
+    return int(values[name])
 
 
 def default_micro_batch_size(clips):

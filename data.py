@@ -20,6 +20,7 @@ import os
 import pickle
 import re
 import signal
+import time
 import weakref
 import zlib
 from pathlib import Path
@@ -58,6 +59,7 @@ class Batch(NamedTuple):
     skipped: list  # "path: reason" for each unreadable video that was tried (training only)
     num_replaced: int  # clips that come from another video because theirs is unreadable
     names: list  # where each clip comes from: a path, or the number of a built-in clip
+    waited: float = 0.0  # seconds that the loader's user waited for it
 
 
 def normalize(clips, device):
@@ -398,8 +400,12 @@ def clip_loader(source, batches, workers=0, pin_memory=False, timeout=0):
         loaded = iter(loader)  # starts the workers
         if workers:
             signal.signal(signal.SIGCHLD, _raise_if_worker_died)
-        while (batch := _await_batch(loaded)) is not None:
-            yield batch
+        while True:
+            started = time.perf_counter()
+            batch = _await_batch(loaded)
+            if batch is None:
+                return
+            yield batch._replace(waited=time.perf_counter() - started) if isinstance(batch, Batch) else batch
     except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
         # A worker that dies while it hands over a tensor breaks the connection: EOFError, ConnectionResetError,
         # FileNotFoundError, ... Exceptions that a living worker raises say so in their message.
@@ -431,7 +437,6 @@ def clip_source(args):
             seed,
             weights=args.data_weights,
             fps=args.fps,
-            clips_per_video=args.clips_per_video,
         )
     except (OSError, ValueError) as error:
         fail(f"--data: {error}")
@@ -451,14 +456,4 @@ def training_loader(source, args, start_step):
         for step in range(start_step, args.steps)
         for first in (step * args.batch_size + g * size for g in micro_batch_indices(args))
     )
-    return clip_loader(source, numbers, args.workers, args.device == "cuda", args.loader_timeout)
-
-
-def next_batch(loader):
-    """The loader's next `Batch`. Ends the script if there is none."""
-    try:
-        return next(loader)
-    except BadVideo as error:  # a worker's traceback comes before the last line
-        fail(f"unreadable, and no other video to replace it: {str(error).splitlines()[-1]}")
-    except LoaderFailed as error:
-        fail(str(error))
+    return clip_loader(source, numbers, args.workers, args.device == "cuda", timeout=600)

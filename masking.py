@@ -47,9 +47,10 @@ class Mask(NamedTuple):
 
 
 def sample_masks(
-    strategy, grid, batch, generator, truncation="random", sizes=None, masks_per_clip=1, target_fraction=1.0
-):
-    """Draw the masks of a batch, on the generator's device: a list with masks_per_clip `Mask`s per mask type.
+    strategy, grid, batch, generator, truncation="random", sizes=None, masks_per_clip=1, target_fraction=1.0,
+    device="cpu",
+):  # fmt: skip
+    """Draw the masks of a batch and move them to a device: a list with masks_per_clip `Mask`s per mask type.
 
     strategy: a key of STRATEGIES. truncation: "random", or "raster" for V-JEPA's. sizes: the generator for block sizes,
     which all micro-batches of a step share; default `generator`. target_fraction: the fraction of the targets to keep,
@@ -63,7 +64,7 @@ def sample_masks(
         if any(visible.all() for visible, _ in drawn):
             raise ValueError(f"a grid of {'x'.join(map(str, grid))} tokens is too small: {strategy} masks hide nothing")
         for index, (visible, counts) in enumerate(drawn):
-            masks.append(split(index, visible, counts, generator, truncation, target_fraction))
+            masks.append(split(index, visible, counts, generator, truncation, target_fraction).to(device))
     return masks
 
 
@@ -165,7 +166,7 @@ def split(index, visible, counts, generator, truncation, target_fraction):
     ids, lost = [], []
     for i, (chosen, fraction) in enumerate(((visible, 1.0), (~visible, target_fraction))):
         count = chosen.sum(1)
-        keep = math.ceil(fraction * (counts[i] if counts else int(count.min())))
+        keep = math.ceil(fraction * (counts[i] if counts else int(count.min())) - 1e-9)  # 55 of 100 at 0.55
         first = torch.where(chosen, order, 2.0).topk(keep, dim=1, largest=False, sorted=False).indices
         ids.append(first.sort(dim=1).values)
         lost.append(count - keep)

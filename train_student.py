@@ -6,6 +6,9 @@
 The teacher sees the whole clip, the student only the context tokens, and the predictor predicts the teacher's latents
 at the target tokens. The teacher is frozen, so the targets cannot collapse. It may be of any size, and a student can be
 the teacher of the next student. Writes out/student/checkpoint.pt.
+
+Letters: B clips of a micro-batch, T H W frames and pixels, N tokens of a clip, Kc and Kt context and target tokens of a
+mask, D width.
 """
 
 import torch
@@ -16,7 +19,6 @@ import data
 import training
 from masking import sample_masks
 from model import Encoder, Predictor, build, fingerprint, gather, load_checkpoint
-from run import Run
 
 
 def load_teacher(args):
@@ -40,50 +42,9 @@ def load_teacher(args):
     if cli.rank_and_world()[0] == 0:
         unfinished = "; WARNING: its training has not finished" if step < steps else ""
         print(f"teacher: {args.teacher}, step {step} of {steps}{unfinished}", flush=True)
-    identity = {
-        "path": str(args.teacher),
-        "stage": checkpoint.get("stage", 1),
-        "step": step,
-        "sha256": fingerprint(checkpoint["encoder"]),
-    }
-    return teacher.float().eval().requires_grad_(False), identity
-
-
-def draw_masks(args, step, g):
-    """The masks of micro-batch g of a step, of all types. Block sizes are the same for all micro-batches."""
-    rng = training.generator("masks", args.stage, args.seed, step, g)
-    sizes = training.generator("block sizes", args.stage, args.seed, step)
-    options = args.mask_truncation, sizes, args.masks_per_clip, args.target_fraction
-    masks = sample_masks(args.mask, cli.clip_grid(args), args.micro_batch_size, rng, *options)
-    return [mask.to(args.device) for mask in masks]
-
-
-@torch.no_grad()
-def latent_targets(teacher, clips):
-    """The teacher's latents of the whole clip, layer-normalized: (B, 3, T, H, W) -> (B, N, D_teacher) float32."""
-    return F.layer_norm(teacher(clips).float(), (teacher.width,))
-
-
-def latent_loss(student, predictor, targets, clips, mask):
-    """Mean absolute error at the target tokens of a mask. targets: (B, N, D_teacher), the latents of all tokens.
-
-    Returns the loss, and the predictions and targets at the target tokens, both (B, Kt, D_teacher).
-    """
-    context = student(clips, mask.context_ids)
-    predicted = predictor(context, mask.context_ids, mask.target_ids, student.grid(clips), mask.index)
-    targets = gather(targets, mask.target_ids)
-    return (predicted.float() - targets).abs().mean(), predicted, targets
-
-
-def fixed_batch_metrics(teacher, student, predictor, fixed, args, autocast):
-    """Signs of collapse on the fixed batch, and its loss if it is held out: a dictionary for the log."""
-    clips = data.normalize(fixed.clips, torch.device(args.device))
-    with training.evaluating(teacher, student, predictor), autocast:
-        targets = latent_targets(teacher, clips)
-        results = [latent_loss(student, predictor, targets, clips, mask) for mask in fixed.masks]
-    losses, predictions, targets = zip(*results, strict=True)
-    held_out = {"held_out_loss": torch.stack(losses).mean()} if fixed.held_out else {}
-    return held_out | training.collapse_metrics(predictions[-1], targets[-1])
+    stage, sha256 = checkpoint.get("stage", 1), fingerprint(checkpoint["encoder"])
+    teacher_id = {"path": str(args.teacher), "stage": stage, "step": step, "sha256": sha256}
+    return teacher.float().eval().requires_grad_(False), teacher_id
 
 
 def main():
@@ -92,44 +53,60 @@ def main():
     flag("--teacher", required=True, metavar="RUN|FILE", help="stage-1 or stage-2 checkpoint")
     flag("--shard-teacher", action="store_true", help="shard the teacher too; default: a whole copy in each process")
     args = parser.parse_args()
-    teacher, teacher_identity = load_teacher(args)
-    training.setup(args, stage=1 + teacher_identity["stage"])
     encoder_config = cli.encoder_config(args)
+    teacher, teacher_id = load_teacher(args)
+    training.setup(args, "student", stage=1 + teacher_id["stage"])
     source = data.clip_source(args)
 
-    student = Encoder(**encoder_config).to(args.device)
+    with torch.device(args.device):
+        student = Encoder(**encoder_config)
+        predictor = Predictor(**cli.predictor_config(args, student.width, teacher.width))
     teacher = teacher.to(args.device, getattr(torch, args.dtype))
-    predictor = Predictor(**cli.predictor_config(args, student.width, teacher.width)).to(args.device)
+    networks = {"encoder": student, "predictor": predictor}
     training.compile_and_shard(teacher, args, sharded=args.shard_teacher)
     for network in (student, predictor):
         training.compile_and_shard(network, args)
     optimizer = training.make_optimizer([student, predictor], args)
-    fixed = training.fixed_batch(source, args)
-    networks = {"encoder": student, "predictor": predictor}
-    run = Run("student", args, networks, optimizer, teacher, teacher_identity)
-    loader = data.training_loader(source, args, run.start_step)
+    log = training.Log(args, networks, teacher)
+    start = training.resume(args, networks, optimizer, log, teacher_id)
+    loader = data.training_loader(source, args, start)
     autocast = torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16")
+    micro_batches = data.micro_batch_indices(args)  # of a step, those of this process
 
-    for step in range(run.start_step, args.steps):
+    stop = 0
+    for step in range(start, args.steps):
         training.set_schedules(optimizer, step, args)
         loss = 0.0
-        for g, clips in run.micro_batches(loader, step):  # (B, 3, T, H, W), normalized, on the device
-            masks = draw_masks(args, step, g)
-            run.record_masks(masks)
-            with autocast:
-                targets = latent_targets(teacher, clips)  # (B, N, D_teacher)
-            # One mask at a time: each backward pass frees its activations before the next forward pass.
-            for mask in masks:
+        for micro in micro_batches:
+            batch = next(loader)
+            clips = data.normalize(batch.clips, torch.device(args.device))  # (B, 3, T, H, W)
+            rng, sizes = training.mask_generators(args, step, micro)
+            masks = sample_masks(
+                args.mask, student.grid(clips), len(clips), rng, args.mask_truncation, sizes, args.masks_per_clip,
+                args.target_fraction, args.device,
+            )  # fmt: skip
+            with torch.no_grad(), autocast:
+                targets = F.layer_norm(teacher(clips).float(), (teacher.width,))  # (B, N, D_teacher)
+            training.sync_gradients(networks, last=micro == micro_batches[-1])
+            for mask in masks:  # one at a time: each backward pass frees its activations before the next forward pass
                 with autocast:
-                    mask_loss, *_ = latent_loss(student, predictor, targets, clips, mask)
-                mask_loss = mask_loss / (len(masks) * run.num_micro_batches)
+                    context = student(clips, mask.context_ids)  # (B, Kc, D)
+                    predicted = predictor(context, mask.context_ids, mask.target_ids, student.grid(clips), mask.index)
+                target = gather(targets, mask.target_ids)  # (B, Kt, D_teacher)
+                mask_loss = (predicted.float() - target).abs().mean() / (len(masks) * len(micro_batches))
                 mask_loss.backward()
                 loss += mask_loss.detach()
-        loss, grad_norm = training.update(optimizer, loss, args)
-        due = run.is_log_step(step)
-        metrics = fixed_batch_metrics(teacher, student, predictor, fixed, args, autocast) if due else {}
-        run.end_step(step, loss=loss, grad_norm=grad_norm, **metrics)
-    run.finish()
+            log.count(batch, masks)
+        loss, grad_norm = training.optimizer_step(optimizer, loss, args)
+        log.add_step(step, loss, grad_norm)
+        save, stop = training.agree_on_saving(step, args, log)
+        if save or training.due(step, args.log_every):
+            log.write(**training.collapse_metrics(predicted, target, step))
+        if save:
+            training.save(args, step + 1, networks, optimizer, log, teacher_id)
+        if stop:
+            break
+    training.finish(args, log, stop)
 
 
 if __name__ == "__main__":

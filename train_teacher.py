@@ -5,6 +5,9 @@
 
 The encoder sees only the context tokens. The predictor, here a pixel decoder, predicts the normalized pixels of the
 target tokens. Writes out/teacher/checkpoint.pt, which train_student.py takes as its --teacher.
+
+Letters: B clips of a micro-batch, T H W frames and pixels, N tokens of a clip, Kc and Kt context and target tokens of a
+mask, D width, P values in a tubelet.
 """
 
 import torch
@@ -14,16 +17,6 @@ import data
 import training
 from masking import sample_masks
 from model import Encoder, Predictor, gather, tubelets
-from run import Run
-
-
-def draw_masks(args, step, g):
-    """The masks of micro-batch g of a step, of all types. Block sizes are the same for all micro-batches."""
-    rng = training.generator("masks", args.stage, args.seed, step, g)
-    sizes = training.generator("block sizes", args.stage, args.seed, step)
-    options = args.mask_truncation, sizes, args.masks_per_clip, args.target_fraction
-    masks = sample_masks(args.mask, cli.clip_grid(args), args.micro_batch_size, rng, *options)
-    return [mask.to(args.device) for mask in masks]
 
 
 def pixel_targets(clips, tubelet_size, patch_size):
@@ -33,64 +26,59 @@ def pixel_targets(clips, tubelet_size, patch_size):
     return y.flatten(-2)
 
 
-def pixel_loss(encoder, predictor, targets, clips, mask):
-    """Mean squared error at the target tokens of a mask. targets: (B, N, P), the pixels of all tokens.
-
-    Returns the loss, and the predictions and targets at the target tokens, both (B, Kt, P).
-    """
-    context = encoder(clips, mask.context_ids)
-    predicted = predictor(context, mask.context_ids, mask.target_ids, encoder.grid(clips), mask.index)
-    targets = gather(targets, mask.target_ids)
-    return (predicted.float() - targets).square().mean(), predicted, targets
-
-
-def fixed_batch_metrics(encoder, predictor, fixed, args, autocast):
-    """Signs of collapse on the fixed batch, and its loss if it is held out: a dictionary for the log."""
-    clips = data.normalize(fixed.clips, torch.device(args.device))
-    with training.evaluating(encoder, predictor), autocast:
-        targets = pixel_targets(clips, args.tubelet_size, args.patch_size)
-        results = [pixel_loss(encoder, predictor, targets, clips, mask) for mask in fixed.masks]
-    losses, predictions, targets = zip(*results, strict=True)
-    held_out = {"held_out_loss": torch.stack(losses).mean()} if fixed.held_out else {}
-    return held_out | training.collapse_metrics(predictions[-1], targets[-1])
-
-
 def main():
     args = cli.training_flags(__doc__, out="out/teacher", steps=80_000).parse_args()
-    training.setup(args, stage=1)
     encoder_config = cli.encoder_config(args)
+    training.setup(args, "teacher", stage=1)
     source = data.clip_source(args)
 
-    encoder = Encoder(**encoder_config).to(args.device)
-    pixels = 3 * args.tubelet_size * args.patch_size**2
-    predictor = Predictor(**cli.predictor_config(args, encoder.width, pixels)).to(args.device)
-    for network in (encoder, predictor):
+    with torch.device(args.device):
+        encoder = Encoder(**encoder_config)
+        pixels = 3 * args.tubelet_size * args.patch_size**2
+        predictor = Predictor(**cli.predictor_config(args, encoder.width, pixels))
+    networks = {"encoder": encoder, "predictor": predictor}
+    for network in networks.values():
         training.compile_and_shard(network, args)
     optimizer = training.make_optimizer([encoder, predictor], args)
-    fixed = training.fixed_batch(source, args)
-    run = Run("teacher", args, {"encoder": encoder, "predictor": predictor}, optimizer)
-    loader = data.training_loader(source, args, run.start_step)
+    log = training.Log(args, networks)
+    start = training.resume(args, networks, optimizer, log)
+    loader = data.training_loader(source, args, start)
     autocast = torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16")
+    micro_batches = data.micro_batch_indices(args)  # of a step, those of this process
 
-    for step in range(run.start_step, args.steps):
+    stop = 0
+    for step in range(start, args.steps):
         training.set_schedules(optimizer, step, args)
         loss = 0.0
-        for g, clips in run.micro_batches(loader, step):  # (B, 3, T, H, W), normalized, on the device
-            masks = draw_masks(args, step, g)
-            run.record_masks(masks)
+        for micro in micro_batches:
+            batch = next(loader)
+            clips = data.normalize(batch.clips, torch.device(args.device))  # (B, 3, T, H, W)
+            rng, sizes = training.mask_generators(args, step, micro)
+            masks = sample_masks(
+                args.mask, encoder.grid(clips), len(clips), rng, args.mask_truncation, sizes, args.masks_per_clip,
+                args.target_fraction, args.device,
+            )  # fmt: skip
             targets = pixel_targets(clips, args.tubelet_size, args.patch_size)  # (B, N, P)
-            # One mask at a time: each backward pass frees its activations before the next forward pass.
-            for mask in masks:
+            training.sync_gradients(networks, last=micro == micro_batches[-1])
+            for mask in masks:  # one at a time: each backward pass frees its activations before the next forward pass
                 with autocast:
-                    mask_loss, *_ = pixel_loss(encoder, predictor, targets, clips, mask)
-                mask_loss = mask_loss / (len(masks) * run.num_micro_batches)
+                    context = encoder(clips, mask.context_ids)  # (B, Kc, D)
+                    predicted = predictor(context, mask.context_ids, mask.target_ids, encoder.grid(clips), mask.index)
+                target = gather(targets, mask.target_ids)  # (B, Kt, P)
+                mask_loss = (predicted.float() - target).square().mean() / (len(masks) * len(micro_batches))
                 mask_loss.backward()
                 loss += mask_loss.detach()
-        loss, grad_norm = training.update(optimizer, loss, args)
-        due = run.is_log_step(step)
-        metrics = fixed_batch_metrics(encoder, predictor, fixed, args, autocast) if due else {}
-        run.end_step(step, loss=loss, grad_norm=grad_norm, **metrics)
-    run.finish()
+            log.count(batch, masks)
+        loss, grad_norm = training.optimizer_step(optimizer, loss, args)
+        log.add_step(step, loss, grad_norm)
+        save, stop = training.agree_on_saving(step, args, log)
+        if save or training.due(step, args.log_every):
+            log.write(**training.collapse_metrics(predicted, target, step))
+        if save:
+            training.save(args, step + 1, networks, optimizer, log)
+        if stop:
+            break
+    training.finish(args, log, stop)
 
 
 if __name__ == "__main__":

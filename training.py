@@ -1,62 +1,80 @@
-"""The training recipe that the three training scripts share: processes and sharding, AdamW, schedules, the update.
+"""What the three training scripts share: processes and sharding, AdamW and schedules, the log, saving and resuming.
 
-A run depends only on its flags. Sample n, the masks of micro-batch g of step s, and the initial weights are functions
-of n, g, s, --seed and the stage. So neither a restart nor a different number of processes changes a run, and a student
+A run depends only on its flags. Sample n, the masks of micro-batch m of step s, and the initial weights are functions
+of n, m, s, --seed and the stage. So neither a restart nor a different number of processes changes a run, and a student
 shares no randomness with its teacher. A student and the EMA baseline with the same --seed share all of it.
+
+A run folder (--out) holds args.json (flags, model, versions), metrics.jsonl (one line per logged step), checkpoint.pt
+(what `model.load_checkpoint` reads) and resume/ (the newest states to continue from).
 """
 
-import contextlib
+import fcntl
+import functools
+import itertools
+import json
 import math
 import os
+import platform
 import resource
+import shutil
+import signal
+import socket
+import subprocess
 import sys
+import time
 import warnings
-from typing import NamedTuple
+from pathlib import Path
 
-import numpy as np
+import av
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.attention import SDPBackend
 
+import cli
 import data
 import flops
-import masking
-from cli import (
-    check_mask_flags,
-    clip_grid,
-    default_micro_batch_size,
-    fail,
-    rank_and_world,
-    require_at_least,
-    resolve_device,
-)
+import model
+from cli import fail, launched, plain_flags, rank_and_world, require_at_least, write_atomically
+from video import BadVideo
 
 PAPER_LR, PAPER_WARMUP_STEPS = 6.25e-4, 10_000  # table 5
+STATES_KEPT = 2  # newest states in resume/
+RANK_EVERY = 100  # steps between logged effective ranks, which take an eigendecomposition
 
 # ---------------------------------------------------------------------------------------------------------------------
 # processes and sharding
 
 
-def setup(args, stage):
+def setup(args, kind, stage):
     """Check the flags, fill in (in place) those that depend on the machine, and join torchrun's process group.
 
-    stage: 1 for a V-Pixel teacher, for others 1 more than their teacher's. It selects the random streams.
+    kind: "teacher", "student" or "ema". stage: 1 for a V-Pixel teacher, for others 1 more than their teacher's. It
+    selects the random streams.
     """
     rank, world = rank_and_world()
-    resolve_device(args)
-    gpu = args.device == "cuda"
+    cli.resolve_device(args)
+    gpu, cores, local = args.device == "cuda", len(os.sched_getaffinity(0)), launched("LOCAL_WORLD_SIZE", 1)
+    args.kind, args.stage = kind, stage
     args.compile = gpu if args.compile is None else args.compile
-    args.workers = (8 if gpu else 1) if args.workers is None else args.workers
-    args.stage = stage
-    args.schedule_steps = args.steps  # where the schedules end; V-JEPA stretches them beyond the last step
+    if args.workers is None:
+        args.workers = max(1, min(16, cores // local - 1)) if gpu else 1
     if args.steps < 1 or args.batch_size < 1 or args.batch_size % world:
         fail(f"--steps and --batch-size must be at least 1, and --batch-size divisible by the {world} processes")
-    require_at_least(args, 1, "save_every", "log_every", "frame_step", "keep", "loader_timeout", "clips_per_video")
-    require_at_least(args, 0, "seed", "workers", "snapshot_every")
-    check_mask_flags(args)
+    require_at_least(args, 1, "log_every", "frame_step")
+    require_at_least(args, 0, "seed", "workers", "snapshot_every", "save_minutes")
+    cli.check_mask_flags(args)
     if args.lr is None:
         args.lr = PAPER_LR * math.sqrt(args.batch_size / flops.PAPER_BATCH)
     args.start_lr = 0.32 * args.lr if args.start_lr is None else args.start_lr
@@ -66,14 +84,17 @@ def setup(args, stage):
         fail(f"--warmup-steps {args.warmup_steps} leaves nothing of --steps {args.steps}; a tenth of it is usual")
     clips = args.batch_size // world  # per process and step
     if args.micro_batch_size is None:
-        args.micro_batch_size = default_micro_batch_size(clips)
+        args.micro_batch_size = cli.default_micro_batch_size(clips)
     if args.micro_batch_size < 1 or clips % args.micro_batch_size:
         fail(f"--micro-batch-size {args.micro_batch_size} does not divide {args.batch_size} clips / {world} processes")
     if world > 1:
         if gpu:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(launched("LOCAL_RANK", 0))
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
     sys.excepthook = _exception_hook
+    _received.clear()
+    for number in STOP_SIGNALS:
+        signal.signal(number, _receive_signal)
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nobody writes into that view
     warnings.filterwarnings("ignore", "torch.distributed is disabled")  # intended with a single process
     torch.set_float32_matmul_precision("high")
@@ -83,6 +104,18 @@ def setup(args, stage):
         print(f"running on {world} x {name}, {args.dtype}; batch of {args.batch_size} clips = {world} processes x "
               f"{clips // args.micro_batch_size} micro-batches x {args.micro_batch_size} clips; learning rate "
               f"{args.lr:.3g} after {args.warmup_steps} steps of warm-up")  # fmt: skip
+        if cores < local * (1 + args.workers):
+            print(f"WARNING: {local} processes with {args.workers} loader workers each share {cores} cores: ask for "
+                  "more (SLURM: --cpus-per-task), or lower --workers")  # fmt: skip
+
+
+@functools.cache
+def _mesh(device, hybrid):
+    """The device mesh of all networks: all processes, or with --hybrid (nodes, processes of a node)."""
+    world, local = dist.get_world_size(), launched("LOCAL_WORLD_SIZE", 1)
+    if not hybrid:
+        return init_device_mesh(device, (world,))
+    return init_device_mesh(device, (world // local, local), mesh_dim_names=("replicate", "shard"))
 
 
 def compile_and_shard(network, args, sharded=True):
@@ -90,51 +123,67 @@ def compile_and_shard(network, args, sharded=True):
 
     By default parameters and optimizer state are sharded over all processes, with --hybrid over those of a node.
     Parameters and gradients are float32; with --dtype bfloat16 both passes gather and compute in bfloat16. With
-    --replicate every process keeps everything, and `update` averages the gradients.
+    --replicate every process keeps everything, and `optimizer_step` averages the gradients.
     """
     network.activation_checkpointing = args.activation_checkpointing
     if args.compile:
         for block in network.blocks:
             block.compile()
     if dist.is_initialized() and sharded and args.parallel != "replicate":
-        world, local = dist.get_world_size(), int(os.environ["LOCAL_WORLD_SIZE"])
-        shape = {"shard": (1, world), "hybrid": (world // local, local)}[args.parallel]
-        mesh = init_device_mesh(args.device, shape, mesh_dim_names=("replicate", "shard"))
         policy = MixedPrecisionPolicy(cast_forward_inputs=False)  # keeps the RoPE tables in float32
         if args.dtype == "bfloat16":
             policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
         frozen = not any(p.requires_grad for p in network.parameters())
+        mesh = _mesh(args.device, args.parallel == "hybrid")
         for module in (*network.blocks, network):
             fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=frozen)
-    return network
+        if frozen:
+            network.register_forward_hook(_forget_forward)
 
 
-def set_last_micro_batch(networks, last):
+def _forget_forward(network, *_):
+    """Clear FSDP's record of a frozen network's forward pass, which otherwise grows until a backward pass."""
+    for module in network.modules():
+        if isinstance(module, FSDPModule):  # torch has no public way that works before a version of 2.14
+            group = module._get_fsdp_state()._fsdp_param_group
+            group.comm_ctx.post_forward_order.clear()
+            group._post_forward_indices.clear()
+
+
+def sync_gradients(networks, last):
     """Tell FSDP whether this is the step's last micro-batch, the only one that reduces gradients.
 
     Until then each process accumulates its own gradients and keeps the weights it has gathered. A step then gathers
     weights twice and reduces gradients twice (once per mask), instead of four times and twice per micro-batch. The
     price is memory for unsharded weights (in --dtype) and gradients (float32).
     """
-    for network in networks:
+    for network in networks.values():
         if isinstance(network, FSDPModule):
             network.set_requires_gradient_sync(last)
             network.set_reshard_after_backward(last)
 
 
-def lost_a_process(error):
+def _lost_a_process(error):
     """Whether an error only says that another process of the run is gone."""
-    signs, kinds = ("closed by peer", "gloo", "nccl"), RuntimeError | dcp.api.CheckpointException
+    signs = ("closed by peer", "reset by peer", "broken pipe", "remote process exited", "timed out waiting for",
+             "collective operation timeout", "timeout at nccl work")  # fmt: skip
+    kinds = RuntimeError | dcp.api.CheckpointException
     return isinstance(error, kinds) and any(sign in str(error).lower() for sign in signs)
 
 
 def _exception_hook(kind, error, traceback):
-    """Report a lost peer in one line; it has printed the cause."""
-    if not lost_a_process(error):
+    """Report unreadable data, a dead loader worker or a lost peer in one line; anything else with its traceback."""
+    last_line = (str(error).strip().splitlines() or [kind.__name__])[-1]  # a worker's traceback comes before it
+    if isinstance(error, BadVideo):
+        message = f"unreadable, and no other video to replace it: {last_line}"
+    elif isinstance(error, data.LoaderFailed):
+        message = last_line
+    elif _lost_a_process(error):
+        message = f"process {rank_and_world()[0]} ends: it lost another process, whose message says why ({last_line})"
+    else:
         sys.__excepthook__(kind, error, traceback)
         return
-    rank, _ = rank_and_world()
-    print(f"process {rank} ends: it lost another process, whose message says why", file=sys.stderr, flush=True)
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr, flush=True)
     data.end_workers()
     os._exit(2)
 
@@ -144,32 +193,38 @@ def generator(purpose, *key):
     return torch.Generator().manual_seed(data.stream_seed(purpose, *key))
 
 
+def mask_generators(args, step, micro):
+    """The generators for the masks of a micro-batch, and for block sizes, which all micro-batches of a step share."""
+    key = args.stage, args.seed, step
+    return generator("masks", *key, micro), generator("block sizes", *key)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # optimizer and schedules (paper table 5)
 
 
 def learning_rate(step, args):
-    """Linear from start_lr to lr over warmup_steps, then cosine to final_lr at the last step of the schedule."""
+    """Linear from start_lr to lr over warmup_steps, then cosine to final_lr at the last step."""
     if step < args.warmup_steps:
         return args.start_lr + (args.lr - args.start_lr) * step / args.warmup_steps
-    progress = (step - args.warmup_steps) / max(1, args.schedule_steps - 1 - args.warmup_steps)
+    progress = (step - args.warmup_steps) / max(1, args.steps - 1 - args.warmup_steps)
     return args.final_lr + (args.lr - args.final_lr) * (1 + math.cos(math.pi * progress)) / 2
 
 
 def weight_decay(step, args):
-    """Cosine from weight_decay at step 0 to final_weight_decay at the last step of the schedule."""
-    progress = step / max(1, args.schedule_steps - 1)
+    """Cosine from weight_decay at step 0 to final_weight_decay at the last step."""
+    progress = step / max(1, args.steps - 1)
     change = args.weight_decay - args.final_weight_decay
     return args.final_weight_decay + change * (1 + math.cos(math.pi * progress)) / 2
 
 
-def make_optimizer(modules, args):
-    """AdamW over the parameters of the modules. Biases, norms and mask tokens have no weight decay."""
-    named = [item for module in modules for item in module.named_parameters()]
+def make_optimizer(networks, args):
+    """AdamW over the parameters of the networks. Biases, norms and mask tokens have no weight decay."""
+    named = [item for network in networks for item in network.named_parameters()]
     decayed = [p for name, p in named if p.ndim > 1 and "mask_tokens" not in name]
     others = [p for name, p in named if p.ndim <= 1 or "mask_tokens" in name]
     groups = [{"params": decayed, "decayed": True}, {"params": others, "decayed": False, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=args.lr, betas=tuple(args.betas), fused=True)
+    return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
 
 
 def set_schedules(optimizer, step, args):
@@ -189,7 +244,7 @@ def _average_gradients(params):
         p.grad.copy_(part.view_as(p))
 
 
-def update(optimizer, loss, args):
+def optimizer_step(optimizer, loss, args):
     """Clip the gradients and take an optimizer step, unless the loss or the gradient norm is not finite.
 
     loss: this process's mean over its micro-batches, a detached tensor. Returns the mean over all processes, and the
@@ -212,63 +267,145 @@ def update(optimizer, loss, args):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# metrics of a fixed batch
-
-FIXED_BATCH_SEED = 2**30  # for built-in clips that no run trains on
+# the log
 
 
-class FixedBatch(NamedTuple):
-    """One micro-batch, the same for every process at every step."""
-
-    clips: torch.Tensor  # (B, 3, T, H, W) uint8, on the CPU
-    masks: list  # of Mask, on the device
-    held_out: bool  # whether the run never trains on these clips
+def due(step, every):
+    """Whether something that happens every so many steps happens after this one."""
+    return every > 0 and (step + 1) % every == 0
 
 
-def fixed_batch(source, args):
-    """Load the `FixedBatch`: from --held-out if given, else from the training videos, else built-in clips."""
-    numbers = range(args.micro_batch_size)
-    if args.held_out:
+class Log:
+    """Counts what happens in the steps since the last logged one, and writes metrics.jsonl.
+
+    networks: "encoder" and "predictor", whose sizes decide the FLOPs; teacher: the network that makes the targets, if
+    there is one. Tensors are read only when a line is written, so that no other step waits for the device.
+    """
+
+    def __init__(self, args, networks, teacher=None):
+        self.args, self.device = args, torch.device(args.device)
+        self.model = {name: networks[name].config for name in ("encoder", "predictor")}
+        self.teacher = teacher and teacher.config
+        self.tokens = math.prod(cli.clip_grid(args))
+        self.micro_batches = len(data.micro_batch_indices(args))
+        self.totals = dict(seconds=0.0, flops=0.0, clips=0, bad_videos=0)  # since the run began, over all processes
+        self.reported, self.tensorboard, self.saved_at = set(), None, time.monotonic()
+        self.start()
+
+    def start(self):
+        """Start to count for the next line."""
+        self.started, self.waited, self.steps, self.names = time.perf_counter(), 0.0, [], []
+        keys = "clips flops bad_videos context_kept context_lost target_kept target_lost"
+        self.sums = dict.fromkeys(keys.split(), 0)  # of this process
+
+    def count(self, batch, masks):
+        """Count a micro-batch: its clips, tokens and FLOPs. Report unreadable videos, each once."""
+        counts = [(mask.context_ids.shape[1], mask.target_ids.shape[1]) for mask in masks]
+        clips = len(batch.clips)
+        found = {
+            "clips": clips,
+            "flops": clips * flops.step_flops(*self.model.values(), counts, self.teacher, self.tokens),
+            "bad_videos": batch.num_replaced,
+            "context_kept": clips * sum(context for context, _ in counts),
+            "context_lost": sum(mask.context_lost.sum().item() for mask in masks),
+            "target_kept": clips * sum(target for _, target in counts),
+            "target_lost": sum(mask.target_lost.sum().item() for mask in masks),
+        }
+        self.sums = {name: self.sums[name] + value for name, value in found.items()}
+        self.waited += batch.waited
+        self.names += batch.names
+        for reason in sorted(set(batch.skipped) - self.reported):
+            print(f"unreadable, replaced by another video: {reason}", file=sys.stderr, flush=True)
+        self.reported.update(batch.skipped)
+
+    def add_step(self, step, loss, grad_norm):
+        """Remember what `optimizer_step` returned."""
+        self.steps.append((step, torch.stack((loss, grad_norm)), self.names))
+        self.names = []
+
+    def write(self, **metrics):
+        """Write a line of metrics.jsonl and print a shorter one: the mean loss since the last line, the last gradient
+        norm, and any other metrics (floats or tensors of one element).
+
+        Ends the run if a step was not finite, or if too many videos are unreadable. All processes must call it.
+        """
+        args, step = self.args, self.steps[-1][0]
+        losses, grad_norms = self._read_steps()
+        line = {"step": step + 1, "loss": sum(losses) / len(losses), "grad_norm": grad_norms[-1]}
+        line |= {"lr": learning_rate(step, args), "weight_decay": weight_decay(step, args)}
+        line |= {name: float(value) for name, value in metrics.items()} | self._usage()
+        left = (args.steps - step - 1) * (time.perf_counter() - self.started) / len(losses)
+        self.start()
+        clips, bad = self.totals["clips"], self.totals["bad_videos"]
+        if clips >= 100 and bad > args.max_bad * clips:
+            limit = f"--max-bad {args.max_bad:.0%}"
+            fail(f"{bad} of {clips} samples are unreadable, more than {limit}: check --data", agreed=True)
+        if rank_and_world()[0] > 0:
+            return
         try:
-            source = data.Manifest(
-                [args.held_out], args.num_frames, args.frame_step, args.resolution, train=False, fps=args.fps
-            )
-        except (OSError, ValueError) as error:
-            fail(f"--held-out: {error}")
-        numbers = np.linspace(0, len(source) - 1, len(numbers)).round().astype(int).tolist()
-    elif not args.data:
-        source = data.Synthetic(args.num_frames, args.resolution, FIXED_BATCH_SEED)
-    try:
-        rng = generator("fixed batch", args.seed)
-        masks = masking.sample_masks(args.mask, clip_grid(args), len(numbers), rng, args.mask_truncation)
-    except ValueError as error:
-        fail(f"--mask {args.mask}: {error}")
-    loader = data.clip_loader(source, [numbers], min(1, args.workers), timeout=args.loader_timeout)
-    masks = [mask.to(args.device) for mask in masks]
-    return FixedBatch(data.next_batch(loader).clips, masks, bool(args.held_out or not args.data))
+            with open(args.out / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            fail(f"{args.out / 'metrics.jsonl'}: {error.strerror}")
+        for name, value in line.items() if self.tensorboard else ():
+            self.tensorboard.add_scalar(name, value, step + 1)
+        print(
+            f"{args.kind} {step + 1}/{args.steps}  loss {line['loss']:.4f}  lr {line['lr']:.1e}  grad "
+            f"{line['grad_norm']:.3f}  {line['clips_per_s']:.0f} clips/s  waiting for data {line['data_wait']:.0%}  "
+            f"{cli.duration(left)} left",
+            flush=True,
+        )
+
+    def _read_steps(self):
+        """Losses and gradient norms since the last line. Ends the run if one of them is not finite."""
+        values = torch.stack([tensor for _, tensor, _ in self.steps]).double().tolist()
+        for (step, _, names), (loss, norm) in zip(self.steps, values, strict=True):
+            if not math.isfinite(loss + norm):
+                fail(
+                    f"step {step + 1}: loss {loss:.4g}, gradient norm {norm:.4g}, lr "
+                    f"{learning_rate(step, self.args):.3g}; the weights were not updated and the last checkpoint is "
+                    f"kept; a lower --lr may help. Clips of process {rank_and_world()[0]}: {', '.join(names)}"
+                )
+        return zip(*values, strict=True)
+
+    def _usage(self):
+        """Speed, cost, tokens and unreadable videos since the last line, over all processes."""
+        sums = torch.tensor(list(self.sums.values()), dtype=torch.float64)
+        memory = torch.tensor(peak_memory(self.device))
+        if dist.is_initialized():
+            dist.all_reduce(sums)
+            dist.all_reduce(memory, dist.ReduceOp.MAX)
+        sums, seconds = dict(zip(self.sums, sums.tolist(), strict=True)), time.perf_counter() - self.started
+        clips = sums["clips"]
+        self.totals["seconds"] += seconds
+        self.totals["flops"] += sums["flops"]
+        self.totals["clips"] += int(clips)
+        self.totals["bad_videos"] += int(sums["bad_videos"])
+        return {
+            "clips_per_s": clips / seconds,
+            "tokens_per_s": clips / seconds * self.tokens,
+            "data_wait": self.waited / seconds,  # of this process
+            "seconds": self.totals["seconds"],
+            "flops": self.totals["flops"],  # executed
+            "tflops_per_process": sums["flops"] / seconds / rank_and_world()[1] / 1e12,
+            "peak_memory_gib": memory.item() / 2**30,
+            **{name: sums[name] / clips for name in sums if name.endswith(("kept", "lost"))},  # per clip, all masks
+            "bad_videos": self.totals["bad_videos"],
+        }
 
 
-@contextlib.contextmanager
-def evaluating(*networks):
-    """A context without gradients and compilation. Afterwards FSDP frees the weights it gathered."""
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        yield
-    for network in networks:
-        for module in network.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()  # otherwise done by the backward pass
+def collapse_metrics(predicted, target, step):
+    """Early signs of representation collapse: standard deviation, and every RANK_EVERY steps effective rank.
 
-
-def collapse_metrics(predicted, targets):
-    """Early signs of representation collapse on a fixed batch: standard deviation and effective rank.
-
-    predicted, targets: (B, Kt, D), the predictor's outputs and what they should be. Returns a dictionary of floats.
+    predicted, target: (B, Kt, D), what the predictor returned last and what it should have. Returns a dictionary.
     """
     metrics = {}
-    for name, x in (("prediction", predicted), ("target", targets)):
-        x = x.float().flatten(0, 1)
-        x = x[:: math.ceil(len(x) / 4096)]
-        metrics |= {f"{name}_std": x.std(0).mean().item(), f"{name}_rank": effective_rank(x)}
+    for name, x in (("prediction", predicted), ("target", target)):
+        x = x.detach().float().flatten(0, 1)
+        x = x[:: math.ceil(len(x) / 1024)]
+        metrics[f"{name}_std"] = x.std(0).mean()
+        if due(step, RANK_EVERY):
+            metrics[f"{name}_rank"] = effective_rank(x)
     return metrics
 
 
@@ -287,3 +424,278 @@ def peak_memory(device):
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# when to save and stop
+
+STOP_SIGNALS = signal.SIGTERM, signal.SIGUSR1, signal.SIGINT
+_received = []  # signals, by this process
+
+
+def _receive_signal(number, frame):
+    """Signal handler: let the run finish its step, save and stop. A second Ctrl-C ends it at once."""
+    _received.append(number)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def agree_on_saving(step, args, log):
+    """Ask all processes whether to save after this step, and which signal to stop for: (save, stop), stop 0 for none.
+
+    A signal may reach only one process, and their clocks differ: what one process wants, all do.
+    """
+    overdue = time.monotonic() - log.saved_at >= 60 * args.save_minutes
+    wanted = torch.tensor([max(_received, default=0), overdue])  # on the CPU, so that nothing waits for the GPU
+    if dist.is_initialized():
+        dist.all_reduce(wanted, dist.ReduceOp.MAX)
+    stop, overdue = wanted.tolist()
+    return bool(stop or overdue) or step + 1 == args.steps or due(step, args.snapshot_every), stop
+
+
+def finish(args, log, stop):
+    """Print how the run ended and leave the process group. After a signal, exit with the status of a killed process,
+    so that no script goes on with an unfinished run.
+    """
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+    if rank_and_world()[0] == 0:
+        if stop:
+            name = signal.Signals(stop).name
+            print(f"{name}: saved and stopped; rerun the same command to continue", flush=True)
+        else:
+            print(
+                f"{args.kind} done: {args.steps} steps in {cli.duration(log.totals['seconds'])}, "
+                f"{log.totals['flops']:.3g} FLOPs; {args.out / 'checkpoint.pt'}",
+                flush=True,
+            )
+        if log.tensorboard:
+            log.tensorboard.close()
+        log.lock.close()
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+    if stop:
+        sys.exit(128 + stop)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# saving and resuming
+
+
+def save(args, step, networks, optimizer, log, teacher=None):
+    """Write the state to continue from, resume/step-N, then checkpoint.pt; with --snapshot-every a copy of it, too.
+
+    The state comes first: a cluster that stops a run may leave it little time. Both are written aside and renamed, so
+    that they are complete or absent. teacher: the identity of a frozen teacher (`train_student.load_teacher`).
+    """
+    folder = args.out / "resume" / f"step-{step:08}"
+    temporary, rank = folder.with_suffix(".tmp"), rank_and_world()[0]
+    record = {"step": step, "kind": args.kind, "model": log.model, "args": plain_flags(args), "totals": log.totals}
+    try:
+        if rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+        if dist.is_initialized():
+            dist.barrier()
+        dcp.save(_state(networks, optimizer), checkpoint_id=temporary)  # each process writes its shards
+        if rank == 0:
+            (temporary / "run.json").write_text(json.dumps(record | {"teacher": teacher}))
+            shutil.rmtree(folder, ignore_errors=True)
+            temporary.rename(folder)
+            for old in _states(args)[STATES_KEPT:]:
+                shutil.rmtree(old)
+        _write_checkpoint(args, step, networks, log, teacher)
+    except (OSError, RuntimeError, dcp.api.CheckpointException) as error:  # torch.save: RuntimeError on a full disk
+        if _lost_a_process(error):
+            raise
+        shutil.rmtree(temporary, ignore_errors=True)
+        reason = str(error).strip().splitlines()[-1]
+        fail(f"step {step} could not be saved in {args.out}, the previous one is kept; is the disk full? {reason}")
+    log.saved_at = time.monotonic()
+
+
+def _write_checkpoint(args, step, networks, log, teacher):
+    """Write checkpoint.pt, and before it checkpoint-N.pt if --snapshot-every asks for one."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = {name: get_model_state_dict(network, options=options) for name, network in networks.items()}
+    checkpoint = {
+        "format": model.CHECKPOINT_FORMAT,
+        "kind": args.kind,
+        "step": step,
+        "model": log.model,
+        "encoder_is": args.kind,
+        **weights,
+        "args": plain_flags(args),
+        "stage": args.stage,
+        "teacher": teacher,
+    }
+    snapshot = [f"checkpoint-{step:06}.pt"] if due(step - 1, args.snapshot_every) else []
+    if rank_and_world()[0] == 0:
+        for name in (*snapshot, "checkpoint.pt"):
+            write_atomically(args.out / name, lambda path: torch.save(checkpoint, path))
+
+
+def _state(networks, optimizer):
+    """The sharded tensors of the networks and of the optimizer, for torch.distributed.checkpoint."""
+    networks = nn.ModuleDict(networks)
+    optimizer = get_optimizer_state_dict(networks, optimizer)["state"]
+    return {"networks": get_model_state_dict(networks), "optimizer": optimizer}
+
+
+def _states(args):
+    """The folders of complete states, newest first."""
+    return sorted((p for p in (args.out / "resume").glob("step-*") if p.suffix != ".tmp"), reverse=True)
+
+
+def resume(args, networks, optimizer, log, teacher=None):
+    """Open the run folder, and restore networks and optimizer, in place, from the newest state in it, if there is one.
+
+    Returns the step to continue with. Ends the script if the folder holds another run, or is in use. Arguments: `save`.
+    """
+    rank, start = rank_and_world()[0], 0
+    try:
+        if rank == 0:
+            _open_folder(args, log)
+        if dist.is_initialized():
+            dist.barrier()
+        folder = next(iter(_states(args)), None)
+        if folder:
+            start = _restore(args, folder, networks, optimizer, log, teacher)
+        elif (args.out / "checkpoint.pt").exists():
+            fail(f"{args.out} holds a checkpoint, but no state to continue from; --fresh starts over", agreed=True)
+        elif rank == 0:
+            _describe(args, networks, log)
+        if args.tensorboard and rank == 0:
+            log.tensorboard = _open_tensorboard(args, start)
+    except OSError as error:
+        fail(f"--out {args.out}: {error.strerror}")
+    log.start()
+    return start
+
+
+def _open_folder(args, log):
+    """Make the run folder and lock it; with --fresh, move an earlier run aside first."""
+    log.lock = _lock(args.out)
+    if args.fresh and (args.out / "args.json").exists():
+        older = next(p for i in itertools.count(1) if not (p := args.out.with_name(f"{args.out.name}.{i}")).exists())
+        shutil.move(args.out, older)
+        print(f"--fresh: moved the earlier run in {args.out} to {older}")
+        log.lock = _lock(args.out)
+    (args.out / "resume").mkdir(exist_ok=True)
+    for unfinished in (args.out / "resume").glob("*.tmp"):
+        shutil.rmtree(unfinished)
+
+
+def _lock(folder):
+    """Keep other runs out of a folder while this process lives. Returns the lock, an open file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = open(folder / "lock", "a+")  # noqa: SIM115
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        fail(f"{folder} is in use by another run ({lock.read()}); choose another --out")
+    except OSError as error:  # some Lustre and NFS mounts have no locks
+        print(f"{folder} cannot be locked ({error.strerror}): do not start two runs in it")
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+    lock.flush()
+    return lock
+
+
+def _restore(args, folder, networks, optimizer, log, teacher):
+    """Restore the state in `folder`, and check that it is one of this run. Returns its step."""
+    record = json.loads((folder / "run.json").read_text())
+    step, earlier = record["step"], record["teacher"]
+    if record["kind"] != args.kind or record["model"] != log.model:
+        fail(f"{args.out} holds a run of another kind or model; choose another --out, or --fresh", agreed=True)
+    if teacher and teacher["sha256"] != earlier["sha256"]:
+        fail(
+            f"{args.out} was trained with another teacher: {earlier['path']} at step {earlier['step']}, now "
+            f"{teacher['path']} at step {teacher['step']}; restore that teacher, or start over with --fresh",
+            agreed=True,
+        )
+    if step > args.steps:
+        fail(f"{args.out} is already at step {step}, beyond --steps {args.steps}", agreed=True)
+    state = _state(networks, optimizer)
+    try:
+        dcp.load(state, checkpoint_id=folder)
+    except dcp.api.CheckpointException as error:
+        reason = str(error).strip().splitlines()[-1]
+        fail(f"{folder} is damaged; delete it to continue from the state before it, if there is one: {reason}")
+    modules = nn.ModuleDict(networks)
+    set_model_state_dict(modules, state["networks"])
+    groups = get_optimizer_state_dict(modules, optimizer)["param_groups"]
+    set_optimizer_state_dict(modules, optimizer, {"state": state["optimizer"], "param_groups": groups})
+    log.totals = record["totals"]
+    if rank_and_world()[0] == 0:
+        _drop_later_lines(args.out / "metrics.jsonl", step)
+        _announce_resume(args, step, record["args"])
+    checkpoint = args.out / "checkpoint.pt"  # missing or older if the run was killed after it had written the state
+    if not checkpoint.exists() or model.load_checkpoint(checkpoint)["step"] != step:
+        _write_checkpoint(args, step, networks, log, teacher)
+    return step
+
+
+def _drop_later_lines(path, step):
+    """Drop the lines of a log after a step, and an unfinished last line, which a killed process may leave."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+    write_atomically(path, lambda temporary: temporary.write_text("".join(line + "\n" for line in kept)))
+
+
+def _announce_resume(args, step, earlier_args):
+    print(f"continuing {args.out} at step {step} of {args.steps}")
+    changed = [
+        name
+        for name, value in plain_flags(args).items()
+        if name not in ("fresh", "out", "teacher") and earlier_args.get(name) != value
+    ]
+    if changed:
+        print("  flags that changed: " + ", ".join("--" + name.replace("_", "-") for name in changed))
+
+
+def _describe(args, networks, log):
+    """Write args.json and an empty log. Print what is trained, and which kernels compute attention."""
+    record = {
+        "kind": args.kind,
+        "args": plain_flags(args),
+        "model": log.model,
+        "world_size": rank_and_world()[1],
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "av": av.__version__},
+        "git_commit": _git_commit(),
+    }
+    write_atomically(args.out / "args.json", lambda path: path.write_text(json.dumps(record, indent=2) + "\n"))
+    (args.out / "metrics.jsonl").write_text("")
+    size = {name: sum(p.numel() for p in networks[name].parameters()) / 1e6 for name in log.model}
+    kernels = {name: attention_kernel(networks[name], log.tokens, args) for name in log.model}
+    print(
+        f"{args.kind}: encoder of {size['encoder']:.2f}M parameters, predictor of {size['predictor']:.2f}M; "
+        f"attention by {kernels['encoder']} and {kernels['predictor']}; {args.steps} steps into {args.out}",
+        flush=True,
+    )
+
+
+def attention_kernel(network, tokens, args):
+    """The name of the kernel that scaled_dot_product_attention takes for a network's training on so many tokens."""
+    dtype = torch.float32 if args.device == "cpu" else getattr(torch, args.dtype)  # see `model.attend`
+    heads, head_dim = network.config["heads"], network.head_dim
+    q = torch.empty(1, heads, tokens, head_dim, device=args.device, dtype=dtype, requires_grad=True)
+    return SDPBackend(torch._fused_sdp_choice(q, q, q)).name  # torch.nn.attention has no public question
+
+
+def _open_tensorboard(args, start):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        fail("--tensorboard needs a package: pip install tensorboard")
+    return SummaryWriter(args.out / "tensorboard", purge_step=start + 1)
+
+
+def _git_commit():
+    """The commit of this code, with a "+" if files differ from it; None outside a git checkout."""
+    try:
+        describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--abbrev=40"]
+        return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

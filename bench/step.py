@@ -227,7 +227,7 @@ def training_step(runner, step, clips, mark=mark_nothing):
             mark("rest")
             loss += mask_loss.detach()
     mark("optimizer")
-    loss, grad_norm = training.update(runner.optimizer, loss, args)
+    loss, grad_norm = training.optimizer_step(runner.optimizer, loss, args)
     if runner.kind == "ema":
         mark("moving average")
         train_ema_baseline.update_teacher(runner.teacher, runner.encoder, EMA_MOMENTUM)

@@ -28,7 +28,7 @@ SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 TINY = shlex.split(
     "--width 32 --depth 1 --heads 2 --patch-size 8 --num-frames 4 --resolution 32 --predictor-width 16 "
     "--predictor-depth 1 --predictor-heads 2 --batch-size 4 --steps 6 --warmup-steps 2 --workers 0 --device cpu "
-    "--log-every 1 --save-every 2 --clip-grad 1 --lr 3e-3"
+    "--log-every 1 --clip-grad 1 --lr 3e-3"
 )
 # The metrics of a log line that do not depend on how fast the machine is.
 EXACT_METRICS = shlex.split("step loss grad_norm lr weight_decay context_kept context_lost target_kept flops")
@@ -116,7 +116,7 @@ def extra_flags(script, teacher):
     return {
         "train_teacher": (),
         "train_student": ("--teacher", teacher),
-        "train_ema_baseline": ("--ema-momentum", 0.9, "--final-ema-momentum", 1, "--ema-stretch", 1.5),
+        "train_ema_baseline": ("--ema-momentum", 0.9),
     }[script.__name__]
 
 

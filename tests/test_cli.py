@@ -1,4 +1,4 @@
-"""cli.py: one-line errors, durations, confidence intervals, and files that are never incomplete."""
+"""cli.py: one-line errors, the machine, durations, confidence intervals, and files that are never incomplete."""
 
 import argparse
 import io
@@ -13,22 +13,25 @@ import torch
 import cli
 from model import SIZES
 
-# ---------------------------------------------------------------------------------------------------------------------
-# errors
-
 
 def failure(capfd, function, *args, **options):
-    """Call a function that must end the process with status 2. Returns what it prints to stderr."""
+    """Call a function that must end the process with status 2. Returns what it prints to stderr, a single line."""
     with pytest.raises(SystemExit) as stop:
         function(*args, **options)
-    printed = capfd.readouterr()
-    assert stop.value.code == 2 and printed.out == ""
-    return printed.err
+    error = capfd.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") <= 1
+    return error
 
 
-def test_fail_prints_one_line(capfd, monkeypatch):
+def test_errors_of_the_parser_are_one_line(capfd, monkeypatch):
     monkeypatch.setattr("sys.argv", ["folder/script.py", "--flag"])
-    assert failure(capfd, cli.fail, "--flag 3: must be at least 4") == "script.py: --flag 3: must be at least 4\n"
+    parser = cli.Parser("description")
+    parser.add_argument("--steps", type=int)
+    for flags, message in (
+        (["--steps", "many"], "argument --steps: invalid int value: 'many'"),
+        (["--step", "3"], "unrecognized arguments: --step 3"),  # no abbreviations
+    ):
+        assert failure(capfd, parser.parse_args, flags) == f"script.py: {message} (--help lists the flags)\n"
 
 
 @pytest.mark.parametrize(
@@ -39,11 +42,9 @@ def test_fail_prints_one_line(capfd, monkeypatch):
         (False, False, 3, 1, False),
         (False, False, 2, 0, True),
         # Afterwards: the process that fails, whichever it is.
-        (True, False, 0, 0, True),
         (True, False, 3, 1, True),
         # All processes fail together: one of them.
         (True, True, 0, 0, True),
-        (True, True, 2, 0, False),
         (True, True, 3, 1, False),
     ],
 )
@@ -54,15 +55,25 @@ def test_which_processes_print_an_error(initialized, agreed, rank, local_rank, p
     assert (failure(capfd, cli.fail, "message", agreed=agreed) != "") == prints
 
 
-def test_errors_of_the_parser_are_one_line(capfd):
-    parser = cli.Parser("description")
-    parser.add_argument("--steps", type=int)
-    for flags, message in (
-        (["--steps", "many"], "argument --steps: invalid int value: 'many' (--help lists the flags)"),
-        (["--step", "3"], "unrecognized arguments: --step 3 (--help lists the flags)"),  # no abbreviations
-    ):
-        error = failure(capfd, parser.parse_args, flags)
-        assert error.endswith(f": {message}\n") and error.count("\n") == 1
+@pytest.mark.parametrize(
+    "variables, found",
+    [
+        ({}, (0, 1)),
+        ({"RANK": "", "WORLD_SIZE": ""}, (0, 1)),
+        ({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}, (3, 8)),
+        ({"RANK": "0"}, "RANK=0 WORLD_SIZE= "),
+        ({"WORLD_SIZE": "2"}, "unset WORLD_SIZE"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "start with torchrun"),
+        ({"RANK": "a", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}, "RANK=a"),
+    ],
+)
+def test_rank_and_world(variables, found, capfd, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    if isinstance(found, tuple):
+        assert cli.rank_and_world() == found
+    else:
+        assert found in failure(capfd, cli.rank_and_world)
 
 
 def test_require_at_least(capfd):
@@ -72,13 +83,11 @@ def test_require_at_least(capfd):
     assert error.endswith(": --batch-size 0: must be at least 1\n")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# flags
-
-
 def test_resolve_device(capfd, monkeypatch):
-    def resolved(gpu, **flags):
+    def resolved(gpu, bfloat16=True, **flags):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bfloat16)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla V100")
         args = argparse.Namespace(**dict(device=None, dtype=None) | flags)
         cli.resolve_device(args)
         return args.device, args.dtype
@@ -87,6 +96,10 @@ def test_resolve_device(capfd, monkeypatch):
     assert resolved(gpu=False) == ("cpu", "float32")
     assert resolved(gpu=True, device="cpu") == ("cpu", "float32")
     assert resolved(gpu=True, dtype="float32") == ("cuda", "float32")
+    assert capfd.readouterr().out == ""
+    assert resolved(gpu=True, bfloat16=False) == ("cuda", "float32")
+    assert "Tesla V100 has no bfloat16" in capfd.readouterr().out
+    assert resolved(gpu=True, bfloat16=False, dtype="bfloat16") == ("cuda", "bfloat16")
     assert "no GPU" in failure(capfd, resolved, gpu=False, device="cuda")
 
 
@@ -97,28 +110,22 @@ def test_default_micro_batch_size_is_the_largest_divisor_up_to_24(clips, size):
 
 def test_flags_override_the_model_size():
     parser = cli.training_flags("", out="out", steps=1)
-    shape = dict(num_frames=16, resolution=224, patch_size=16, tubelet_size=2)
-    assert cli.encoder_config(parser.parse_args(["--model", "vit_g"])) == SIZES["vit_g"] | shape
     config = cli.encoder_config(parser.parse_args(["--model", "vit_g", "--depth", "2", "--resolution", "32"]))
-    assert config == SIZES["vit_g"] | shape | dict(depth=2, resolution=32)
+    assert config == SIZES["vit_g"] | dict(depth=2, num_frames=16, resolution=32, patch_size=16, tubelet_size=2)
 
 
 def test_plain_flags_can_be_saved_as_json_and_in_a_checkpoint(tmp_path):
     args = cli.training_flags("", out="out/teacher", steps=5).parse_args(["--data", "a.csv", "b.csv"])
     plain = cli.plain_flags(args)
-    assert plain["out"] == "out/teacher" and plain["betas"] == [0.9, 0.95] and plain["data"] == ["a.csv", "b.csv"]
+    assert plain["out"] == "out/teacher" and plain["data"] == ["a.csv", "b.csv"]
     assert plain.keys() == vars(args).keys() and json.loads(json.dumps(plain)) == plain
     torch.save(plain, tmp_path / "flags.pt")
     assert torch.load(tmp_path / "flags.pt", weights_only=True) == plain
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# results
-
-
 @pytest.mark.parametrize(
     "seconds, text",
-    [(0, "0s"), (12.4, "12s"), (59.4, "59s"), (59.6, "1m00s"), (200, "3m20s"), (3599.7, "1h00m"), (3725, "1h02m")],
+    [(0, "0s"), (12.4, "12s"), (59.6, "1m00s"), (200, "3m20s"), (3599.7, "1h00m"), (3725, "1h02m")],
 )
 def test_duration(seconds, text):
     assert cli.duration(seconds) == text
@@ -136,7 +143,6 @@ def test_interval95(correct, total, low, high):
 def test_write_atomically_replaces_the_file_only_when_it_is_complete(tmp_path):
     path = tmp_path / "results.json"
     cli.write_atomically(path, lambda file: file.write_text("first"))
-    assert path.read_text() == "first"
 
     def interrupted(file):
         file.write_text("sec")
@@ -172,9 +178,3 @@ def test_progress_rewrites_one_line_in_a_terminal_and_adds_few_to_a_file(monkeyp
 
     assert shown(terminal=False) == "at 60\nat 121\nat 139\n"
     assert shown(terminal=True).startswith("\r\x1b[Kat 2\r\x1b[Kat 5") and shown(terminal=True).endswith("at 139\n")
-    assert shown(terminal=True).count("\n") == 1
-
-
-def test_progress_estimates_the_time_left(monkeypatch):
-    monkeypatch.setattr(time, "monotonic", iter((100.0, 110.0)).__next__)
-    assert cli.Progress().left(20, 100) == "40s left"
