@@ -27,6 +27,5 @@ probe "$OUT/student" "$OUT/probe-student" &
 python -m tools.analyze curves "$OUT/teacher" "$OUT/student" --save "$OUT/curves.png"
 python -m tools.analyze picture "$OUT/teacher" "$OUT/student" --first 2 --save "$OUT/salt"
 wait $!
-echo "[4/4] write the table and the report"
+echo "[4/4] write the table"
 python -m tools.analyze table "$OUT/probe-untrained" "$OUT/probe-teacher" "$OUT/probe-student" --save "$OUT/table.md"
-python -m tools.analyze report "$OUT/teacher" "$OUT/student" --save "$OUT/report.html"
