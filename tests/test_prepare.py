@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torchvision
-from conftest import flat, refusal, run_script, write_video
+from conftest import SHARED_DATA, flat, refusal, run_script, write_video
 
 import data
 from tools import prepare
@@ -463,3 +463,36 @@ def test_mistakes_about_a_folder_are_reported_in_one_line_and_write_no_manifest(
         assert what in refusal(capfd, prepare, *folder_flags(*arguments))
     assert not out.exists()  # found before any video was decoded
     assert [path.name for path in (tmp_path / "checked").iterdir()] == ["check.jsonl"]
+
+
+def test_what_operating_systems_leave_behind_is_no_video_and_no_class(tmp_path, clip, capfd):
+    names = {f"{kind}/{i}.mp4": kind for kind in ("run", "walk") for i in range(2)}
+    videos = make_videos(tmp_path / "v", clip, *names)
+    clutter = ["__MACOSX/walk/._0.mp4", "__MACOSX/1.mp4", "walk/._0.mp4", "walk/.DS_Store", ".DS_Store", "._walk"]
+    make_videos(videos, b"\0" * 4096, *clutter, ".Trashes/1.mp4", "$RECYCLE.BIN/$R1.mp4")
+    run_script(prepare, *folder_flags(videos, tmp_path / "o"))
+    assert "4 videos in" in (text := capfd.readouterr().out) and "ignored" not in text and "0 bad" in text
+    classes, train, val = written(tmp_path / "o", videos)
+    assert classes == ["run", "walk"] and train | val == names
+    assert set(prepare.find_files([videos])) == {"0", "1"}
+    write(tmp_path / "a", {"run_test_split1.txt": "0.avi 1\n1.avi 2\n", "._run_test_split1.txt": "\0"})
+    assert run(tmp_path, "hmdb51")[0] == ["run"]
+
+
+@pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="needs ../shared/data")
+@pytest.mark.parametrize(
+    "dataset, videos, annotated, found",
+    [
+        ("ucf101", "ucf3", {1: (9537, 3783), 2: (9586, 3734), 3: (9624, 3696)}, {1: (290, 104)}),
+        ("hmdb51", "jhmdb", {split: (3570, 1530) for split in (1, 2, 3)}, {}),
+    ],
+)
+def test_official_split_files(tmp_path, capfd, dataset, videos, annotated, found):
+    for split, expected in annotated.items():
+        paths = ("--annotations", SHARED_DATA / "annotations" / dataset, "--videos", SHARED_DATA / videos)
+        run_script(prepare, dataset, *paths, "--split", split, "--out", tmp_path)
+        text = capfd.readouterr().out
+        assert (counts(text)[0], counts(text, "val")[0]) == expected
+        assert len(written(tmp_path, SHARED_DATA)[0]) == {"ucf101": 101, "hmdb51": 51}[dataset]
+        if split in found:
+            assert (counts(text)[1], counts(text, "val")[1]) == found[split]

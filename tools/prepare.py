@@ -42,6 +42,7 @@ from video import IMAGE_SUFFIXES
 
 VIDEO_SUFFIXES = {".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".flv", ".mpg", ".mpeg", ".wmv", ".3gp", ".ts"}
 CHECKED_CLIP = [16, 4]  # frames and frame step of the clips that `folder` decodes to check a video, as in training
+CLUTTER = {"__MACOSX", "$RECYCLE.BIN", "System Volume Information", "@eaDir"}  # folders of macOS, Windows and Synology
 COUNTS = ("annotated", "found", "missing", "duplicate", "excluded")
 PANDA70M_CLIPS, V36M_CLIPS = 2_799_959, 3_626_129  # in the paper
 SHORTEST, LONGEST = 4, 50  # seconds of a Panda-70M clip (paper, appendix A)
@@ -159,9 +160,9 @@ def coin(annotations, videos):
     """COIN: 11,827 instructional videos of 180 tasks, one sample per video.
 
     --annotations: folder with COIN.json, from https://github.com/coin-dataset/annotations
-    --videos: the folder filled by download_videos.py from there, with TASK/YOUTUBE_ID.mp4
+    --videos: the folder filled by download_videos.py from there, with RECIPE_TYPE/YOUTUBE_ID.mp4
 
-    Classes are in the order of COIN's task numbers (recipe_type).
+    RECIPE_TYPE is the number of the task; classes are in this order.
     """
     with open_annotations(annotations[0], "COIN.json") as file:
         database = json.load(file)["database"]
@@ -240,7 +241,7 @@ def hmdb51(annotations, videos, split):
     it, then go on with the next.
     """
     end = f"_test_split{split}.txt"
-    lists = sorted(path.name for path in Path(annotations[0]).glob(f"*{end}"))
+    lists = sorted(path.name for path in Path(annotations[0]).glob(f"*{end}") if not is_clutter(path.name))
     kinds, samples = {"0": None, "1": "train", "2": "val"}, []  # 0: in neither
     for name in lists or [f"CLASS{end}"]:  # without any, the error names one
         with open_annotations(annotations[0], name) as file:
@@ -331,11 +332,16 @@ def open_splits(folder, val, train):
             yield split, file
 
 
+def is_clutter(name):
+    """Whether a file or folder is hidden or left behind by an operating system: .DS_Store, ._video.mp4, __MACOSX."""
+    return name.startswith(".") or name in CLUTTER
+
+
 def list_files(root, suffixes=VIDEO_SUFFIXES, frame_folders=frozenset()):
     """List all files below `root` with these suffixes: their sorted absolute paths, and a Counter of other suffixes.
 
-    A folder named in `frame_folders` counts as a file. Follows symbolic links, but searches no folder twice. Reports
-    and leaves out paths that a manifest cannot hold. Ends the script if a folder cannot be read.
+    A folder named in `frame_folders` counts as a file. Follows symbolic links, but searches no folder twice. Leaves out
+    clutter, and reports paths that a manifest cannot hold. Ends the script if a folder cannot be read.
     """
 
     def unreadable(error):
@@ -348,8 +354,10 @@ def list_files(root, suffixes=VIDEO_SUFFIXES, frame_folders=frozenset()):
             continue
         searched.add(os.path.realpath(parent))
         names += frame_folders.intersection(folders)
-        folders[:] = sorted(set(folders) - frame_folders)
+        folders[:] = sorted(name for name in folders if name not in frame_folders and not is_clutter(name))
         for name in names:
+            if is_clutter(name):
+                continue
             path, suffix = os.path.join(parent, name), os.path.splitext(name)[1].lower()
             if suffix not in suffixes and name not in frame_folders:
                 others[suffix] += 1
