@@ -1,6 +1,6 @@
 """Convert checkpoints from and to Hugging Face's VJEPA2Model, and from V-JEPA 2's released files.
 
-    python -m tools.convert to-hf out/student hf_folder       # writes hf_folder/config.json and model.safetensors
+    python -m tools.convert to-hf out/student hf_folder       # for VJEPA2Model and AutoVideoProcessor
     python -m tools.convert from-hf hf_folder out/vjepa2      # writes out/vjepa2/checkpoint.pt
     python -m tools.convert from-vjepa2 vitl.pt out/vjepa2    # vitl.pt is from dl.fbaipublicfiles.com/vjepa2
 
@@ -15,16 +15,15 @@ V-JEPA 2.1 has another architecture and is refused, because of its norms_block t
 Letters in shape comments: D width, P values in a tubelet, (t, h, w) frames and pixels of a tubelet, n mask tokens.
 """
 
-import os
 import pickle
 import re
-import shutil
+import tempfile
 from pathlib import Path
 
 import torch
 
 from cli import Parser, fail
-from model import CHECKPOINT_FORMAT, SIZES, AttentiveProbe, Encoder, Predictor, build, check_state_dict, load_checkpoint
+from model import CHECKPOINT_FORMAT, SIZES, Encoder, Predictor, build, check_state_dict, load_checkpoint
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Names of tensors: ours, V-JEPA 2's, Hugging Face's. The first row that matches applies.
@@ -50,20 +49,6 @@ PREDICTOR_NAMES = [
     ("norm", "predictor_norm", "predictor.layernorm"),
     ("proj", "predictor_proj", "predictor.proj"),
 ]
-PROBE_NAMES = [
-    ("query", None, "pooler.query_tokens"),
-    ("blocks.*.norm1", None, "pooler.self_attention_layers.*.layer_norm1"),
-    ("blocks.*.attn.qkv", None, "pooler.self_attention_layers.*.self_attn.{q,k,v}_proj"),
-    ("blocks.*.attn.proj", None, "pooler.self_attention_layers.*.self_attn.out_proj"),
-    ("blocks.*.norm2", None, "pooler.self_attention_layers.*.layer_norm2"),
-    ("blocks.*.mlp", None, "pooler.self_attention_layers.*.mlp"),
-    ("cross.norm1", None, "pooler.cross_attention_layer.layer_norm1"),
-    ("cross.q", None, "pooler.cross_attention_layer.cross_attn.q_proj"),
-    ("cross.kv", None, "pooler.cross_attention_layer.cross_attn.{k,v}_proj"),
-    ("cross.norm2", None, "pooler.cross_attention_layer.layer_norm2"),
-    ("cross.mlp", None, "pooler.cross_attention_layer.mlp"),
-    ("linear", None, "classifier"),
-]
 
 # By width. The weights do not show the number of heads. V-JEPA 2's ViT-g has 22; the paper's table 3 says 16.
 RELEASED_HEADS = {size["width"]: size["heads"] for size in SIZES.values()} | {1408: 22}
@@ -84,61 +69,44 @@ def their_names(name, table, column, rows):
     raise KeyError(name)
 
 
-def to_theirs(weights, table, column, tubelet=None):
-    """Convert our state dict to their names and shapes. tubelet: (3, t, h, w), needed for an encoder."""
+def to_theirs(weights, config, table, column):
+    """Convert our state dict to their names and shapes. config: of our network."""
     theirs = {}
     for name, tensor in weights.items():
         names = their_names(name, table, column, len(tensor))
-        if name == "patch_embed.weight":
-            tensor = tensor.unflatten(1, tubelet)  # (D, P) -> (D, 3, t, h, w), as in Conv3d
-        elif name == "mask_tokens" and column == HF:
-            tensor = tensor[:, None, None]  # (n, D) -> (n, 1, 1, D)
-        elif name == "mask_tokens":
-            tensor = tensor[:, None]  # (n, D) -> (n, 1, D), then n tensors (1, 1, D)
+        if name == "patch_embed.weight":  # (D, P) -> (D, 3, t, h, w), as in Conv3d
+            tensor = tensor.unflatten(1, (3, config["tubelet_size"], config["patch_size"], config["patch_size"]))
+        elif name == "mask_tokens":  # (n, D) -> (n, 1, 1, D), or n tensors (1, 1, D)
+            tensor = tensor[:, None, None] if column == HF else tensor[:, None]
         theirs |= zip(names, (part.clone() for part in tensor.chunk(len(names))), strict=True)
     return theirs
 
 
-def from_theirs(module, weights, table, column, tubelet=None, network=None):
-    """Convert their state dict to our names and shapes, in float32. module: ours, of which only the shapes are used.
+def make_checkpoint(networks, column):
+    """Make our checkpoint. networks: {"encoder", "student", "predictor": (our network without weights, their weights)}.
 
-    network: its name in messages; default: the class's. ValueError listing, by their names, all tensors that are
-    missing, unexpected or of another shape.
+    ValueError naming, as they do, the tensors that are missing, unexpected or of another shape.
     """
-    ours = module.state_dict()
-    expected = to_theirs(ours, table, column, tubelet)
-    network = network or type(module).__name__.lower()
-    check_state_dict(expected, weights, network)
-    print(f"{network}: {len(weights)} of {len(expected)} tensors matched")
-    converted = {}
-    for name, tensor in ours.items():
-        parts = [weights[theirs] for theirs in their_names(name, table, column, len(tensor))]
-        converted[name] = torch.cat(parts).float().reshape(tensor.shape)
-    return converted
-
-
-def tubelet_shape(config):
-    """(3, t, h, w) of an encoder's config."""
-    return 3, config["tubelet_size"], config["patch_size"], config["patch_size"]
-
-
-def make_checkpoint(encoder, encoder_weights, predictor, predictor_weights, column, student_weights=None):
-    """Make our checkpoint from their weights. encoder, predictor: ours, for the shapes; predictor may be None.
-
-    student_weights: those of the encoder that the predictor was trained with, if encoder_weights are its EMA.
-    """
-    tubelet = tubelet_shape(encoder.config)
-    checkpoint = {"format": CHECKPOINT_FORMAT, "kind": "vjepa2", "step": 0, "args": {}}
-    checkpoint["model"] = {"encoder": encoder.config}
-    checkpoint["encoder"] = from_theirs(encoder, encoder_weights, ENCODER_NAMES, column, tubelet)
-    if student_weights is not None:
-        checkpoint["student"] = from_theirs(encoder, student_weights, ENCODER_NAMES, column, tubelet, "student")
-    if predictor is None:
+    checkpoint = {"format": CHECKPOINT_FORMAT, "kind": "vjepa2", "step": 0, "args": {}, "model": {}}
+    for part, (module, weights) in networks.items():
+        table, ours = PREDICTOR_NAMES if part == "predictor" else ENCODER_NAMES, module.state_dict()
+        expected = to_theirs(ours, module.config, table, column)
+        check_state_dict(expected, weights, part)
+        print(f"{part}: {len(weights)} of {len(expected)} tensors matched")
+        checkpoint[part] = {}
+        for name, tensor in ours.items():
+            tensors = [weights[theirs] for theirs in their_names(name, table, column, len(tensor))]
+            checkpoint[part][name] = torch.cat(tensors).float().reshape(tensor.shape)
+        if part != "student":  # it has the encoder's configuration
+            checkpoint["model"][part] = module.config
+    if "predictor" not in networks:
         print("predictor: there is none; the checkpoint holds the encoder alone")
-    else:
-        checkpoint["model"]["predictor"] = predictor.config
-        checkpoint["predictor"] = from_theirs(predictor, predictor_weights, PREDICTOR_NAMES, column)
     return checkpoint
+
+
+def strip_wrappers(weights):
+    """The state dict without what FSDP or DDP, V-JEPA 2's multi-sequence wrapper and torch.compile add to names."""
+    return {re.sub(r"\b(module|backbone|_orig_mod)\.", "", name): tensor for name, tensor in weights.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -146,7 +114,7 @@ def make_checkpoint(encoder, encoder_weights, predictor, predictor_weights, colu
 
 
 def depth_of(weights, blocks):
-    """The number of blocks, from the tensors named `blocks`.0., `blocks`.1., ... (`blocks` is a regular expression)."""
+    """The number of blocks, from the tensors named `blocks`.0., `blocks`.1., ..."""
     matches = (re.match(rf"{blocks}\.(\d+)\.", name) for name in weights)
     return 1 + max((int(match[1]) for match in matches if match), default=-1)
 
@@ -160,86 +128,84 @@ def shape_of(weights, name, ndim):
     return weights[name].shape
 
 
-def vjepa2_encoder(weights, heads, num_frames, resolution):
+def infer_encoder(weights, args):
     """Infer the Encoder, without weights, from the shapes of V-JEPA 2's tensors; ValueError if that is impossible."""
     width, _, tubelet_size, patch_size, _ = shape_of(weights, "patch_embed.proj.weight", 5)
     hidden, _ = shape_of(weights, "blocks.0.mlp.fc1.weight", 2)
-    heads = heads or RELEASED_HEADS.get(width)
+    heads = args.heads or RELEASED_HEADS.get(width)
     if heads is None:
         raise ValueError(f"no released encoder has width {width}: give its number of attention heads with --heads")
+    sizes = args.num_frames, args.resolution, patch_size, tubelet_size
     with torch.device("meta"):
-        return Encoder(
-            width, depth_of(weights, "blocks"), heads, mlp_ratio=hidden / width,
-            num_frames=num_frames, resolution=resolution, patch_size=patch_size, tubelet_size=tubelet_size,
-        )  # fmt: skip
+        return Encoder(width, depth_of(weights, "blocks"), heads, hidden / width, *sizes)
 
 
-def vjepa2_predictor(weights, heads):
+def infer_predictor(weights, args):
     """Infer the Predictor, without weights, likewise."""
     width, in_width = shape_of(weights, "predictor_embed.weight", 2)
     out_width, _ = shape_of(weights, "predictor_proj.weight", 2)
-    num_mask_tokens = sum(name.startswith("mask_tokens.") for name in weights)
+    depth, num_mask_tokens = depth_of(weights, "predictor_blocks"), sum("mask_tokens." in name for name in weights)
     with torch.device("meta"):
-        return Predictor(in_width, out_width, width, depth_of(weights, "predictor_blocks"), heads, num_mask_tokens)
+        return Predictor(in_width, out_width, width, depth, args.predictor_heads, num_mask_tokens)
 
 
-def vjepa2_weights(file, key):
-    """The state dict `key` of a V-JEPA 2 file, without the prefixes of wrappers and the unused position embeddings."""
-    state_dict = file.get(key)
-    if not isinstance(state_dict, dict) or not all(isinstance(t, torch.Tensor) for t in state_dict.values()):
-        raise ValueError(f"there is no state dict {key!r}; V-JEPA 2's files have target_encoder, encoder and predictor")
-    weights = {name.replace("module.", "").replace("backbone.", ""): tensor for name, tensor in state_dict.items()}
-    for name in ("pos_embed", "predictor_pos_embed"):
-        # Sine tables from before RoPE; V-JEPA 2's own loader ignores them too.
-        if weights.pop(name, None) is not None:
-            print(f"{key}: ignoring {name} (V-JEPA 2 does not use it; V-JEPA 1 does, and cannot be converted)")
-    return weights
+def read_vjepa2(path):
+    """Read a V-JEPA 2 file: its state dicts among target_encoder, encoder and predictor.
 
-
-def from_vjepa2(path, heads=None, predictor_heads=12, num_frames=64, resolution=256):
-    """Convert a V-JEPA 2 file to our checkpoint, a dictionary.
-
-    The checkpoint's encoder is the file's target_encoder, which V-JEPA 2 evaluates and whose latents its predictor
-    predicts; its student is the file's encoder, with which the predictor was trained. If the file has only one of the
-    two, that is the checkpoint's encoder, and there is no student. heads: None for those of the released encoder of the
-    same width. OSError if the file cannot be read; ValueError if it is no such file.
+    A file that is itself a state dict counts as an encoder. OSError if it cannot be read; ValueError if it is neither,
+    or has no encoder.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no file {path}")
     try:
         file = torch.load(path, map_location="cpu", weights_only=True)  # never runs code from the file
     except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"{path} cannot be read as a checkpoint (damaged, not made by torch.save, or unsafe)"
-        ) from error
+        reason = "damaged, not made by torch.save, or unsafe"
+        raise ValueError(f"{path} cannot be read as a checkpoint ({reason})") from error
     if not isinstance(file, dict):
         raise ValueError(f"{path} holds a {type(file).__name__}, not a dictionary like V-JEPA 2's files")
+    if _is_state_dict(file):
+        file = {"encoder": file}
+    held = {key: file[key] for key in ("target_encoder", "encoder", "predictor") if key in file}
+    if not held.keys() - {"predictor"}:
+        raise ValueError(f"{path} has no state dict 'target_encoder' or 'encoder'; V-JEPA 2's files have both")
+    for key, weights in held.items():
+        if not _is_state_dict(weights):
+            raise ValueError(f"{path}: {key!r} is no state dict")
+        held[key] = strip_wrappers(weights)
+        for name in ("pos_embed", "predictor_pos_embed"):  # from before RoPE; V-JEPA 2's loader ignores them too
+            if held[key].pop(name, None) is not None:
+                print(f"{key}: ignoring {name} (V-JEPA 2 does not use it; V-JEPA 1 does, and cannot be converted)")
+    return held
+
+
+def _is_state_dict(value):
+    return isinstance(value, dict) and value and all(isinstance(tensor, torch.Tensor) for tensor in value.values())
+
+
+def from_vjepa2(args):
+    """Convert a V-JEPA 2 file to our checkpoint, a dictionary. Errors: those of `read_vjepa2` and `make_checkpoint`.
+
+    The checkpoint's encoder is the file's target_encoder, which V-JEPA 2 evaluates and whose latents its predictor
+    predicts; its student is the file's encoder, with which the predictor was trained. If the file has only one of the
+    two, that is the checkpoint's encoder, and there is no student.
+    """
+    file = read_vjepa2(args.source)
     held = [key for key in ("target_encoder", "encoder") if key in file]
-    if not held:
-        raise ValueError("there is no state dict 'target_encoder' or 'encoder'; V-JEPA 2's files have both")
-    encoder_weights, student_weights = vjepa2_weights(file, held[0]), None
+    encoder = infer_encoder(file[held[0]], args)
+    networks = {"encoder": (encoder, file[held[0]])}
     if len(held) == 2:
         print("target_encoder becomes the checkpoint's encoder, encoder its student")
-        student_weights = vjepa2_weights(file, "encoder")
+        networks["student"] = encoder, file["encoder"]
     else:
         print(f"the file has only {held[0]}: it becomes the checkpoint's encoder, for contexts and targets")
-    predictor_weights = vjepa2_weights(file, "predictor")
-    encoder = vjepa2_encoder(encoder_weights, heads, num_frames, resolution)
-    predictor = vjepa2_predictor(predictor_weights, predictor_heads)
-    return make_checkpoint(encoder, encoder_weights, predictor, predictor_weights, VJEPA2, student_weights)
+    if "predictor" in file:
+        networks["predictor"] = infer_predictor(file["predictor"], args), file["predictor"]
+    return make_checkpoint(networks, VJEPA2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Hugging Face's folders
-
-
-def import_transformers():
-    """Import transformers, which only these functions need; ImportError saying how to install it."""
-    try:
-        import transformers
-    except ImportError as error:
-        raise ImportError("conversion from and to Hugging Face needs transformers: pip install transformers") from error
-    return transformers
 
 
 def hf_ratio(hidden, width):
@@ -248,15 +214,16 @@ def hf_ratio(hidden, width):
     return exact if int(width * exact) == hidden else (hidden + 0.5) / width
 
 
-def to_hf(path):
-    """Convert our checkpoint to Hugging Face: (VJEPA2Model without weights, the tensors that we have for it).
+def to_hf(args):
+    """Convert our checkpoint: (VJEPA2Model without weights, the tensors that we have for it, its video processor).
 
     Its predictor can only predict as many values as its encoder is wide. If ours predicts something else (pixels, the
     latents of a teacher of another width), there are tensors for the encoder only. Errors: those of `load_checkpoint`
     and `build`.
     """
-    transformers = import_transformers()
-    checkpoint = load_checkpoint(path)
+    import transformers
+
+    checkpoint = load_checkpoint(args.source)
     e, p = checkpoint["model"]["encoder"], checkpoint["model"].get("predictor")
     config = transformers.VJEPA2Config(
         patch_size=e["patch_size"], tubelet_size=e["tubelet_size"], crop_size=e["resolution"],
@@ -264,13 +231,12 @@ def to_hf(path):
         num_attention_heads=e["heads"], mlp_ratio=hf_ratio(round(e["width"] * e["mlp_ratio"]), e["width"]),
         layer_norm_eps=1e-6,
     )  # fmt: skip
-    encoder = build(Encoder, e, checkpoint["encoder"])
-    weights = to_theirs(encoder.state_dict(), ENCODER_NAMES, HF, tubelet_shape(e))
+    weights = to_theirs(build(Encoder, e, checkpoint["encoder"]).state_dict(), e, ENCODER_NAMES, HF)
     print(f"encoder: {len(weights)} tensors")
     if "student" in checkpoint:
         print("student: left out (Hugging Face's model has a single encoder)")
     missing = None
-    if p is None:
+    if "predictor" not in checkpoint:
         missing = "there is none"
     elif p["in_width"] != e["width"] or p["out_width"] != e["width"]:
         missing = f"it predicts {p['out_width']} values, but Hugging Face's can only predict {e['width']}"
@@ -279,109 +245,83 @@ def to_hf(path):
     else:
         config.pred_hidden_size, config.pred_num_hidden_layers = p["width"], p["depth"]
         config.pred_num_attention_heads, config.pred_num_mask_tokens = p["heads"], p["num_mask_tokens"]
-        predictor = build(Predictor, p, checkpoint["predictor"])
-        predictor_weights = to_theirs(predictor.state_dict(), PREDICTOR_NAMES, HF)
-        print(f"predictor: {len(predictor_weights)} tensors")
-        weights |= predictor_weights
+        predictor = build(Predictor, p, checkpoint["predictor"]).state_dict()
+        predictor = to_theirs(predictor, p, PREDICTOR_NAMES, HF)
+        print(f"predictor: {len(predictor)} tensors")
+        weights |= predictor
     with torch.device("meta"):
         model = transformers.VJEPA2Model(config)
-    return model, weights
+    # Scales the short side to 256/224 of the crop, as V-JEPA 2 does, and normalizes like `data.normalize`.
+    return model, weights, transformers.VJEPA2VideoProcessor(crop_size=e["resolution"])
 
 
 def read_hf(folder):
-    """Read a Hugging Face folder: (config, state dict). OSError if it is none; ValueError if it holds another model."""
-    transformers = import_transformers()
+    """Read a Hugging Face folder: (config, state dict). OSError if it is none; ValueError if it holds another model.
+
+    Of a VJEPA2ForVideoClassification, takes the VJEPA2Model.
+    """
+    import transformers
     from safetensors import SafetensorError  # comes with transformers
     from safetensors.torch import load_file
 
-    files = sorted(folder.glob("*.safetensors"))
+    files = sorted(folder.glob("[!.]*.safetensors"))  # macOS leaves files ._NAME
     if not (folder / "config.json").is_file() or not files:
         raise FileNotFoundError(f"{folder} is no Hugging Face folder: config.json or model.safetensors is missing")
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     if config.model_type != "vjepa2":
         raise ValueError(f"{folder} holds a {config.model_type} model, not vjepa2")
     if config.layer_norm_eps != 1e-6 or config.hidden_act != "gelu":
-        raise ValueError(
-            f"our networks have layer_norm_eps 1e-6 and gelu, not {config.layer_norm_eps} and {config.hidden_act}"
-        )
+        found = f"{config.layer_norm_eps} and {config.hidden_act}"
+        raise ValueError(f"our networks have layer_norm_eps 1e-6 and gelu, not {found}")
     try:
-        return config, {name: tensor for file in files for name, tensor in load_file(file).items()}
+        weights = strip_wrappers({name: tensor for file in files for name, tensor in load_file(file).items()})
     except SafetensorError as error:
         raise ValueError(f"the tensors in {folder} cannot be read: {error}") from error
+    left_out = [name for name in weights if name.startswith(("pooler.", "classifier."))]
+    if left_out:
+        print(f"pooler and classifier: left out ({len(left_out)} tensors); probe.py trains its own")
+    return config, {name.removeprefix("vjepa2."): weights[name] for name in weights.keys() - set(left_out)}
 
 
-def from_hf(path):
-    """Convert a Hugging Face VJEPA2Model folder to our checkpoint, a dictionary. Errors: those of `read_hf`.
+def from_hf(args):
+    """Convert a Hugging Face folder to our checkpoint, a dictionary. Errors: those of `read_hf` and `make_checkpoint`.
 
     If the folder has no predictor, neither has the checkpoint.
     """
-    c, weights = read_hf(Path(path))
+    c, weights = read_hf(Path(args.source))
     predictor_weights = {name: weights.pop(name) for name in list(weights) if name.startswith("predictor.")}
-    predictor = None
     with torch.device("meta"):
-        encoder = Encoder(
-            c.hidden_size, c.num_hidden_layers, c.num_attention_heads,
-            mlp_ratio=int(c.hidden_size * c.mlp_ratio) / c.hidden_size, num_frames=c.frames_per_clip,
-            resolution=c.crop_size, patch_size=c.patch_size, tubelet_size=c.tubelet_size,
-        )  # fmt: skip
+        mlp_ratio = int(c.hidden_size * c.mlp_ratio) / c.hidden_size
+        sizes = c.hidden_size, c.num_hidden_layers, c.num_attention_heads, mlp_ratio
+        clip = c.frames_per_clip, c.crop_size, c.patch_size, c.tubelet_size
+        networks = {"encoder": (Encoder(*sizes, *clip), weights)}
         if predictor_weights:
             sizes = c.pred_hidden_size, c.pred_num_hidden_layers, c.pred_num_attention_heads, c.pred_num_mask_tokens
-            predictor = Predictor(c.hidden_size, c.hidden_size, *sizes)
-    return make_checkpoint(encoder, weights, predictor, predictor_weights, HF)
+            networks["predictor"] = Predictor(c.hidden_size, c.hidden_size, *sizes), predictor_weights
+    return make_checkpoint(networks, HF)
 
 
-def probe_to_hf(weights):
-    """Convert an AttentiveProbe's state dict to the `pooler` and `classifier` of VJEPA2ForVideoClassification.
-
-    Those have as many heads as the encoder, and layer_norm_eps 1e-6. Ours has by default 16 and, like V-JEPA 2, 1e-5.
-    """
-    return to_theirs(weights, PROBE_NAMES, HF)
-
-
-def probe_from_hf(weights):
-    """Convert VJEPA2ForVideoClassification's state dict to an AttentiveProbe's, ignoring the encoder.
-
-    Load it into AttentiveProbe(..., heads=config.num_attention_heads, eps=config.layer_norm_eps). ValueError listing
-    all tensors that are missing, unexpected or of another shape.
-    """
-    weights = {name: tensor for name, tensor in weights.items() if name.startswith(("pooler.", "classifier."))}
-    num_classes, width = shape_of(weights, "classifier.weight", 2)
-    with torch.device("meta"):
-        probe = AttentiveProbe(width, num_classes, 1 + depth_of(weights, r"pooler\.self_attention_layers"), heads=1)
-    return from_theirs(probe, weights, PROBE_NAMES, HF)
+def save_hf(model, weights, processor, folder):
+    """Write a Hugging Face folder."""
+    model.save_pretrained(folder, state_dict=weights)
+    processor.save_pretrained(folder)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the command line
 
 
-def write_checkpoint(checkpoint, out):
-    """Write a checkpoint to `out`, a run folder or a file ending in .pt. FileExistsError if it has one already."""
-    file = Path(out) if str(out).endswith(".pt") else Path(out) / "checkpoint.pt"
-    if file.exists():
-        raise FileExistsError(f"{file} exists already; nothing written")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-    try:
-        torch.save(checkpoint, temporary)
-        temporary.rename(file)
-    finally:
-        temporary.unlink(missing_ok=True)
-    print(f"wrote {file}")
+def write_new(out, write):
+    """Call write(temporary path), then rename that file or folder to `out`, so that `out` is never incomplete.
 
-
-def write_hf(model, weights, out):
-    """Write a Hugging Face folder. FileExistsError if `out` exists and is not an empty folder."""
-    out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    FileExistsError if `out` exists and is not an empty folder.
+    """
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise FileExistsError(f"{out} exists already; nothing written")
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f"{out.name}.{os.getpid()}.tmp")
-    try:
-        model.save_pretrained(temporary, state_dict=weights)
-        temporary.rename(out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=out.parent) as folder:
+        write(Path(folder) / out.name)
+        (Path(folder) / out.name).rename(out)
     print(f"wrote {out}")
 
 
@@ -389,17 +329,18 @@ def parse_args():
     parser = Parser(__doc__, prog="python -m tools.convert")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def add_command(name, source, target, out):
+    def add_command(name, source, target, out, convert):
         text = f"Convert {source} to {target}."
         command = commands.add_parser(name, description=text, help=text)
+        command.set_defaults(convert=convert)
         command.add_argument("source", metavar="SOURCE", help=source)
-        command.add_argument("out", metavar="OUT", help=out)
+        command.add_argument("out", type=Path, metavar="OUT", help=out)
         return command.add_argument
 
     folder, out = "a Hugging Face VJEPA2Model folder", "run folder, for a checkpoint.pt in it, or file ending in .pt"
-    add_command("to-hf", "our checkpoint (a run folder or a file)", folder, "new or empty folder")
-    add_command("from-hf", folder, "our checkpoint", out)
-    flag = add_command("from-vjepa2", "a file that V-JEPA 2 released", "our checkpoint", out)
+    add_command("to-hf", "our checkpoint (a run folder or a file)", folder, "new or empty folder", to_hf)
+    add_command("from-hf", folder, "our checkpoint", out, from_hf)
+    flag = add_command("from-vjepa2", "a file that V-JEPA 2 released", "our checkpoint", out, from_vjepa2)
     flag("--heads", type=int, help="attention heads of the encoder; default: the released encoder's of this width")
     flag("--predictor-heads", type=int, default=12, help="attention heads of the predictor")
     flag("--num-frames", type=int, default=64, help="frames of the clips it was trained on, for the record")
@@ -410,14 +351,15 @@ def parse_args():
 def main():
     args = parse_args()
     try:
+        converted = args.convert(args)
         if args.command == "to-hf":
-            write_hf(*to_hf(args.source), args.out)
-        elif args.command == "from-hf":
-            write_checkpoint(from_hf(args.source), args.out)
+            write_new(args.out, lambda folder: save_hf(*converted, folder))
         else:
-            sizes = args.heads, args.predictor_heads, args.num_frames, args.resolution
-            write_checkpoint(from_vjepa2(args.source, *sizes), args.out)
-    except (ValueError, OSError, ImportError) as error:
+            file = args.out if args.out.suffix == ".pt" else args.out / "checkpoint.pt"
+            write_new(file, lambda path: torch.save(converted, path))
+    except ImportError:
+        fail("conversion from and to Hugging Face needs transformers: pip install transformers")
+    except (ValueError, OSError) as error:
         fail(" ".join(str(error).split()))  # transformers' errors have several lines
 
 

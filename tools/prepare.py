@@ -1,9 +1,9 @@
-"""Turn a dataset's annotations and a folder of its videos into manifests.
+"""Turn a dataset's annotations, or a folder of your own videos, into manifests.
 
     python -m tools.prepare k400 --annotations annotations/k400 --videos videos/k400
     python -m tools.prepare k710 --annotations annotations/k400 annotations/k600 annotations/k700 --videos videos/k*
-    python -m tools.prepare v3.6m                       # join data/k710, data/ssv2 and data/panda70m
-    python -m tools.prepare folder my_videos --out data/mine        # your own videos: see tools/folder.py
+    python -m tools.prepare v3.6m                                 # join data/k710, data/ssv2 and data/panda70m
+    python -m tools.prepare folder my_videos --out data/mine      # your own videos
 
 `python -m tools.prepare k400 --help` lists the files that k400 needs and where to get them. The command writes
 data/k400/train.csv and val.csv, with one "path label" per line, and classes.txt, whose line n (from 0) names class n.
@@ -14,7 +14,6 @@ It prints how many clips of each split are
     missing     not available as a file
     duplicate   annotated more than once, or in the same file as an earlier clip
     excluded    training clips that a validation set also has (panda70m: clips shorter than 4 s or longer than 50 s)
-    written     in the manifest
 
 tools/transcode.py can then check the videos and make smaller copies of them.
 
@@ -24,11 +23,12 @@ classes in order, a list of `Sample`, and the files found. Its docstring is the 
 """
 
 import csv
+import hashlib
 import inspect
 import json
 import os
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -37,10 +37,13 @@ import numpy as np
 
 from cli import Parser, Progress, fail, require_at_least, write_lines
 from data import read_manifest, write_manifest
-from tools.folder import VIDEO_SUFFIXES, write_folder
+from tools.transcode import check_video, print_bad, work_through
 from video import IMAGE_SUFFIXES
 
-COUNTS = ("annotated", "found", "missing", "duplicate", "excluded", "written")
+VIDEO_SUFFIXES = {".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".flv", ".mpg", ".mpeg", ".wmv", ".3gp", ".ts"}
+CHECKED_CLIP = [16, 4]  # frames and frame step of the clips that `folder` decodes to check a video, as in training
+CLUTTER = {"__MACOSX", "$RECYCLE.BIN", "System Volume Information", "@eaDir"}  # folders of macOS, Windows and Synology
+COUNTS = ("annotated", "found", "missing", "duplicate", "excluded")
 PANDA70M_CLIPS, V36M_CLIPS = 2_799_959, 3_626_129  # in the paper
 SHORTEST, LONGEST = 4, 50  # seconds of a Panda-70M clip (paper, appendix A)
 SYNSET = re.compile("n[0-9]{8}")
@@ -104,13 +107,12 @@ def kinetics(annotations, videos):
 def read_kinetics(folder):
     """The samples of one Kinetics set."""
     samples = []
-    for split, files in (("val", ("val.csv", "val.txt", "validate.csv")), ("train", ("train.csv", "train.txt"))):
-        with open_annotations(folder, *files) as file:
-            for row in csv.DictReader(file):
-                video = row["youtube_id"]
-                start, end = int(float(row["time_start"])), int(float(row["time_end"]))
-                clip, names = (video, start, end), (f"{video}_{start:06}_{end:06}", video)
-                samples.append(Sample(split, clip, source=clip, names=names, label=row["label"].strip()))
+    for split, file in open_splits(folder, ("val.csv", "val.txt", "validate.csv"), ("train.csv", "train.txt")):
+        for row in csv.DictReader(file):
+            video = row["youtube_id"]
+            start, end = int(float(row["time_start"])), int(float(row["time_end"]))
+            clip, names = (video, start, end), (f"{video}_{start:06}_{end:06}", video)
+            samples.append(Sample(split, clip, source=clip, names=names, label=row["label"].strip()))
     return samples
 
 
@@ -145,12 +147,12 @@ def ssv2(annotations, videos):
     prefixes = ("", "something-something-v2-")
     with open_annotations(annotations[0], *(f"{p}labels.json" for p in prefixes)) as file:
         numbers = json.load(file)
+    val, train = ([p + name for p in prefixes] for name in ("validation.json", "train.json"))
     samples = []
-    for split, name in (("val", "validation.json"), ("train", "train.json")):
-        with open_annotations(annotations[0], *(p + name for p in prefixes)) as file:
-            for row in json.load(file):
-                label = row["template"].replace("[", "").replace("]", "")  # labels.json has no brackets
-                samples.append(whole_video(split, str(row["id"]), label))
+    for split, file in open_splits(annotations[0], val, train):
+        for row in json.load(file):
+            label = row["template"].replace("[", "").replace("]", "")  # labels.json has no brackets
+            samples.append(whole_video(split, str(row["id"]), label))
     return sorted(numbers, key=lambda label: int(numbers[label])), samples, find_files(videos)
 
 
@@ -158,9 +160,9 @@ def coin(annotations, videos):
     """COIN: 11,827 instructional videos of 180 tasks, one sample per video.
 
     --annotations: folder with COIN.json, from https://github.com/coin-dataset/annotations
-    --videos: the folder filled by download_videos.py from there, with TASK/YOUTUBE_ID.mp4
+    --videos: the folder filled by download_videos.py from there, with RECIPE_TYPE/YOUTUBE_ID.mp4
 
-    Classes are in the order of COIN's task numbers (recipe_type).
+    RECIPE_TYPE is the number of the task; classes are in this order.
     """
     with open_annotations(annotations[0], "COIN.json") as file:
         database = json.load(file)["database"]
@@ -180,9 +182,8 @@ def diving48(annotations, videos):
     with open_annotations(annotations[0], "Diving48_vocab.json") as file:
         classes = [" ".join(words) for words in json.load(file)]
     samples = []
-    for split, name in (("val", "Diving48_V2_test.json"), ("train", "Diving48_V2_train.json")):
-        with open_annotations(annotations[0], name) as file:
-            samples += [whole_video(split, row["vid_name"], classes[int(row["label"])]) for row in json.load(file)]
+    for split, file in open_splits(annotations[0], ["Diving48_V2_test.json"], ["Diving48_V2_train.json"]):
+        samples += [whole_video(split, row["vid_name"], classes[int(row["label"])]) for row in json.load(file)]
     return classes, samples, find_files(videos)
 
 
@@ -197,15 +198,15 @@ def jester(annotations, videos):
     """
     with open_annotations(annotations[0], "jester-v1-labels.csv", "labels.csv") as file:
         classes = [line.strip() for line in file if line.strip()]
+    val, train = ("jester-v1-validation.csv", "validation.csv"), ("jester-v1-train.csv", "train.csv")
     samples = []
-    for split, name in (("val", "validation.csv"), ("train", "train.csv")):
-        with open_annotations(annotations[0], f"jester-v1-{name}", name) as file:
-            for number, line in enumerate(file, start=1):
-                clip, _, label = line.strip().partition(";")
-                if clip.isdigit() and label:
-                    samples.append(whole_video(split, clip, label.strip()))
-                elif line.strip() and (number > 1 or not label):  # a header has a semicolon, too
-                    fail(f"--annotations {file.name} line {number}: expected id;label, not {line.strip()!r}")
+    for split, file in open_splits(annotations[0], val, train):
+        for number, line in enumerate(file, start=1):
+            clip, _, label = line.strip().partition(";")
+            if clip.isdigit() and label:
+                samples.append(whole_video(split, clip, label.strip()))
+            elif line.strip() and (number > 1 or not label):  # a header has a semicolon, too
+                fail(f"--annotations {file.name} line {number}: expected id;label, not {line.strip()!r}")
     return classes, samples, find_files(videos, frame_folders={s.clip for s in samples})
 
 
@@ -222,11 +223,10 @@ def ucf101(annotations, videos, split):
     with open_annotations(annotations[0], "classInd.txt") as file:
         classes = [line.split()[1] for line in file if line.strip()]  # "1 ApplyEyeMakeup", in order
     samples = []
-    for kind, name in (("val", f"testlist{split:02}.txt"), ("train", f"trainlist{split:02}.txt")):
-        with open_annotations(annotations[0], name) as file:
-            for line in filter(str.strip, file):  # "CLASS/FILE.avi", followed by the class number in training lists
-                label, video = line.split()[0].split("/")
-                samples.append(whole_video(kind, video.removesuffix(".avi"), label))
+    for kind, file in open_splits(annotations[0], [f"testlist{split:02}.txt"], [f"trainlist{split:02}.txt"]):
+        for line in filter(str.strip, file):  # "CLASS/FILE.avi", followed by the class number in training lists
+            label, video = line.split()[0].split("/")
+            samples.append(whole_video(kind, video.removesuffix(".avi"), label))
     return classes, samples, find_files(videos)
 
 
@@ -241,7 +241,7 @@ def hmdb51(annotations, videos, split):
     it, then go on with the next.
     """
     end = f"_test_split{split}.txt"
-    lists = sorted(path.name for path in Path(annotations[0]).glob(f"*{end}"))
+    lists = sorted(path.name for path in Path(annotations[0]).glob(f"*{end}") if not is_clutter(path.name))
     kinds, samples = {"0": None, "1": "train", "2": "val"}, []  # 0: in neither
     for name in lists or [f"CLASS{end}"]:  # without any, the error names one
         with open_annotations(annotations[0], name) as file:
@@ -292,30 +292,29 @@ def read_val_synsets(path):
 
 class Dataset(NamedTuple):
     read: Callable
-    classes: int | None = None  # in the paper
-    clips: int | None = None  # for training, in the paper
+    paper: str = ""  # its size in the paper
     num_annotations: int = 1  # paths that --annotations takes
     needs_annotations: bool = True
     splits: tuple = ()  # numbers of its official splits, if there are several
 
 
 DATASETS = {
-    "k400": Dataset(kinetics, classes=400),
+    "k400": Dataset(kinetics, "400 classes"),
     "k600": Dataset(kinetics),
     "k700": Dataset(kinetics),
-    "k710": Dataset(k710, classes=710, clips=657_257, num_annotations=3),
-    "ssv2": Dataset(ssv2, classes=174, clips=168_913),
-    "coin": Dataset(coin, classes=180),
-    "diving48": Dataset(diving48, classes=48),
-    "jester": Dataset(jester, classes=27),
+    "k710": Dataset(k710, "710 classes, 657,257 clips to train on", num_annotations=3),
+    "ssv2": Dataset(ssv2, "174 classes, 168,913 clips to train on"),
+    "coin": Dataset(coin, "180 classes"),
+    "diving48": Dataset(diving48, "48 classes"),
+    "jester": Dataset(jester, "27 classes"),
     "ucf101": Dataset(ucf101, splits=(1, 2, 3)),
     "hmdb51": Dataset(hmdb51, splits=(1, 2, 3)),
-    "imagenet1k": Dataset(imagenet1k, classes=1000, needs_annotations=False),
+    "imagenet1k": Dataset(imagenet1k, "1000 classes", needs_annotations=False),
 }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# what the datasets share: opening annotations, finding files, selecting samples, writing manifests
+# annotations and files
 
 
 def open_annotations(folder, *names):
@@ -326,48 +325,66 @@ def open_annotations(folder, *names):
     fail(f"--annotations: no {' or '.join(names)} in {folder} (--help says where to get it)")
 
 
-def find_files(folders, suffixes=VIDEO_SUFFIXES, frame_folders=frozenset()):
-    """Find the files with these suffixes in the folders and all their subfolders: {name without suffix: path}.
+def open_splits(folder, val, train):
+    """Yield ("val", file), then ("train", file); val and train are the names that the files may have."""
+    for split, names in (("val", val), ("train", train)):
+        with open_annotations(folder, *names) as file:
+            yield split, file
 
-    Folders named in `frame_folders` count as files and are not searched. Of several files with the same name, one with
-    "replacement" in its path is used (for K400's corrupted files), else the first in alphabetical order.
+
+def is_clutter(name):
+    """Whether a file or folder is hidden or left behind by an operating system: .DS_Store, ._video.mp4, __MACOSX."""
+    return name.startswith(".") or name in CLUTTER
+
+
+def list_files(root, suffixes=VIDEO_SUFFIXES, frame_folders=frozenset()):
+    """List all files below `root` with these suffixes: their sorted absolute paths, and a Counter of other suffixes.
+
+    A folder named in `frame_folders` counts as a file. Follows symbolic links, but searches no folder twice. Leaves out
+    clutter, and reports paths that a manifest cannot hold. Ends the script if a folder cannot be read.
     """
-    found, seen, progress = {}, set(), Progress()
-    stack = [os.path.abspath(folder) for folder in folders]
-    while stack:
-        folder = stack.pop()
-        if os.path.realpath(folder) in seen:  # symbolic links may form circles
+
+    def unreadable(error):
+        fail(f"{error.filename}: {error.strerror}")
+
+    paths, others, searched, progress = [], Counter(), set(), Progress()
+    for parent, folders, names in os.walk(os.path.abspath(root), followlinks=True, onerror=unreadable):
+        if os.path.realpath(parent) in searched:  # symbolic links may form circles
+            folders.clear()
             continue
-        seen.add(os.path.realpath(folder))
-        try:
-            with os.scandir(folder) as entries:
-                for entry in entries:
-                    name = entry.name if entry.name in frame_folders else _remove_suffix(entry.name, suffixes)
-                    if name is None:
-                        if entry.is_dir():
-                            stack.append(entry.path)
-                    # A manifest cannot hold paths with line breaks or bytes that are not UTF-8.
-                    elif entry.path.isprintable() and _is_preferred(entry.path, found.get(name)):
-                        found[name] = entry.path
-        except OSError as error:
-            fail(f"--videos {folder}: {error.strerror}")
-        progress.show(f"{len(found):,} files")
-    progress.show(f"{len(found):,} files in {', '.join(map(str, folders))}", last=True)
+        searched.add(os.path.realpath(parent))
+        names += frame_folders.intersection(folders)
+        folders[:] = sorted(name for name in folders if name not in frame_folders and not is_clutter(name))
+        for name in names:
+            if is_clutter(name):
+                continue
+            path, suffix = os.path.join(parent, name), os.path.splitext(name)[1].lower()
+            if suffix not in suffixes and name not in frame_folders:
+                others[suffix] += 1
+            elif path.isprintable():
+                paths.append(path)
+            else:  # line breaks, or bytes that are not UTF-8
+                print(f"  {path!a} is left out: a manifest cannot hold this name")
+        progress.show(f"{len(paths):,} files")
+    progress.clear()
+    return sorted(paths), others
+
+
+def find_files(folders, suffixes=VIDEO_SUFFIXES, frame_folders=frozenset()):
+    """Find the files in all these folders, as `list_files` does: {name without suffix: path}.
+
+    Of several files with the same name, one with "replacement" in its path is used (for K400's corrupted files), else
+    the first in alphabetical order. Some downloaders write ID.mp4.webm: the name is ID.
+    """
+    paths = [path for folder in folders for path in list_files(folder, suffixes, frame_folders)[0]]
+    found = {}
+    for path in sorted(paths, key=lambda path: ("replacement" not in path, path)):
+        name = os.path.basename(path)
+        while name not in frame_folders and os.path.splitext(name)[1].lower() in suffixes:
+            name = os.path.splitext(name)[0]
+        found.setdefault(name, path)
+    print(f"{len(found):,} files in {', '.join(map(str, folders))}")
     return found
-
-
-def _remove_suffix(file_name, suffixes):
-    """The name without its suffix, or None if it has none of these. Some downloaders write ID.mp4.webm: returns ID."""
-    name, suffix = os.path.splitext(file_name)
-    if suffix.lower() not in suffixes:
-        return None
-    shorter, suffix = os.path.splitext(name)
-    return shorter if suffix.lower() in suffixes else name
-
-
-def _is_preferred(path, other):
-    """Whether to use this file rather than the other one (a path, or None) of the same name."""
-    return other is None or ("replacement" not in path, path) < ("replacement" not in other, other)
 
 
 def select(samples, files):
@@ -399,12 +416,11 @@ def select(samples, files):
     return chosen, counts
 
 
-def print_counts(counts, paper_clips):
-    """Print {split: Counter} as a table, with the paper's number of training clips."""
-    print(" " * 8 + "".join(f"{name:>12}" for name in (*COUNTS, "paper")))
+def print_counts(counts):
+    """Print {split: Counter} as a table."""
+    print(" " * 8 + "".join(f"{name:>12}" for name in COUNTS))
     for split, count in counts.items():
-        paper = f"{paper_clips:,}" if paper_clips and split == "train" else "-"
-        print(f"{split:8}" + "".join(f"{count[name]:>12,}" for name in COUNTS) + f"{paper:>12}")
+        print(f"{split:8}" + "".join(f"{count[name]:>12,}" for name in COUNTS))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -425,25 +441,18 @@ def write_dataset(args):
         if sample.label not in numbers:
             fail(f"--annotations: {sample.label!r} is not a class of {args.command}")
     chosen, counts = select(samples, files)
-    require_both_splits(args, dataset, chosen, counts)
-    for split, lines in chosen.items():
-        counts[split]["written"] = len(lines)
-        write_manifest(args.out / f"{split}.csv", [(path, numbers[label]) for path, label in lines])
-    write_lines(args.out / "classes.txt", classes)
-    paper = f" (paper: {dataset.classes})" if dataset.classes else ""
-    print(f"{args.out / 'classes.txt'}: {len(classes)} classes{paper}")
-    print_counts(counts, dataset.clips)
-
-
-def require_both_splits(args, dataset, chosen, counts):
-    """End the script if a split has no clips, before an older manifest of that split can be taken for a new one."""
-    for split, count in counts.items():
+    for split, count in counts.items():  # before anything is written: an older manifest must not pass for a new one
         if not count["annotated"]:
             flag = "--annotations" if dataset.needs_annotations else "--videos"
             fail(f"{flag}: no {split} clips in them (--help lists the files)")
         if not chosen[split]:
             reasons = ", ".join(f"{count[name]:,} are {name}" for name in ("missing", "duplicate", "excluded"))
             fail(f"--videos {' '.join(args.videos)}: no {split} clips: of {count['annotated']:,} annotated, {reasons}")
+    for split, lines in chosen.items():
+        write_manifest(args.out / f"{split}.csv", [(path, numbers[label]) for path, label in lines])
+    write_lines(args.out / "classes.txt", classes)
+    print(f"{args.out / 'classes.txt'}: {len(classes)} classes" + (dataset.paper and f" (paper: {dataset.paper})"))
+    print_counts(counts)
 
 
 def panda70m(args):
@@ -458,15 +467,13 @@ def panda70m(args):
     all it has. The labels are -1. The default of --count is the paper's number. The sample depends on which files are
     there, on --count and on --seed.
     """
-    files = find_files(args.videos)
-    strata, count = read_panda70m(Path(args.annotations), files)
+    strata, count = read_panda70m(Path(args.annotations), find_files(args.videos))
     chosen = draw_evenly(strata, args.count, np.random.default_rng(args.seed))
-    count["written"] = len(chosen)
     if not chosen:
         fail(f"--videos {' '.join(args.videos)}: none of the {count['annotated']:,} clips is there")
     write_manifest(args.out / "train.csv", [(path, -1) for *_, path in sorted(chosen)])
     print(f"clips found per second of duration, from {SHORTEST} s: " + ", ".join(f"{len(s):,}" for s in strata))
-    print_counts({"train": count}, PANDA70M_CLIPS)
+    print_counts({"train": count})
 
 
 def read_panda70m(path, files):
@@ -484,8 +491,11 @@ def read_panda70m(path, files):
                 if not file_path:
                     count["missing"] += 1
                     continue
-                if not checked:
-                    checked = check_video_id(file_path, row["videoID"])
+                metadata = Path(file_path).with_suffix(".json")  # video2dataset writes one beside each clip
+                if not checked and metadata.is_file():
+                    checked = True
+                    if row["videoID"] not in metadata.read_text(encoding="utf-8"):
+                        fail(f"--annotations {path}: {file_path} was downloaded with another csv file")
                 if SHORTEST <= seconds <= LONGEST:
                     count["found"] += 1
                     strata[min(int(seconds), LONGEST - 1) - SHORTEST].append((number, clip, file_path))
@@ -498,19 +508,6 @@ def clip_durations(timestamps):
     """Seconds of each clip of a video; timestamps is "[['0:00:01.5', '0:00:10.0'], ...]"."""
     times = [int(h) * 3600 + int(m) * 60 + float(s) for h, m, s in re.findall(r"(\d+):(\d+):([\d.]+)", timestamps)]
     return [end - start for start, end in zip(times[::2], times[1::2], strict=True)]
-
-
-def check_video_id(path, video_id):
-    """End the script if the JSON file that video2dataset wrote beside a clip names another video.
-
-    Then the rows of the csv file are not those that the files are numbered by. Returns whether there is a JSON file.
-    """
-    metadata = Path(path).with_suffix(".json")
-    if not metadata.is_file():
-        return False
-    if video_id not in metadata.read_text(encoding="utf-8"):
-        fail(f"--annotations: {path} is not from video {video_id}; it was downloaded with another csv file")
-    return True
 
 
 def draw_evenly(strata, count, rng):
@@ -530,8 +527,7 @@ def v36m(args):
     Training visits every video of the joined manifest once per pass, so each part is weighted by its size. Labels
     become -1, because the same number means a different class in each part.
     """
-    paper = {"panda70m": PANDA70M_CLIPS, **{name: dataset.clips for name, dataset in DATASETS.items()}}
-    joined, sizes = {}, {}  # a dictionary drops duplicates and keeps the order
+    joined = {}  # a dictionary drops duplicates and keeps the order
     for manifest in args.manifests:
         try:
             paths = list(map(os.path.abspath, read_manifest(manifest)[0]))
@@ -539,19 +535,137 @@ def v36m(args):
             fail(f"--manifests: {error}")
         before = len(joined)
         joined.update(dict.fromkeys(paths, -1))
-        sizes[Path(manifest).parent.name] = len(joined) - before, len(paths)
-    out = args.out / "train.csv"
-    write_manifest(out, list(joined.items()))
-    for name, (size, total) in sizes.items():
-        print_part(name, size, total, len(joined), paper.get(name))
-    print_part("v3.6m", len(joined), sum(total for _, total in sizes.values()), len(joined), V36M_CLIPS)
-    print(f"to train on it: --data {out}")
+        added = len(joined) - before
+        print(f"{manifest}: {added:,} videos, and {len(paths) - added:,} duplicates")
+    write_manifest(args.out / "train.csv", list(joined.items()))
+    print(f"the paper has {V36M_CLIPS:,}; to train on these: --data {args.out / 'train.csv'}")
 
 
-def print_part(name, size, total, joined, paper):
-    """Print a part's number of videos without its duplicates (of `total`) and its share of the joined manifest."""
-    paper = f"{paper:,}" if paper else "-"
-    print(f"{name:12}{size:>12,} videos, weight {size / joined:.4f}, {total - size:,} duplicates; paper {paper}")
+# ---------------------------------------------------------------------------------------------------------------------
+# the command `folder`: your own videos
+
+
+class Video(NamedTuple):
+    path: str  # absolute
+    source: str  # all videos with the same source go to the same split
+    label: str  # name of the class; "" if unlabeled
+
+
+def write_folder(args):
+    """Your own videos, in one folder; its subfolders, if any, are the classes.
+
+    Finds the videos in VIDEOS and all its subfolders by their suffixes. A video in VIDEOS/running/2024/ has the class
+    "running". Classes are numbered in alphabetical order. Videos directly in VIDEOS, or all with --unlabeled, get the
+    label -1, which is enough for pretraining.
+
+    Decodes the first, middle and last clip of every video, and leaves out those that fail. check.jsonl in --out has one
+    line per video: its properties, or why it is bad. After Ctrl-C, the same command continues where it stopped.
+
+    About --val-fraction of each class's videos, at least one, go to val.csv and the others to train.csv. The choice is
+    random, but the same every time. Without --group, it is made by file. If several videos are cut from the same
+    recording, that makes validation too easy. --group 'g(\\d+)' keeps those together whose file names have the same
+    number after a "g", whatever their class: a source is the first group of the regular expression's first match in the
+    file name, or the whole match.
+    """
+    if not 0 < args.val_fraction < 1:
+        fail(f"--val-fraction {args.val_fraction}: must be above 0 and below 1")
+    videos = list_videos(args.videos, args.group, args.unlabeled)
+    labels = sorted({v.label for v in videos})
+    split(videos, labels, args.val_fraction)  # to fail now rather than after decoding
+    paths, log = [v.path for v in videos], args.out / "check.jsonl"
+    records = work_through(args, paths, lambda path: check_video(path, *CHECKED_CLIP), CHECKED_CLIP, log)
+    print_bad(records, log)
+    good = [v for v in videos if "error" not in records[v.path]]
+    splits = split(good, labels, args.val_fraction)
+
+    classes = [label for label in labels if label]
+    numbers = {"": -1, **{label: number for number, label in enumerate(classes)}}
+    for name, members in splits.items():
+        write_manifest(args.out / f"{name}.csv", [(v.path, numbers[v.label]) for v in members])
+    write_lines(args.out / "classes.txt", classes)
+    sizes = {name: Counter(v.label for v in members).values() for name, members in splits.items()}
+    ranges = " and ".join(f"{min(size):,} to {max(size):,} {name}" for name, size in sizes.items())
+    contents = f"{len(classes)} classes, each with {ranges} videos" if classes else "no classes, so all labels are -1"
+    print(f"{args.out / 'classes.txt'}: {contents}")
+    if args.group:
+        print("sources: " + ", ".join(f"{len({v.source for v in members})} {name}" for name, members in splits.items()))
+
+
+def list_videos(folder, group, unlabeled):
+    """The videos of a folder, sorted by path. Ends the script if there are none, or if their classes are unclear."""
+    absolute, others = list_files(folder)
+    paths = [os.path.relpath(path, folder) for path in absolute]
+    suffixes = ", ".join(f"{suffix or 'none'} {count:,}" for suffix, count in others.most_common(8))
+    ignored = f"; ignored by suffix: {suffixes}" if others else ""
+    if not paths:
+        fail(f"{folder}: no files with the suffixes {' '.join(sorted(VIDEO_SUFFIXES))} in it{ignored}")
+    print(f"{len(paths):,} videos in {folder}{ignored}")
+    sources = find_sources(paths, group)
+    labels = [Path(path).parts[0] if os.sep in path and not unlabeled else "" for path in paths]
+    if len(set(labels)) > 1 and "" in labels:
+        loose = paths[labels.index("")]
+        fail(
+            f"{folder}: {labels.count(''):,} videos, such as {loose}, are in no class folder, but others are; "
+            "move them into one, or give --unlabeled"
+        )
+    return [Video(*video) for video in zip(absolute, sources, labels, strict=True)]
+
+
+def find_sources(paths, group):
+    """The source of each path: what the regular expression `group` finds in its file name; without one, the path."""
+    if group is None:
+        return paths
+    try:
+        matches = [re.search(group, os.path.basename(path)) for path in paths]
+    except re.error as error:
+        fail(f"--group {group} is not a regular expression: {error}")
+    if None in matches:
+        first = paths[matches.index(None)]
+        fail(f"--group {group} does not match {matches.count(None):,} of {len(paths):,} file names, such as {first}")
+    return [match[1] if match.re.groups and match[1] is not None else match[0] for match in matches]
+
+
+def choose_sources(videos, fraction):
+    """The sources of the validation set.
+
+    Visits the sources in a random order that depends on their names only. Chooses a source if that brings the numbers
+    of validation videos of its classes closer to `fraction` of each class, at least one.
+    """
+    sizes = defaultdict(Counter)  # of each source: the number of its videos in each class
+    for video in videos:
+        sizes[video.source][video.label] += 1
+    totals = Counter(video.label for video in videos)
+    missing = {label: max(1, fraction * total) for label, total in totals.items()}  # from the validation set
+    chosen = set()
+    for source in sorted(sizes, key=lambda name: hashlib.sha256(name.encode()).digest()):
+        size = sizes[source]
+        if sum(abs(missing[label] - n) for label, n in size.items()) < sum(abs(missing[label]) for label in size):
+            chosen.add(source)
+            for label, n in size.items():
+                missing[label] -= n
+    return chosen
+
+
+def split(videos, labels, fraction):
+    """{"train": videos, "val": videos}. Ends the script if one of the labels is not in both."""
+    chosen = choose_sources(videos, fraction)
+    splits = {
+        "train": [v for v in videos if v.source not in chosen],
+        "val": [v for v in videos if v.source in chosen],
+    }
+    train, val = (Counter(v.label for v in members) for members in splits.values())
+    for label in labels:
+        if not train[label] or not val[label]:
+            name, sources = f"class {label}" if label else "the folder", {v.source for v in videos if v.label == label}
+            fail(
+                f"{name}: {train[label]} videos for train and {val[label]} for val, from {len(sources)} sources; "
+                "add readable videos, change --val-fraction or --group, or leave the class out"
+            )
+    return splits
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the command line
 
 
 def parse_args():
