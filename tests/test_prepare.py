@@ -67,7 +67,7 @@ def test_kinetics_finds_files_by_each_of_their_possible_names_and_counts_them(tm
     train = [
         ("washing hands", "-aaaaaaaaaa", 12),
         ("air drumming", "_bbbbbbbbbb", 0),  # its file name has no time span
-        ("air drumming", "gone0000000", 5),
+        *[("air drumming", "gone0000000", 5)] * 2,
         ("air drumming", "corrupted00", 7),
         ("abseiling, tandem", "-aaaaaaaaaa", 12),  # annotated twice
         ("air drumming", "_bbbbbbbbbb", 30),  # the same file again
@@ -80,11 +80,11 @@ def test_kinetics_finds_files_by_each_of_their_possible_names_and_counts_them(tm
         "replacement/replacement_for_corrupted_k400/corrupted00_000007_000017.mp4": "air drumming",
     }
     val = {"val/validation0_000000_000010.MP4": "x"}
-    fill(tmp_path / "v", *train, *val, "fixed/air drumming/corrupted00_000007_000017.mp4")
-    fill(tmp_path / "v", "notes/gone0000000_000005_000015.txt", "train/gone0000000_000005_000015.mp4.part")
+    others = ("fixed/corrupted00_000007_000017.mp4", "gone0000000_000005_000015.mp4.part", "gone0000000.txt")
+    fill(tmp_path / "v", *train, *val, *others)
     assert run(tmp_path, "k400") == (["abseiling, tandem", "air drumming", "washing hands", "x"], train, val)
     text = capfd.readouterr().out
-    assert counts(text) == [7, 3, 1, 2, 1] and counts(text, "val") == [1, 1, 0, 0, 0]
+    assert counts(text) == [8, 3, 1, 3, 1] and counts(text, "val") == [1, 1, 0, 0, 0]
     assert "4 classes (paper: 400 classes)" in text
 
 
@@ -236,7 +236,6 @@ def test_v36m_joins_three_manifests(tmp_path, capfd, monkeypatch):
         ("k400 --videos nowhere", {}, "nowhere: No such file"),
         ("panda70m --annotations {a}/train.csv", {}, "no columns videoID, url and timestamp"),
         ("panda70m --count 0", {}, "--count 0: must be at least 1"),
-        ("imagenet1k --annotations {a}/x.txt", {}, "no x.txt in"),
         ("ucf101", {"classInd.txt": "1 YoYo\n", "testlist01.txt": "v_g01_c01.avi\n"}, "not in ucf101's format"),
         ("hmdb51 --split 2", {}, "no CLASS_test_split2.txt in"),
         ("hmdb51", {"wave_test_split1.txt": "a_wave_f_0.avi 3\n"}, "not in hmdb51's format"),
@@ -256,8 +255,8 @@ def test_mistakes_are_reported_in_one_line(tmp_path, capfd, dataset, files, what
 @pytest.mark.parametrize("split, name", [("train", "a.mp4"), ("val", "b.mp4")])
 def test_a_split_without_clips_is_an_error_and_nothing_is_written(tmp_path, capfd, split, name):
     """Not even if an earlier call wrote that split."""
-    annotations = kinetics_files(tmp_path / "a", [("run", "a", 0)], ["b"])
-    videos, out = fill(tmp_path / "v", "a.mp4", "b.mp4"), tmp_path / "o"
+    annotations, out = kinetics_files(tmp_path / "a", [("run", "a", 0)], ["b"]), tmp_path / "o"
+    videos = fill(tmp_path / "v", "a.mp4", "b.mp4")
     run(tmp_path, "k400")
     before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
     flags = ("k400", "--annotations", annotations, "--videos", videos, "--out", out)
@@ -312,7 +311,6 @@ def test_class_folders_become_labels_and_unreadable_videos_are_reported_and_left
     assert sorted(val.values()) == classes and sorted(train.values()) == sorted(classes * 4)
     assert "16 videos in" in text and "ignored by suffix: .txt 1" in text
     assert "walk/broken.MOV: Invalid data" in text and "15 videos are good, 1 bad" in text
-    assert "3 classes, each with 4 to 4 train and 1 to 1 val videos\n" in text
 
 
 def test_a_folder_without_class_folders_gives_unlabeled_manifests(tmp_path, clip, capfd):
@@ -363,7 +361,6 @@ def test_mistakes_about_a_folder_are_reported_in_one_line_and_write_no_manifest(
     fill(fill(tmp_path / "broken", "b/1.mp4", "b/2.mp4", content=clip), "a/1.mp4", "a/2.mp4")
     fill(tmp_path / "text", "a/1.txt", "a/2")
     for arguments, what in [
-        ((videos / names[0], out), "Not a directory"),
         ((tmp_path / "text", out), "in it; ignored by suffix: .txt 1, none 1"),
         ((tmp_path / "broken", tmp_path / "checked"), "class a: 0 videos for train and 0 for val, from 0 sources"),
         ((lonely, out), "class c: 0 videos for train and 1 for val, from 1 sources; add"),
@@ -382,7 +379,7 @@ def test_what_operating_systems_leave_behind_is_no_video_and_no_class(tmp_path, 
     clutter = ["__MACOSX/walk/._0.mp4", "__MACOSX/1.mp4", "walk/._0.mp4", "walk/.DS_Store", ".DS_Store", "._walk"]
     fill(videos, *clutter, ".Trashes/1.mp4", "$RECYCLE.BIN/$R1.mp4")
     run_script(prepare, *folder_flags(videos, tmp_path / "o"))
-    assert "4 videos in" in (text := capfd.readouterr().out) and "ignored" not in text and "0 bad" in text
+    assert f"4 videos in {videos}\n" in capfd.readouterr().out  # and no word about ignored files
     classes, train, val = written(tmp_path / "o", videos)
     assert classes == ["run", "walk"] and train | val == names
     assert set(prepare.find_files([videos])) == {"0", "1"}
