@@ -126,78 +126,66 @@ def test_the_training_log_counts_executed_flops(teacher, student, ema):
 # ---------------------------------------------------------------------------------------------------------------------
 # the command line
 
-SMALL = ["--model", "vit_ti", "--depth", 2, "--resolution", 64, "--predictor-depth", 2, "--batch-size", 8]
-SMALL_SHAPE = dict(num_frames=16, resolution=64, patch_size=16, tubelet_size=2)
-SMALL_STUDENT, SMALL_TEACHER = SIZES["vit_ti"] | SMALL_SHAPE | {"depth": 2}, SIZES["vit_s"] | SMALL_SHAPE
+SMALL = ["--model", "vit_ti", "--depth", 2, "--resolution", 64, "--predictor-depth", 2, "--batch-size", 8,
+         "--teacher", "vit_s", "--teacher-steps", 3000, "--steps", 5000, "--draws", 9]  # fmt: skip
+SHAPE = dict(num_frames=16, resolution=64, patch_size=16, tubelet_size=2)  # 128 tokens
+STUDENT, TEACHER = SIZES["vit_ti"] | SHAPE | {"depth": 2}, SIZES["vit_s"] | SHAPE
 
 
-def small_stages(steps):
-    """The stages of SMALL with --teacher vit_s: kind, encoder, predictor, teacher, steps."""
-    of_teacher, shape = dict(width=384, depth=2, heads=6), dict(width=192, depth=2, heads=3)  # of vit_s and vit_ti
-    return [
-        ("teacher", SMALL_TEACHER, predictor(384, 1536, **of_teacher), None, steps[0]),
-        ("student", SMALL_STUDENT, predictor(192, 384, **shape), SMALL_TEACHER, steps[1]),
-        ("ema", SMALL_STUDENT, predictor(192, 192, **shape), SMALL_STUDENT, sum(steps)),
-    ]
+def small_costs():
+    """What the runs of SMALL cost: {kind: (steps, FLOPs executed per clip, FLOPs per clip by the paper's count)}."""
+    of_teacher, of_student = dict(width=384, depth=2, heads=6), dict(width=192, depth=2, heads=3)
+    costs, masks = {}, flops.drawn_masks(parsed_flags(*SMALL[:10]), 9)
+    for kind, student, predict, teacher, steps in [
+        ("teacher", TEACHER, predictor(384, 1536, **of_teacher), None, 3000),
+        ("student", STUDENT, predictor(192, 384, **of_student), TEACHER, 5000),
+        ("ema", STUDENT, predictor(192, 192, **of_student), STUDENT, 8000),
+    ]:
+        executed = sum(flops.step_flops(student, predict, counts, teacher, 128) for counts in masks) / 9
+        # The paper counts the pixel decoder of stage 1 as if it predicted latents.
+        predict = predict if teacher else predict | {"out_width": student["width"]}
+        networks = Encoder(**student), Predictor(**predict), Encoder(**teacher or student)
+        sizes = [sum(p.numel() for p in network.parameters()) for network in networks]
+        costs[kind] = steps, executed, flops.paper_flops(128, *sizes[: 3 if teacher else 2])
+    return costs
 
 
 def test_executed_prints_the_cost_of_a_step(capfd):
-    run_script(flops, "--executed", *SMALL, "--teacher", "vit_s", "--draws", 9, "--counted", 1,
-               "--teacher-steps", 30, "--steps", 50)  # fmt: skip
+    run_script(flops, "--executed", *SMALL, "--counted", 1)
     lines = capfd.readouterr().out.splitlines()
-    masks = flops.drawn_masks(parsed_flags(*SMALL), 9)
+    masks = flops.drawn_masks(parsed_flags(*SMALL[:10]), 9)
     for i in range(2):
         context, targets = (sum(counts[i][j] for counts in masks) / 9 / 128 for j in range(2))
         assert lines[i] == f"multiblock mask {i + 1}: context {context:.1%}, targets {targets:.1%} of 128 tokens"
-    for line, (kind, enc, predict, maker, steps) in zip(lines[-3:], small_stages((30, 50)), strict=True):
+    for line, (kind, (steps, executed, by_the_paper)) in zip(lines[-3:], small_costs().items(), strict=True):
         name, *figures = line.split()
         encoded, predicted, made, total, counter, paper, step, run = map(float, figures)
-        assert name == kind and counter == 1
+        assert name == kind and counter == 1 and (made == 0) == (kind == "teacher")
         assert total == pytest.approx(encoded + predicted + made, rel=2e-3)
-        assert (made == 0) == (kind == "teacher")
-        expected = sum(flops.step_flops(enc, predict, counts, maker, 128) for counts in masks) / 9
-        assert total == pytest.approx(expected / 1e9, rel=1e-3)
-        assert (step, run) == pytest.approx((8 * expected, 8 * expected * steps), rel=1e-2)
-        assert paper == pytest.approx(by_the_paper(enc, predict, maker, 128) / 1e9, rel=1e-3)
-
-
-def by_the_paper(student, predict, teacher, tokens):
-    """FLOPs by the paper's convention, which counts the pixel decoder of stage 1 as if it predicted latents."""
-    predict = predict if teacher else predict | {"out_width": student["width"]}
-    sizes = (sum(p.numel() for p in x.parameters()) for x in (Encoder(**student), Predictor(**predict)))
-    charged = sum(p.numel() for p in Encoder(**teacher).parameters()) if teacher else 0
-    return flops.paper_flops(tokens, *sizes, charged)
+        assert (total, paper) == pytest.approx((executed / 1e9, by_the_paper / 1e9), rel=1e-3)
+        assert (step, run) == pytest.approx((8 * executed, 8 * executed * steps), rel=1e-2)
 
 
 def test_matched_runs_cost_the_same(capfd):
-    run_script(flops, "--match", *SMALL, "--teacher", "vit_s", "--draws", 9, "--teacher-steps", 3000, "--steps", 5000)
+    run_script(flops, "--match", *SMALL)
     lines = [line.split() for line in capfd.readouterr().out.splitlines()]
-    masks = flops.drawn_masks(parsed_flags(*SMALL), 9)
-    stages = [stage[1:4] for stage in small_stages((3000, 5000))]
-    executed = [sum(flops.step_flops(*nets, counts, maker, 128) for counts in masks) / 9 for *nets, maker in stages]
-    for line, (t, s, e) in zip(lines, (executed, [by_the_paper(*stage, 128) for stage in stages]), strict=True):
+    _, *columns = zip(*small_costs().values(), strict=True)
+    for line, (teacher, student, ema) in zip(lines, columns, strict=True):
         assert line[1:3] == ["EMA", "steps"] and line[7] == "3000" and line[10] == "5000"
-        assert abs(int(line[0]) * e - (3000 * t + 5000 * s)) <= e / 2
-        assert float(line[-1]) == pytest.approx(8 * (3000 * t + 5000 * s), rel=1e-3)
+        assert abs(int(line[0]) * ema - (3000 * teacher + 5000 * student)) <= ema / 2
+        assert float(line[-1]) == pytest.approx(8 * (3000 * teacher + 5000 * student), rel=1e-3)
 
 
 def test_hours_and_what_the_loader_must_deliver(capfd):
-    run_script(flops, "--hours", 400, "--gpus", 8, "--clips-per-core", 20, "--draws", 9, *SMALL, "--teacher", "vit_s",
-               "--teacher-steps", 30, "--steps", 50)  # fmt: skip
+    run_script(flops, "--hours", 400, "--gpus", 8, "--clips-per-core", 20, *SMALL)
     rows = [(line[:28].strip(), *map(float, line[28:].split())) for line in capfd.readouterr().out.splitlines()[-5:]]
-    masks = flops.drawn_masks(parsed_flags(*SMALL), 9)
-    costs = {}
-    for kind, enc, predict, maker, steps in small_stages((30, 50)):
-        executed = sum(flops.step_flops(enc, predict, counts, maker, 128) for counts in masks) / 9
-        costs[f"{kind}, {steps} steps"] = 8 * steps, 8 * steps * executed
-    costs["probe.py --task k400"] = flops.probe_cost(SMALL_STUDENT, 128, segments=8, views=3, probes=20)
-    costs["probe.py --task k400 --fast"] = flops.probe_cost(SMALL_STUDENT, 128, segments=1, views=1, probes=1)
-    assert [row[0] for row in rows] == list(costs)
-    for (_, work, hours, rate, cores), (clips, expected) in zip(rows, costs.values(), strict=True):
-        assert work == pytest.approx(expected, rel=1e-2)
-        assert hours == pytest.approx(expected / (8 * 400e12) / 3600, rel=1e-2)
-        assert rate == pytest.approx(clips / (expected / 400e12), rel=1e-2)
-        assert cores == pytest.approx(rate / 20, rel=1e-2)
+    runs = {kind: (8 * steps, 8 * steps * executed) for kind, (steps, executed, _) in small_costs().items()}
+    probes = [flops.probe_cost(STUDENT, 128, *protocol) for protocol in ((8, 3, 20), (1, 1, 1))]
+    names = ["teacher, 3000 steps", "student, 5000 steps", "ema, 8000 steps"]
+    assert [row[0] for row in rows] == [*names, "probe.py --task k400", "probe.py --task k400 --fast"]
+    for (_, *printed), (clips, work) in zip(rows, [*runs.values(), *probes], strict=True):
+        rate = clips / (work / 400e12)
+        assert printed == pytest.approx([work, work / (8 * 400e12) / 3600, rate, rate / 20], rel=1e-2)
 
 
 def test_cost_of_a_probe():

@@ -1,40 +1,40 @@
-"""Analyze runs: loss curves, pictures, effective rank, accuracy and cost.
+"""Analyze runs: loss curves, accuracy and cost, and pictures of what the networks see.
 
-    python -m tools.analyze curves out/teacher out/student                          loss over the training steps
-    python -m tools.analyze picture out/teacher out/student --save salt.gif         what they see: png, gif or mp4
-    python -m tools.analyze features out/student --data mine.csv --save mine.gif    features of your own videos
-    python -m tools.analyze rankme out/teacher out/student                          effective rank of the embeddings
-    python -m tools.analyze report out/teacher out/student                          all about runs, as one HTML page
-    python -m tools.analyze table out/probe-*                                       accuracy and cost
-    python -m tools.analyze compare out/study/masks/*                               accuracy of variants, with all seeds
-    python -m tools.analyze pareto out/probe-*                                      accuracy against training FLOPs
-    python -m tools.analyze correlate out/probe-* --against loss rankme             does the loss predict the accuracy?
+    python -m tools.analyze curves out/teacher out/student                     loss over the training steps
+    python -m tools.analyze picture out/teacher out/student --save salt.gif    what a teacher fills in, features
+    python -m tools.analyze rankme out/teacher out/student                     effective rank of the embeddings
+    python -m tools.analyze table out/probe-*                                  accuracy and cost
+    python -m tools.analyze compare out/study/masks/*                          accuracy of variants, over all seeds
+    python -m tools.analyze labels out/labels                                  accuracy over the number of labels
+    python -m tools.analyze correlate out/probe-* --against loss rankme        does the loss predict the accuracy?
 
-table, compare, pareto and correlate read the folders that probe.py writes. FLOPs are those executed, from the training
-logs, and include the teachers'; `pareto --paper` counts as the paper does.
+table, compare, labels and correlate read what probe.py writes. FLOPs are those executed, from the training logs.
+
+Letters in shape comments: B clips, T frames, H and W pixels, N tokens of a clip, P values in a tubelet, D width;
+(t, h, w) the token grid.
 """
 
 import inspect
 import json
-import math
 from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
+import PIL.Image
 import torch
-from matplotlib.ticker import LogLocator, NullLocator
+import torch.nn.functional as F
 
 import data
-import flops
 from cli import Parser, duration, fail, require_at_least, resolve_device
-from model import load_checkpoint, load_encoder, load_teacher_of, token_grid
-from tools.pictures import features, load_clips, picture, save
-from tools.report import page
-from training import effective_rank
+from masking import sample_masks
+from model import load_checkpoint, load_encoder, load_predictor, load_teacher_of, tubelets, untubelets
+from training import effective_rank, generator
+
+plt.switch_backend("Agg")  # draw into files, without a display
 
 # ---------------------------------------------------------------------------------------------------------------------
-# reading runs
+# reading runs and probes
 
 
 class Stage(NamedTuple):
@@ -43,12 +43,29 @@ class Stage(NamedTuple):
     path: Path
     kind: str  # "teacher", "student", "ema", or "vjepa2" if converted by tools/convert.py
     step: int
-    encoder: dict  # config
-    args: dict  # the run's flags; empty for a converted checkpoint
     loss: float | None  # loss, seconds and flops are None if the run's log does not have this step
     seconds: float | None
     flops: float | None  # executed, without the teacher's training
-    paper_flops: float | None  # counted as the paper does; None for a converted checkpoint
+
+
+class Probe(NamedTuple):
+    """Results of probe.py."""
+
+    result: dict  # results.json
+    stages: list  # lineage of the probed encoder; [] if it is untrained
+
+    @property
+    def encoder(self):
+        """What was probed, for tables and legends."""
+        if self.result["weights"] == "untrained":
+            return "untrained"
+        if self.stages[0].kind == "ema":
+            return "EMA, online encoder" if self.result["weights"] == "student" else "EMA"
+        return self.stages[0].kind
+
+    def top1(self, task):
+        """Top-1 accuracy on a task in percent, or None."""
+        return self.result["tasks"][task]["top1"] if task in self.result["tasks"] else None
 
 
 def parse(text, path, description, *keys):
@@ -68,72 +85,60 @@ def read_log(path):
         yield parse(line, path, "a training log", "step", "loss")
 
 
-def lineage(path):
-    """The training stages behind a checkpoint: a list of `Stage`, its own first, then its teacher's, and so on.
+def lineage(path, checkpoint):
+    """The training runs behind a checkpoint: a list of `Stage`, its own first, then its teacher's, and so on.
 
     ValueError if a teacher has been retrained since.
     """
-    return _lineage(Path(path), load_checkpoint(path))
-
-
-def _lineage(path, checkpoint):
-    kind, step, args = checkpoint["kind"], checkpoint["step"], checkpoint["args"]
-    teachers = []
-    if "teacher" in args:
-        teachers = _lineage(Path(args["teacher"]), load_teacher_of(checkpoint, args["teacher"]))
+    path, step, teacher = Path(path), checkpoint["step"], checkpoint["args"].get("teacher")
     log = (path if path.is_dir() else path.parent) / "metrics.jsonl"
-    logged = {}
-    if log.exists():
-        logged = next((line for line in read_log(log) if line["step"] == step), {})
-    costs = logged.get("loss"), logged.get("seconds"), logged.get("flops"), paper_flops(checkpoint, teachers)
-    stage = Stage(path, kind, step, checkpoint["model"]["encoder"], args, *costs)
-    return [stage, *teachers]
-
-
-def paper_flops(checkpoint, teachers):
-    """Training FLOPs as the paper counts them; None for a converted checkpoint. teachers: the rest of its lineage."""
-    if not checkpoint["args"]:
-        return None
-    encoder, predictor = checkpoint["model"]["encoder"], checkpoint["model"]["predictor"]
-    teacher = None
-    if checkpoint["kind"] == "student":
-        teacher = teachers[0].encoder
-    elif checkpoint["kind"] == "ema":
-        teacher = encoder
-    clip_shape = encoder["num_frames"], encoder["resolution"], encoder["resolution"]
-    tokens = math.prod(token_grid(clip_shape, encoder["tubelet_size"], encoder["patch_size"]))
-    args = checkpoint["args"]
-    per_clip = flops.paper_flops_of(encoder, predictor, teacher, tokens, args.get("masks_per_clip", 1))
-    return per_clip * checkpoint["step"] * args["batch_size"]
-
-
-def total_flops(stages, count="flops"):
-    """Training FLOPs of a lineage, or None if those of a stage are unknown. count: "flops" or "paper_flops"."""
-    values = [getattr(stage, count) for stage in stages]
-    return None if None in values else sum(values)
+    line = next((line for line in read_log(log) if line["step"] == step), {}) if log.exists() else {}
+    stage = Stage(path, checkpoint["kind"], step, line.get("loss"), line.get("seconds"), line.get("flops"))
+    return [stage, *(lineage(teacher, load_teacher_of(checkpoint, teacher)) if teacher else [])]
 
 
 def read_probe(folder):
-    """Read a folder of probe.py: its results.json, and the lineage of the probed encoder ([] if it is untrained)."""
+    """Read a folder of probe.py as a `Probe`. ValueError if its checkpoint has been trained further since."""
+    path = Path(folder) / "results.json"
     keys = ("checkpoint", "step", "weights", "tasks", "args")
-    path = folder / "results.json"
     result = parse(path.read_text(), path, "the results of probe.py", *keys)
     if result["weights"] == "untrained":
-        return result, []
-    stages = lineage(result["checkpoint"])
+        return Probe(result, [])
+    stages = lineage(result["checkpoint"], load_checkpoint(result["checkpoint"]))
     if stages[0].step != result["step"]:
         raise ValueError(
             f"{result['checkpoint']} was at step {result['step']} when it was probed and is at step {stages[0].step} "
             "now: probe it again"
         )
-    return result, stages
+    return Probe(result, stages)
+
+
+def read_probes_below(folder):
+    """Read all folders of probe.py in a folder, at any depth; ValueError if there are none."""
+    files = sorted(Path(folder).rglob("results.json"))
+    if not files:
+        raise ValueError(f"there are no results of probe.py in {folder}")
+    return [read_probe(file.parent) for file in files]
+
+
+def tasks_of(probes):
+    """The names of all tasks, in order."""
+    return list(dict.fromkeys(task for probe in probes for task in probe.result["tasks"]))
+
+
+def save(figure, path):
+    """Write a figure to a file, and print the file's name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+    plt.close(figure)
+    print(path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # loss curves
 
 LATENT_LOSS = "latent loss (mean absolute error)"
-PANELS = {  # of `curves`, by kind of run: title, label of the y axis
+PANELS = {  # by kind of run: title, label of the y axis
     "teacher": ("teacher (SALT stage 1)", "pixel loss (mean squared error)"),
     "student": ("student (SALT stage 2)", LATENT_LOSS),
     "ema": ("EMA baseline (V-JEPA 2)", LATENT_LOSS),
@@ -144,173 +149,82 @@ def curves(args):
     """Draw the loss over the training steps, one panel per kind of run, as their losses are not comparable."""
     panels = {}  # [(path, log), ...] by kind
     for path in map(Path, args.runs):
-        log = list(read_log(path / "metrics.jsonl"))
-        file = path / "args.json"
+        log, file = list(read_log(path / "metrics.jsonl")), path / "args.json"
         kind = parse(file.read_text(), file, "the args.json of a training run", "kind")["kind"]
         panels.setdefault(kind, []).append((path, log))
     size = 5 * len(panels), 3.2
     figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
     for ax, (kind, runs) in zip(axes[0], panels.items(), strict=True):
-        for i, (path, log) in enumerate(runs):
-            style = ("k-", "k--", "k:", "k-.")[i % 4]
-            steps, losses = [line["step"] for line in log], [line["loss"] for line in log]
-            ax.plot(steps, losses, style, label=str(path), linewidth=1)
-        title, label = PANELS.get(kind, (kind, "loss"))
+        for path, log in runs:
+            ax.plot([line["step"] for line in log], [line["loss"] for line in log], label=str(path), linewidth=1)
+        title, label = PANELS[kind]
         ax.set(xlabel="training step", ylabel=label, title=title)
         ax.legend(fontsize=8)
     save(figure, args.save)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# effective rank
-
-
-def write_text(text, path):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text + "\n")
-
-
-@torch.inference_mode()
-def embeddings(args, path, weights="encoder"):
-    """Embeddings of --clips clips, their mean tokens: (clips, width) float32. path, weights: see `load_encoder`."""
-    encoder = load_encoder(path, weights).to(args.device)
-    parts, end = [], args.first + args.clips
-    for start in range(args.first, end, 50):
-        clips = load_clips(args, encoder.config, start, min(50, end - start))
-        tokens = encoder(data.normalize(clips, torch.device(args.device)))
-        parts.append(tokens.mean(1).float().cpu())
-    return torch.cat(parts)
-
-
-def rankme(args):
-    """Print the effective rank (RankMe) of each encoder's embeddings, which are the mean tokens of clips.
-
-    Use at least ten times as many --clips as the encoder's width.
-    """
-    found = {}
-    for run in args.runs:
-        x = embeddings(args, run)
-        clips, width = x.shape
-        found[run] = {"rankme": effective_rank(x), "width": width, "clips": clips}
-        print(f"{run}: RankMe {found[run]['rankme']:.1f} of {width}, {clips} clips")
-    write_text(json.dumps(found, indent=2), args.save)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # accuracy and cost
 
 
-class Accuracy(NamedTuple):
-    """Top-1 accuracy of an experiment on a task, in percent."""
-
-    mean: float  # over runs
-    spread: float | None  # standard deviation over runs or, for a single run, over the seeds of its probe
-    chance: float
-
-
-class Experiment(NamedTuple):
-    """Probed runs that differ only in their seeds."""
-
-    name: str  # see `encoder_name`
-    lineages: list  # one per folder of probe.py; see `read_probe`
-    runs: int
-    accuracies: dict  # task: `Accuracy`
-
-
-# Flags that may differ between the runs of an experiment. A teacher or checkpoint is compared by its own flags.
-INCIDENTAL = {"seed", "seeds", "out", "fresh", "workers", "device", "compile", "teacher", "checkpoint", "task",
-              "save_every", "log_every", "snapshot_every", "untrained", "weights"}  # fmt: skip
-
-
-def essential(flags):
-    """The flags that must be the same in all runs of an experiment."""
-    return {name: value for name, value in flags.items() if name not in INCIDENTAL}
-
-
-def encoder_name(result, stages):
-    """Name a probed encoder for tables and legends. Arguments: see `read_probe`."""
-    if result["weights"] == "untrained":
-        return "untrained"
-    if result["weights"] == "student":
-        return "EMA's student"
-    return "EMA (V-JEPA 2)" if stages[0].kind == "ema" else stages[0].kind
-
-
-def experiments(folders):
-    """Group folders of probe.py into a list of `Experiment`."""
-    groups = {}  # what all runs of an experiment have in common, as JSON: [(result, stages), ...]
-    for folder in map(Path, folders):
-        result, stages = read_probe(folder)
-        trained = [(stage.kind, stage.step, stage.encoder, essential(stage.args)) for stage in stages]
-        if not trained:
-            trained = load_checkpoint(result["checkpoint"])["model"]["encoder"]
-        common = json.dumps([encoder_name(result, stages), essential(result["args"]), trained])
-        groups.setdefault(common, []).append((result, stages))
-    return [summarize(probes) for probes in groups.values()]
-
-
-def summarize(probes):
-    """Combine probes that differ only in their seeds into an `Experiment`. probes: [(result, stages), ...]."""
-    accuracies, runs = {}, 1
-    for task in dict.fromkeys(task for result, _ in probes for task in result["tasks"]):
-        found = [result["tasks"][task] for result, _ in probes if task in result["tasks"]]
-        top1 = [one["top1"] for one in found]
-        spread = np.std(top1, ddof=1) if len(top1) > 1 else found[0]["spread"]
-        accuracies[task] = Accuracy(np.mean(top1), spread, found[0]["chance"])
-        runs = max(runs, len(top1))
-    return Experiment(encoder_name(*probes[0]), [stages for _, stages in probes], runs, accuracies)
-
-
 def table(args):
-    """Write a markdown table of accuracy and cost. Runs that differ only in their seeds share a row."""
-    write_table([("", experiment) for experiment in experiments(args.runs)], args.save)
+    """Write a markdown table of accuracy and cost, with a row for each folder of probe.py."""
+    write_table({("", n): [read_probe(folder)] for n, folder in enumerate(args.runs)}, args.save)
 
 
 def write_table(rows, path):
-    """Write and print a markdown table. rows: [(variant, or "" in all rows, `Experiment`), ...]."""
-    tasks = {task: accuracy for _, experiment in rows for task, accuracy in experiment.accuracies.items()}
-    headings = {task: f"{task}, top-1 % (chance {accuracy.chance:.1f})" for task, accuracy in tasks.items()}
-    columns = ["variant", "encoder", "runs", *tasks, "loss", "steps", "time", "FLOPs", "incl. teachers"]
+    """Write and print a markdown table. rows: {(variant, anything): probes that differ only in their seeds}."""
+    probes = [probe for row in rows.values() for probe in row]
+    chances = {task: p.result["tasks"][task]["chance"] for p in probes for task in p.result["tasks"]}
+    headings = {task: f"{task}, top-1 % (chance {chance:.1f})" for task, chance in chances.items()}
+    columns = ["variant", "encoder", "runs", *chances, "loss", "steps", "time", "FLOPs", "incl. teachers"]
     if not any(variant for variant, _ in rows):
         columns.remove("variant")
-    if all(experiment.runs == 1 for _, experiment in rows):
+    if all(len(row) == 1 for row in rows.values()):
         columns.remove("runs")
-    cells = [{"variant": variant} | table_cells(experiment) for variant, experiment in rows]
-    cells = [[headings.get(column, column) for column in columns], *([c.get(x, "-") for x in columns] for c in cells)]
-    text = markdown(cells)
-    write_text(text, path)
+    cells = [{"variant": str(variant)} | row_cells(row) for (variant, _), row in rows.items()]
+    lines = [[headings.get(column, column) for column in columns], *([c.get(x, "-") for x in columns] for c in cells)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * width for width in widths])
+    text = "\n".join(
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text + "\n")
     print(text)
 
 
-def table_cells(experiment):
-    """The cells of an experiment's row in `table`, by column; without those that are unknown. Costs are means."""
-    cells = {"encoder": experiment.name, "runs": str(experiment.runs), "steps": "0"}
-    for task, accuracy in experiment.accuracies.items():
-        cells[task] = f"{accuracy.mean:.1f}"
-        if accuracy.spread is not None:
-            cells[task] += f" ± {accuracy.spread:.1f}"
-    if experiment.name == "untrained":
+def row_cells(probes):
+    """A row of the table by column, without what is unknown: means over probes that differ only in their seeds.
+
+    Accuracies have their standard deviation over the runs or, for a single run, over the seeds of its probe.
+    """
+    cells = {"encoder": probes[0].encoder, "runs": str(len(probes)), "steps": "0"}
+    for task in tasks_of(probes):
+        top1 = [probe.top1(task) for probe in probes if probe.top1(task) is not None]
+        spread = np.std(top1, ddof=1) if len(top1) > 1 else probes[0].result["tasks"][task]["spread"]
+        cells[task] = f"{np.mean(top1):.1f}" + ("" if spread is None else f" ± {spread:.1f}")
+    own = [probe.stages[0] for probe in probes if probe.stages]
+    if not own:
         return cells
-    own = [stages[0] for stages in experiment.lineages]
     cells["steps"] = str(own[0].step)
-    if any(stage.loss is None for stage in own):  # a converted checkpoint, or a file outside its run folder
-        return cells
-    cells["loss"] = f"{np.mean([stage.loss for stage in own]):.3f}"
-    cells["time"] = duration(np.mean([stage.seconds for stage in own]))
-    cells["FLOPs"] = f"{np.mean([stage.flops for stage in own]):.2g}"
-    totals = [total_flops(stages) for stages in experiment.lineages]
-    if None not in totals:
-        cells["incl. teachers"] = f"{np.mean(totals):.2g}"
+    for name, column, form in (("loss", "loss", ".3f"), ("flops", "FLOPs", ".2g"), ("seconds", "time", "")):
+        values = [getattr(stage, name) for stage in own]
+        if None not in values:  # unlike in a converted checkpoint, or in a file outside its run folder
+            cells[column] = f"{np.mean(values):{form}}" if form else duration(np.mean(values))
+    totals = [[stage.flops for stage in probe.stages] for probe in probes]
+    if not any(None in flops for flops in totals):
+        cells["incl. teachers"] = f"{np.mean([sum(flops) for flops in totals]):.2g}"
     return cells
 
 
-def markdown(rows):
-    """Format rows of strings, the first of which is the heading, as a markdown table with aligned columns."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
-    lines = ["| " + " | ".join(row) + " |" for row in padded]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join(lines)
+STYLES = {  # by `Probe.encoder`: color, marker
+    "untrained": ("0.6", "x"),
+    "teacher": ("tab:orange", "^"),
+    "student": ("black", "o"),
+    "EMA": ("tab:blue", "s"),
+    "EMA, online encoder": ("tab:cyan", "D"),
+}
 
 
 def compare(args):
@@ -318,125 +232,88 @@ def compare(args):
 
     RUN is a folder with all probes of a variant in it, at any depth. The table has the figure's name and suffix .md.
     """
-    variants, found = [Path(folder) for folder in args.runs], {}  # found: {(variant, encoder name): [probe, ...]}
-    for folder in variants:
-        files = sorted(folder.rglob("results.json"))
-        if not files:
-            raise ValueError(f"there are no results of probe.py in {folder}")
-        for probe in (read_probe(file.parent) for file in files):
-            found.setdefault((folder.name, encoder_name(*probe)), []).append(probe)
-    rows = [(variant, summarize(probes)) for (variant, _), probes in found.items()]
-    tasks = list(dict.fromkeys(task for _, experiment in rows for task in experiment.accuracies))
-    names = list(dict.fromkeys([*STYLES, *(name for _, name in found)]))
-    size = (1.6 + len(variants)) * len(tasks), 3.6
+    draw_accuracies([(Path(run).name, read_probes_below(run)) for run in args.runs], args.save)
+
+
+def labels(args):
+    """Draw accuracy over the number of labels, with a line for each encoder, and write a table.
+
+    RUN is a folder with probes in it, at any depth, that differ in --train-clips and in the seed.
+    """
+    probes = [probe for run in args.runs for probe in read_probes_below(run)]
+    groups = {}
+    for probe in sorted(probes, key=lambda probe: probe.result["args"]["train_clips"]):
+        groups.setdefault(probe.result["args"]["train_clips"], []).append(probe)
+    draw_accuracies(list(groups.items()), args.save, xlabel="labels (training clips of the probe)", line="-", gap=0.03)
+
+
+def draw_accuracies(variants, path, xlabel="", line="", gap=0.1):
+    """Draw the accuracy of each encoder for each variant, a panel per task, and write a table beside the figure.
+
+    variants: [(name, probes), ...]. line: matplotlib's style of the line from one variant to the next. gap: between
+    the encoders of a variant.
+    """
+    rows = {}  # {(variant, encoder): probes}
+    for variant, probes in variants:
+        for probe in sorted(probes, key=lambda probe: [*STYLES, probe.encoder].index(probe.encoder)):
+            rows.setdefault((variant, probe.encoder), []).append(probe)
+    tasks = tasks_of(probe for _, probes in variants for probe in probes)
+    names = sorted({encoder for _, encoder in rows}, key=lambda name: [*STYLES, name].index(name))
+    size = max(3.4, 1.6 + len(variants)) * len(tasks), 3.8
     figure, axes = plt.subplots(1, len(tasks), figsize=size, squeeze=False, layout="constrained")
     for ax, task in zip(axes[0], tasks, strict=True):
         for name in names:
-            marker, _, gray = STYLES.get(name, ("x", "", "0.5"))
-            label = name
-            for x, folder in enumerate(variants):
-                here = [other for other in names if (folder.name, other) in found]
-                top1 = [r["tasks"][task]["top1"] for r, _ in found.get((folder.name, name), []) if task in r["tasks"]]
-                if top1:
-                    place = x + 0.12 * (here.index(name) - (len(here) - 1) / 2)
-                    spread = np.std(top1, ddof=1) if len(top1) > 1 else 0
-                    ax.plot([place] * len(top1), top1, ".", color="0.75", markersize=4)
-                    ax.errorbar(place, np.mean(top1), spread, color=gray, marker=marker, capsize=3, label=label)
-                    label = None  # one entry of the legend for each name
-        ax.set(ylabel="top-1 accuracy, %", title=task)
-        ax.set_xticks(range(len(variants)), [folder.name for folder in variants], fontsize=8)
+            points = []  # (x, mean, standard deviation)
+            color, marker = STYLES.get(name, ("tab:green", "v"))
+            for i, (variant, _) in enumerate(variants):
+                here = [other for other in names if (variant, other) in rows]
+                found = [probe.top1(task) for probe in rows.get((variant, name), []) if task in probe.result["tasks"]]
+                if found:
+                    x = i + gap * (here.index(name) - (len(here) - 1) / 2)
+                    ax.plot([x] * len(found), found, ".", color=color, alpha=0.4, markersize=4)
+                    points.append((x, np.mean(found), np.std(found, ddof=1) if len(found) > 1 else 0))
+            if points:
+                x, mean, spread = zip(*points, strict=True)
+                ax.errorbar(x, mean, spread, color=color, marker=marker, linestyle=line, capsize=3, label=name)
+        ax.set(ylabel="top-1 accuracy, %", xlabel=xlabel, title=task)
+        ax.set_xticks(range(len(variants)), [str(variant) for variant, _ in variants], fontsize=8)
         ax.grid(color="0.9", axis="y")
-        ax.legend(fontsize=7)
+    handles, names = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=len(names), fontsize=8)
     figure.suptitle("Small dots: runs of different seeds. Error bars: their standard deviation.", fontsize=8)
-    save(figure, args.save)
-    write_table(rows, args.save.with_suffix(".md"))
-
-
-STYLES = {  # by `encoder_name`: marker, line, gray level
-    "untrained": ("x", "", "0.5"),
-    "teacher": ("^", ":", "0.45"),
-    "student": ("o", "-", "0.0"),
-    "EMA (V-JEPA 2)": ("s", "--", "0.3"),
-    "EMA's student": ("D", "-.", "0.55"),
-}
-
-PAPER_TASKS = ("ssv2", "k400")
-PAPER = {  # table 1: marker, line, (FLOPs in 1e21, top-1 on ssv2, top-1 on k400) of each model size
-    "SALT (paper)": ("o", "-", [(1.2, 74.9, 85.4), (1.5, 75.4, 86.0), (1.9, 76.2, 86.8), (2.6, 76.1, 87.2)]),
-    "V-JEPA 2, V-3.6M (paper)": ("s", "--", [(1.4, 68.2, 83.8), (2.6, 73.4, 84.6)]),
-    "V-JEPA 2, VM-22M (paper)": ("D", ":", [(1.9, 73.7, 85.1), (3.5, 74.0, 85.3), (5.3, 75.3, 86.6)]),
-}
-
-
-def pareto(args):
-    """Draw accuracy against training FLOPs, including the teachers', one panel per task."""
-    found = experiments(args.runs)
-    tasks = list(dict.fromkeys(task for experiment in found for task in experiment.accuracies))
-    if args.paper:
-        tasks += [task for task in PAPER_TASKS if task not in tasks]
-    if not tasks:
-        fail("pareto: give folders that probe.py wrote, or --paper")
-    count, counted = "flops", "executed"
-    if args.paper:
-        count, counted = "paper_flops", "as the paper counts them"
-    size = 4.6 * len(tasks), 3.8
-    figure, axes = plt.subplots(1, len(tasks), figsize=size, squeeze=False, layout="constrained")
-    for ax, task in zip(axes[0], tasks, strict=True):
-        if args.paper and task in PAPER_TASKS:
-            draw_paper(ax, task)
-        draw_experiments(ax, task, found, count)
-        ax.set(xscale="log", xlabel=f"training FLOPs {counted}, incl. teachers", ylabel="top-1 accuracy, %", title=task)
-        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        ax.xaxis.set_major_formatter(lambda x, _: f"{x:.0e}".replace("e+", "e"))
-        ax.xaxis.set_minor_locator(NullLocator())
-        ax.grid(color="0.9")
-        ax.legend(fontsize=7)
-    if found:
-        figure.suptitle("Error bars: standard deviation over runs or, for a single run, over probe seeds.", fontsize=8)
-    save(figure, args.save)
-
-
-def draw_paper(ax, task):
-    """Draw the points of the paper's table 1."""
-    column = 1 + PAPER_TASKS.index(task)
-    for name, (marker, line, points) in PAPER.items():
-        x, y = [1e21 * point[0] for point in points], [point[column] for point in points]
-        ax.plot(x, y, color="0.7", marker=marker, linestyle=line, label=name)
-
-
-def draw_experiments(ax, task, found, count):
-    """Draw a curve for each name, and a horizontal line for untrained encoders. count: see `total_flops`."""
-    points = {}  # name: [(FLOPs, accuracy, spread), ...]
-    for experiment in found:
-        if task in experiment.accuracies:
-            accuracy = experiment.accuracies[task]
-            point = mean_flops(experiment.lineages, count), accuracy.mean, accuracy.spread or 0
-            points.setdefault(experiment.name, []).append(point)
-    for _, mean, _ in points.pop("untrained", []):
-        ax.axhline(mean, color="0.6", linewidth=1, linestyle=(0, (1, 3)), label="untrained")
-    for name, values in points.items():
-        marker, line, gray = STYLES.get(name, ("x", "-", "0.5"))
-        x, y, spread = zip(*sorted(values), strict=True)
-        ax.errorbar(x, y, spread, color=gray, marker=marker, linestyle=line, capsize=3, label=name)
-
-
-def mean_flops(lineages, count):
-    """Mean of `total_flops` over lineages; ValueError if those of a stage are unknown."""
-    for stages in lineages:
-        for stage in stages:
-            if getattr(stage, count) is None:
-                raise ValueError(f"the FLOPs of {stage.path} are unknown: its step is not logged, or it was converted")
-    return np.mean([total_flops(stages, count) for stages in lineages])
+    save(figure, path)
+    write_table(rows, path.with_suffix(".md"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# correlation
+# effective rank, and what predicts the accuracy
 
-AGAINST = {  # --against: label, index in the lineage (0: the checkpoint, 1: its teacher), quantity
-    "loss": ("training loss", 0, "loss"),
-    "rankme": ("RankMe", 0, "rankme"),
-    "teacher-loss": ("training loss of the teacher", 1, "loss"),
-    "teacher-rankme": ("RankMe of the teacher", 1, "rankme"),
+
+@torch.inference_mode()
+def rank_of_embeddings(args, path, weights="encoder"):
+    """RankMe of an encoder's embeddings, the mean tokens of --clips clips. path, weights: see `load_encoder`."""
+    encoder = load_encoder(path, weights).to(args.device)
+    parts, end = [], args.first + args.clips
+    for start in range(args.first, end, 50):
+        clips = load_clips(args, encoder.config, start, min(50, end - start))
+        parts.append(encoder(data.normalize(clips, torch.device(args.device))).mean(1).float().cpu())
+    return effective_rank(torch.cat(parts))
+
+
+def rankme(args):
+    """Print the effective rank (RankMe) of each encoder's embeddings, which are the mean tokens of clips.
+
+    Use at least ten times as many --clips as the encoder's width.
+    """
+    for run in args.runs:
+        print(f"{run}: RankMe {rank_of_embeddings(args, run):.2f}, {args.clips} clips")
+
+
+AGAINST = {  # --against: label, index in the lineage (0: the checkpoint, 1: its teacher)
+    "loss": ("training loss", 0),
+    "rankme": ("RankMe", 0),
+    "teacher-loss": ("training loss of the teacher", 1),
+    "teacher-rankme": ("RankMe of the teacher", 1),
 }
 
 
@@ -454,95 +331,219 @@ def correlation(x, y):
 
 def correlate(args):
     """Correlate the accuracy of checkpoints with their loss or RankMe, or their teachers': R², Pearson, Spearman."""
-    points, tasks = correlation_points(args)
-    if len(points) < 3:
-        raise ValueError(f"a correlation of {len(points)} checkpoints is meaningless: give three or more")
-    for name in (*args.against, *tasks):
-        if len({point[name] for point in points}) == 1:
-            raise ValueError(f"{name} is {points[0][name]:.4g} for all of these checkpoints: nothing to correlate")
+    probes = [read_probe(folder) for folder in args.runs]
+    if len(probes) < 3:
+        raise ValueError(f"a correlation of {len(probes)} checkpoints is meaningless: give three or more")
+    tasks = [task for task in tasks_of(probes) if all(task in probe.result["tasks"] for probe in probes)]
+    if not tasks:
+        raise ValueError("these probes have no task in common")
     size = 3.6 * len(tasks), 3.4 * len(args.against)
     figure, axes = plt.subplots(len(args.against), len(tasks), figsize=size, squeeze=False, layout="constrained")
-    steps = [point["step"] for point in points]
     for row, name in zip(axes, args.against, strict=True):
+        x = np.array([quantity(args, probe, name) for probe in probes])
+        if np.ptp(x) == 0:
+            raise ValueError(f"{name} is {x[0]:.4g} for all of these checkpoints: nothing to correlate")
         for ax, task in zip(row, tasks, strict=True):
-            label = AGAINST[name][0]
-            x, y = np.array([point[name] for point in points]), np.array([point[task] for point in points])
+            label, y = AGAINST[name][0], np.array([probe.top1(task) for probe in probes])
             r2, pearson, spearman = correlation(x, y)
             found = f"R² {r2:.3f}, Pearson {pearson:+.3f}, Spearman {spearman:+.3f}"
             print(f"{task} against {label}: {found}, {len(x)} checkpoints")
-            draw_fit(ax, x, y, steps)
+            slope, offset = np.polyfit(x, y, 1)
+            ends = np.array([x.min(), x.max()])
+            ax.plot(ends, offset + slope * ends, color="0.6", linestyle="--", linewidth=1)
+            ax.plot(x, y, "ko", markersize=4)
+            for probe, point in zip(probes, zip(x, y, strict=True), strict=True):
+                ax.annotate(probe.stages[0].step, point, fontsize=6, xytext=(3, 3), textcoords="offset points")
+            ax.margins(0.1)
             ax.set(xlabel=label, ylabel=f"{task}, top-1 %")
-            ax.set_title(f"R² {r2:.2f}, Pearson {pearson:+.2f}, Spearman {spearman:+.2f}", fontsize=9)
+            ax.set_title(found, fontsize=8)
     figure.suptitle("Each point is a checkpoint, labeled with its training steps. Dashed: linear fit.", fontsize=8)
     save(figure, args.save)
 
 
-def correlation_points(args):
-    """What `correlate` compares: a dictionary for each probed checkpoint, and the list of tasks.
-
-    The dictionary holds the checkpoint's "step", its accuracy by task, and the numbers that --against names.
-    """
-    points, tasks = [], []
-    for folder in map(Path, args.runs):
-        result, stages = read_probe(folder)
-        if not stages:
-            raise ValueError(f"{folder} is a probe of an untrained encoder, which has no loss: leave it out")
-        if points and result["tasks"].keys() != set(tasks):
-            raise ValueError(
-                f"{folder} has the tasks {', '.join(result['tasks'])}, but {args.runs[0]} has {', '.join(tasks)}"
-            )
-        tasks = list(result["tasks"])
-        point = {"step": stages[0].step}
-        point |= {task: accuracy["top1"] for task, accuracy in result["tasks"].items()}
-        point |= {name: quantity(args, result, stages, name) for name in args.against}
-        points.append(point)
-    return points, tasks
-
-
-def quantity(args, result, stages, name):
-    """The number that --against `name` means, for the probed checkpoint `result` with the lineage `stages`."""
-    _, index, wanted = AGAINST[name]
-    if index >= len(stages):
-        raise ValueError(f"{result['checkpoint']} has no teacher: --against {name} is for students")
-    stage = stages[index]
-    if wanted == "rankme":
-        weights = result["weights"] if index == 0 else "encoder"
-        return effective_rank(embeddings(args, stage.path, weights))
+def quantity(args, probe, name):
+    """The number that --against `name` means for a probed checkpoint; ValueError if it has none."""
+    index = AGAINST[name][1]
+    if index >= len(probe.stages):
+        checkpoint = probe.result["checkpoint"]
+        raise ValueError(f"{probe.encoder} encoder of {checkpoint}: it has no {AGAINST[name][0]}; leave it out")
+    stage = probe.stages[index]
+    if name.endswith("rankme"):
+        return rank_of_embeddings(args, stage.path, "encoder" if index else probe.result["weights"])
     if stage.loss is None:
         raise ValueError(f"the loss of {stage.path} is unknown: there is no log of its step {stage.step} beside it")
     return stage.loss
 
 
-def draw_fit(ax, x, y, steps):
-    """Draw points labeled with their steps, and a straight line fitted to them."""
-    slope, offset = np.polyfit(x, y, 1)
-    ends = np.array([x.min(), x.max()])
-    ax.plot(ends, offset + slope * ends, color="0.6", linestyle="--", linewidth=1)
-    ax.plot(x, y, "ko", markersize=4)
-    for point, step in zip(zip(x, y, strict=True), steps, strict=True):
-        ax.annotate(step, point, fontsize=6, xytext=(3, 3), textcoords="offset points")
-    ax.margins(0.1)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# report
+# pictures
+
+CLIP_SEED = 2**31 + 4  # seed of built-in clips that no training run and no probe uses
+MASK = 17  # a draw that leaves half of a 4x4 grid visible
+PNG_COLUMNS = 16  # of a picture that shows time from left to right
+DENSE = 28  # rows and columns, at least, of a map of features
 
 
-def report(args):
-    """Write an HTML page about training runs: curves, pictures, results of probes in folders beside them, flags."""
-    keys = ("checkpoint", "step", "weights", "tasks")
-    runs = []
-    for run in map(Path, args.runs):
-        record = parse((run / "args.json").read_text(), run / "args.json", "the args.json of a training run", "kind")
-        log = list(read_log(run / "metrics.jsonl"))
-        if not log:
-            raise ValueError(f"{run / 'metrics.jsonl'} is empty: the run has not logged a step yet")
-        files = sorted(run.resolve().parent.glob("*/results.json"))
-        probes = [(file.parent.name, parse(file.read_text(), file, "the results of probe.py", *keys)) for file in files]
-        own = {run.resolve(), (run / "checkpoint.pt").resolve()}
-        runs.append((run, record, log, [probe for probe in probes if Path(probe[1]["checkpoint"]).resolve() in own]))
-    write_text(page(runs), args.save)
-    print(args.save)
+def load_clips(args, config, first, count):
+    """Load clips number first to first + count - 1 of --data, or built-in ones: (count, 3, T, H, W) uint8.
+
+    config: of the encoder that gets the clips, for their size.
+    """
+    num_frames, resolution = config["num_frames"], config["resolution"]
+    numbers = range(first, first + count)
+    if not args.data:
+        return data.Synthetic(num_frames, resolution, CLIP_SEED).batch(numbers).clips
+    source = data.Manifest(args.data, num_frames, args.frame_step, resolution, train=False)
+    return source.batch([n % len(source) for n in numbers]).clips
+
+
+@torch.no_grad()
+def picture(args):
+    """Draw video clips, what a teacher (stage 1) sees of them and fills in, and the features of other encoders.
+
+    The teacher sees a short-range mask of its training, and predicts every hidden tubelet. It predicts normalized
+    pixels; brightness and contrast are fitted to what it sees (`join`), never taken from the hidden pixels. Features
+    are the first three principal components of an encoder's tokens over all clips and frames, as red, green and blue.
+    Small token grids are refined: the encoder also sees the clips shifted by fractions of a patch.
+
+    A .png shows time from left to right, a .gif plays the clips side by side. Without a suffix, write both.
+    """
+    clips = load_clips(args, load_encoder(args.runs[0]).config, args.first, args.clips)
+    x = data.normalize(clips, torch.device("cpu"))
+    videos = [("video clip", clips)]
+    for run in args.runs:
+        checkpoint, encoder = load_checkpoint(run), load_encoder(run)
+        if checkpoint["kind"] != "teacher" or args.features:
+            videos.append((f"features of\n{Path(run).name}", token_colors(dense_tokens(encoder, x))))
+            continue
+        rng = generator("picture", MASK)
+        mask = sample_masks(checkpoint["args"]["mask"], encoder.grid(x), len(x), rng)[0]
+        seen, filled = fill_in(encoder, load_predictor(run), x, mask.context_ids)
+        videos += [("what the\nteacher sees", seen), ("what the\nteacher fills in", filled)]
+    count = max(video.shape[2] for _, video in videos)  # frames
+    if args.save.suffix != ".gif":
+        columns = min(max(2, PNG_COLUMNS // args.clips), count)
+        save(draw_frames(videos, range(columns), columns), args.save.with_suffix(".png"))
+    if args.save.suffix in (".gif", ""):
+        save_gif([draw_frames(videos, [frame], count) for frame in range(count)], args.save.with_suffix(".gif"))
+
+
+def fill_in(encoder, predictor, x, context_ids):
+    """Predict what is hidden of normalized clips x: (seen, seen and predicted), (B, 3, T, H, W) uint8; hidden: gray."""
+    grid = encoder.grid(x)
+    pixels = tubelets(x, encoder.tubelet_size, encoder.patch_size)  # (B, N, P)
+    hidden = torch.ones(pixels.shape[:2], dtype=torch.bool).scatter(1, context_ids, False)
+    target_ids = hidden.nonzero()[:, 1].view(len(x), -1)
+    pattern = torch.zeros_like(pixels)
+    pattern[hidden] = predictor(encoder(x, context_ids), context_ids, target_ids, grid, 0).flatten(0, 1)
+    filled = join(pixels, pattern, hidden, encoder, grid)
+    seen, filled = (untubelets(p, grid, encoder.tubelet_size, encoder.patch_size) for p in (pixels, filled))
+    gray = untubelets(hidden[..., None].expand_as(pixels), grid, encoder.tubelet_size, encoder.patch_size)
+    return data.denormalize(seen).masked_fill(gray, 128), data.denormalize(filled)
+
+
+def join(pixels, pattern, hidden, encoder, grid):
+    """Fill hidden tubelets of `pixels` with `pattern`, scaled and shifted so that tubelets join without edges.
+
+    A teacher predicts pixels that are normalized per tubelet and color, so it leaves their mean and standard deviation
+    open. These minimize the squared differences across the borders between tubelets. Logarithms of standard deviations
+    are pulled toward the mean of the visible tubelets'. The true ones would give away what is hidden.
+
+    pixels, pattern: (B, N, P). hidden: (B, N) bool. Returns (B, N, P).
+    """
+    tubelet = encoder.tubelet_size, encoder.patch_size
+    pixels, pattern, hidden = pixels.unflatten(-1, (3, -1)), pattern.unflatten(-1, (3, -1)), hidden[..., None, None]
+    visible = ~hidden / (~hidden).sum(1, keepdim=True)  # weights (B, N, 1, 1) of a mean
+    mean = (pixels.mean(-1, keepdim=True) * visible).sum(1, keepdim=True).repeat(1, pixels.shape[1], 1, 1)
+    usual = (pixels.std(-1, keepdim=True) * visible).sum(1, keepdim=True)  # (B, 1, 3, 1)
+    log_ratio = torch.zeros_like(mean)  # of a tubelet's standard deviation to `usual`
+    unknown = [mean.requires_grad_(), log_ratio.requires_grad_()]
+    optimizer = torch.optim.LBFGS(unknown, max_iter=200, line_search_fn="strong_wolfe")
+
+    def joined():
+        return torch.where(hidden, pattern * usual * log_ratio.exp() + mean, pixels).flatten(2)
+
+    @torch.enable_grad()
+    def loss():
+        optimizer.zero_grad()
+        clips, total = untubelets(joined(), grid, *tubelet), log_ratio.square().sum()
+        for dim, size in ((2, tubelet[0]), (3, tubelet[1]), (4, tubelet[1])):
+            differences = clips.diff(dim=dim)
+            borders = torch.arange(size - 1, differences.shape[dim], size)
+            total = total + differences.index_select(dim, borders).square().sum()
+        total.backward()
+        return total
+
+    optimizer.step(loss)
+    return joined().detach()
+
+
+def dense_tokens(encoder, x):
+    """A map of tokens with at least DENSE rows and columns, if the patches have that many pixels: (B, t, n*h, n*w, D).
+
+    Encode the normalized clips x n times n times, shifted by patch_size / n pixels down and across from one time to the
+    next, and interleave the tokens.
+    """
+    (B, _, _, H, W), patch = x.shape, encoder.patch_size
+    t, h, w = encoder.grid(x)
+    n = next((n for n in range(1, patch) if patch % n == 0 and n * min(h, w) >= DENSE), patch)
+    step, before = patch // n, (patch - patch // n) // 2
+    padding = (before, patch - step - before) * 2
+    padded = F.pad(x.flatten(1, 2), padding, mode="replicate").unflatten(1, (3, -1))
+    dense = torch.empty(B, t, h, n, w, n, encoder.width)
+    for i in range(n):
+        for j in range(n):
+            top, left = i * step, j * step
+            dense[:, :, :, i, :, j] = encoder(padded[..., top : top + H, left : left + W]).unflatten(1, (t, h, w))
+    return dense.flatten(4, 5).flatten(2, 3)
+
+
+def token_colors(tokens):
+    """The first three principal components of tokens (B, t, h, w, D) of all clips, as colors (B, 3, t, h, w) uint8."""
+    flat = (tokens - tokens.mean((0, 1, 2, 3))).flatten(0, 3)
+    components = flat @ torch.linalg.eigh(flat.T @ flat).eigenvectors[:, -3:].flip(1)
+    low, high = torch.quantile(components, 0.02, dim=0), torch.quantile(components, 0.98, dim=0)
+    colors = ((components - low) / (high - low)).clamp(0, 1) * 255
+    return colors.to(torch.uint8).unflatten(0, tokens.shape[:4]).permute(0, 4, 1, 2, 3)
+
+
+def draw_frames(videos, frames, count):
+    """Draw a row for each video: its clips from left to right, and of each clip one or more frames. Returns a figure.
+
+    videos: [(label, (B, 3, T, H, W) uint8), ...] of the same clips; short and small ones are stretched. frames: indices
+    into `count` evenly spaced frames.
+    """
+    size = max(video.shape[-1] for _, video in videos)
+    gap, rows = size // 16 + 1, []
+    for _, video in videos:
+        cells = video[:, :, [i * video.shape[2] // count for i in frames]].transpose(1, 2)  # (B, frames, 3, H, W)
+        cells = F.interpolate(cells.flatten(0, 1).float(), (size, size)).unflatten(0, cells.shape[:2])
+        cells = F.pad(cells, (0, gap, 0, gap), value=255).permute(3, 0, 1, 4, 2).flatten(2, 3)  # (H, B, columns, 3)
+        rows.append(F.pad(cells, (0, 0, 0, 2 * gap), value=255).flatten(1, 2))  # a wider gap between clips
+    image = torch.cat(rows)[:-gap, : -3 * gap].byte().numpy()
+    scale = min(1.3, 9 / (len(frames) * len(videos[0][1]))) / size  # inches per pixel
+    height, width = image.shape[0] * scale, image.shape[1] * scale
+    total = width + 1.5, height + 0.1  # with room for the labels
+    figure = plt.figure(figsize=total)
+    ax = figure.add_axes((1.45 / total[0], 0.05 / total[1], width / total[0], height / total[1]))
+    ax.imshow(image, interpolation="nearest")
+    ax.set_yticks([size / 2 + i * (size + gap) for i in range(len(videos))], [label for label, _ in videos], fontsize=9)
+    ax.set_xticks([])
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    return figure
+
+
+def save_gif(figures, path):
+    """Write figures as a movie that loops, and print the file's name."""
+    images = []
+    for figure in figures:
+        figure.canvas.draw()
+        images.append(PIL.Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()))
+        plt.close(figure)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    images[0].save(path, save_all=True, append_images=images[1:], duration=200, loop=0)
+    print(path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -553,12 +554,13 @@ def parse_args():
     parser = Parser(__doc__, prog="python -m tools.analyze")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def add_command(function, suffix, runs, nargs="+"):
-        name, text = function.__name__, inspect.getdoc(function)
-        command = commands.add_parser(name, description=text, help=text.splitlines()[0])
+    def add_command(function, save, runs):
+        text = inspect.getdoc(function)
+        command = commands.add_parser(function.__name__, description=text, help=text.splitlines()[0])
         command.set_defaults(function=function)
-        command.add_argument("runs", nargs=nargs, metavar="RUN", help=runs)
-        command.add_argument("--save", type=Path, default=Path(f"out/{name}.{suffix}"), help="file to write")
+        command.add_argument("runs", nargs="+", metavar="RUN", help=runs)
+        if save:
+            command.add_argument("--save", type=Path, default=Path("out", save), help="file to write")
         return command.add_argument
 
     def add_clip_flags(flag, clips):
@@ -566,25 +568,21 @@ def parse_args():
         flag("--frame-step", type=int, default=4, help="video frames from one clip frame to the next")
         flag("--clips", type=int, default=clips, help="number of clips")
         flag("--first", type=int, default=0, help="number of the first clip")
-
-    def add_embedding_flags(flag):
-        add_clip_flags(flag, clips=2000)
-        flag("--device", choices=("cpu", "cuda"), help="default: cuda if there is a GPU")
+        flag("--device", choices=("cpu", "cuda"), help="for RankMe; default: cuda if there is a GPU")
 
     runs, probes = "run folders or checkpoint files", "folders that probe.py wrote"
-    add_command(curves, "png", "run folders")
-    add_clip_flags(add_command(picture, "png", "a teacher, then its students: run folders or files"), clips=4)
-    add_clip_flags(add_command(features, "png", runs), clips=4)
-    add_embedding_flags(add_command(rankme, "json", runs))
-    add_command(report, "html", "run folders")
-    add_command(table, "md", probes)
-    add_command(compare, "png", "folders of variants")
-    flag = add_command(pareto, "png", probes, nargs="*")
-    flag("--paper", action="store_true", help="count FLOPs as the paper does, and add the points of its table 1")
-    flag = add_command(correlate, "png", probes)
+    add_command(curves, "curves.png", "run folders")
+    flag = add_command(picture, "picture", runs)
+    add_clip_flags(flag, clips=4)
+    flag("--features", action="store_true", help="draw the features of teachers, too, and not what they fill in")
+    add_clip_flags(add_command(rankme, None, runs), clips=2000)
+    add_command(table, "table.md", probes)
+    add_command(compare, "compare.png", "folders of variants")
+    add_command(labels, "labels.png", "folders with probes in them")
+    flag = add_command(correlate, "correlate.png", probes)
     names = f"what to correlate the accuracy with: {', '.join(AGAINST)}"
     flag("--against", nargs="+", metavar="NAME", choices=AGAINST, default=["loss"], help=names)
-    add_embedding_flags(flag)
+    add_clip_flags(flag, clips=2000)
     return parser.parse_args()
 
 
@@ -593,7 +591,6 @@ def main():
     if "clips" in args:
         require_at_least(args, 1, "clips", "frame_step")
         require_at_least(args, 0, "first")
-    if "device" in args:
         args.dtype = "float32"
         resolve_device(args)
     try:
