@@ -40,7 +40,7 @@ from torchvision.transforms.v2 import functional as TF
 
 import data
 from cli import Parser, Progress, fail, interval95, plain_flags, require_at_least, resolve_device, write_atomically
-from model import Encoder, Predictor, build, load_checkpoint, load_teacher_of, token_grid, tubelets
+from model import Encoder, Predictor, build, load_checkpoint, load_teacher_of, tubelets
 from synthetic import synthetic_pair
 from video import IMAGE_SUFFIXES, BadVideo
 
@@ -54,20 +54,16 @@ SYNTHETIC_SEED = 2**31 + 6  # no training run uses it
 
 def parse_args():
     parser = Parser(__doc__)
-    flag = parser.add_argument_group("networks and videos").add_argument
+    flag = parser.add_argument
     flag("--checkpoint", default="out/student", metavar="RUN|FILE", help="run folder or checkpoint file")
     flag("--teacher", metavar="RUN|FILE", help="teacher of a student; default: the one recorded in its checkpoint")
     flag("--untrained", action="store_true", help="baseline: the same networks, with random weights")
     flag("--task", choices=TASKS, default="synthetic")
     flag("--data", type=Path, metavar="FOLDER|CSV", help="videos of the task")
     flag("--pairs", type=int, default=600, help="number of built-in pairs, over all three properties")
-
-    flag = parser.add_argument_group("protocol").add_argument
     flag("--num-frames", type=int, help="window length M; default: intphys, grasp 16, inflevel 32, else the encoder's")
     flag("--context-lengths", type=int, nargs="+", metavar="C", help="in frames; default: 1/8, 2/8, ... 5/8 of M")
     flag("--frame-step", type=int, help="keep every n-th video frame; default: intphys 2, grasp 10, inflevel 5, else 1")
-
-    flag = parser.add_argument_group("hardware and output").add_argument
     flag("--batch-size", type=int, default=16, help="windows per forward pass")
     flag("--workers", type=int, default=0, help="processes that read videos")
     flag("--seed", type=int, default=0, help="of the built-in pairs and of untrained networks")
@@ -95,22 +91,30 @@ def parse_args():
 def load_networks(args):
     """Load the context encoder, the predictor and the target encoder (None if pixels are predicted), frozen.
 
-    Returns these three and the checkpoint's step. Ends the script if a checkpoint is missing or damaged.
+    Returns these three and the checkpoint's step. Fills in --teacher. Ends the script if a checkpoint is missing,
+    damaged or of another teacher.
     """
     try:
-        checkpoint = load_checkpoint(args.checkpoint)
+        checkpoint = target = load_checkpoint(args.checkpoint)  # target: the checkpoint with the target encoder
+        config, kind = checkpoint["model"], checkpoint["kind"]
         if "predictor" not in checkpoint:
-            raise ValueError(f"{args.checkpoint} holds no predictor")
-        config, context = checkpoint["model"], "student" if "student" in checkpoint else "encoder"
-        encoder = build(Encoder, config["encoder"], checkpoint[context])
+            raise ValueError("holds no predictor")
+        if args.teacher and kind != "student":
+            raise ValueError("only a student has a --teacher; this checkpoint itself holds what is predicted")
+        if kind == "student":
+            args.teacher = args.teacher or checkpoint["args"]["teacher"]
+            target = load_teacher_of(checkpoint, args.teacher)
+        encoder = build(Encoder, config["encoder"], checkpoint.get("student", checkpoint["encoder"]))
         predictor = build(Predictor, config["predictor"], checkpoint["predictor"])
+        predicts_pixels = kind == "teacher"
+        target_encoder = None if predicts_pixels else build(Encoder, target["model"]["encoder"], target["encoder"])
     except (OSError, ValueError) as error:
-        fail(f"--checkpoint: {error}")
-    target_encoder = _load_target_encoder(args, checkpoint)
+        teacher = f" --teacher {args.teacher}" if args.teacher else ""
+        fail(f"--checkpoint {args.checkpoint}{teacher}: {error}")
     if args.untrained:  # networks of the same sizes
         torch.manual_seed(args.seed)
         encoder, predictor = Encoder(**encoder.config), Predictor(**predictor.config)
-        if checkpoint["kind"] == "student":
+        if kind == "student":
             target_encoder = Encoder(**target_encoder.config)
         elif target_encoder:
             target_encoder = copy.deepcopy(encoder)  # an EMA teacher starts as a copy of the student
@@ -121,41 +125,19 @@ def load_networks(args):
     return networks, checkpoint["step"]
 
 
-def _load_target_encoder(args, checkpoint):
-    """Load the encoder whose latents the predictor predicts; None if it predicts pixels. Fills in --teacher."""
-    if args.teacher and checkpoint["kind"] != "student":
-        fail(f"--teacher is for students: {args.checkpoint} predicts pixels or the latents of an encoder in it")
-    if checkpoint["kind"] == "teacher":
-        return None
-    if checkpoint["kind"] == "student":
-        args.teacher = args.teacher or checkpoint["args"]["teacher"]
-        try:
-            checkpoint = load_teacher_of(checkpoint, args.teacher)
-        except (OSError, ValueError) as error:
-            fail(f"the teacher of {args.checkpoint}: {error}; say where it is with --teacher")
-    elif "student" not in checkpoint:
-        print(f"{args.checkpoint} holds a single encoder, which encodes both the context and the targets")
-    return build(Encoder, checkpoint["model"]["encoder"], checkpoint["encoder"])
-
-
 def resolve_window(args, encoder):
     """Fill in --num-frames and --context-lengths, and set args.resolution. Ends the script if they do not fit."""
+    tubelet, args.resolution = encoder.tubelet_size, encoder.config["resolution"]
     if args.num_frames is None:
         args.num_frames = TASKS[args.task].num_frames or encoder.config["num_frames"]
-    args.resolution, tubelet = encoder.config["resolution"], encoder.tubelet_size
-    try:
-        token_grid((args.num_frames, args.resolution, args.resolution), tubelet, encoder.patch_size)
-    except ValueError as error:
-        fail(str(error))
-    if args.context_lengths is None:
-        eighths = [args.num_frames * k // 8 for k in range(1, 6)]
-        args.context_lengths = [C for C in eighths if C > 0 and C % tubelet == 0]
-    args.context_lengths = sorted(set(args.context_lengths))
+    M = args.num_frames
+    eighths = [C for C in (M * k // 8 for k in range(1, 6)) if C and C % tubelet == 0]
+    args.context_lengths = sorted(set(args.context_lengths or eighths))
+    if M % tubelet or not args.context_lengths:
+        fail(f"--num-frames {M}: windows and contexts must be multiples of {tubelet} frames")
     for C in args.context_lengths:
-        if not 0 < C < args.num_frames or C % tubelet:
-            fail(f"--context-lengths {C}: must be a multiple of {tubelet} frames below the window's {args.num_frames}")
-    if not args.context_lengths:
-        fail(f"give --context-lengths: no eighth of {args.num_frames} frames is a whole number of tubelets")
+        if not 0 < C < M or C % tubelet:
+            fail(f"--context-lengths {C}: must be a multiple of {tubelet} frames below the window's {M}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -168,7 +150,6 @@ class Result(NamedTuple):
     property: str
     name: str
     frames: tuple  # lengths L of the two videos
-    same: int  # number of identical frames at their beginning
     possible: torch.Tensor  # float32 (number of C, W)
     impossible: torch.Tensor
 
@@ -182,8 +163,8 @@ def measure(networks, items, args):
     try:
         for done, pairs in enumerate(loader, start=1):
             for property, name, possible, impossible in pairs:
-                same, curves = surprise_of_pair(networks, possible, impossible, args)
-                results.append(Result(property, name, (len(possible), len(impossible)), same, *curves))
+                curves = [surprise(networks, video, args) for video in (possible, impossible)]
+                results.append(Result(property, name, (len(possible), len(impossible)), *curves))
             progress.show(f"{done}/{len(items)}, {progress.left(done, len(items))}", last=done == len(items))
     except BadVideo as error:
         reason = str(error).splitlines()[-1]  # an error in a worker begins with the worker's traceback
@@ -191,38 +172,17 @@ def measure(networks, items, args):
     return results
 
 
-def surprise_of_pair(networks, possible, impossible, args):
-    """The number of identical frames at the beginning of two videos, and the surprise of both.
-
-    Windows in which the videos are identical are computed once.
-    """
-    same = shared_frames(possible, impossible)
-    curves = surprise(networks, possible, args)
-    shared = max(0, (same - args.num_frames) // STRIDE + 1)
-    return same, (curves, surprise(networks, impossible, args, known=curves[:, :shared]))
-
-
-def shared_frames(a, b):
-    """The number of identical frames at the beginning of two videos (L, 3, R, R)."""
-    length = min(len(a), len(b))
-    differs = (a[:length] != b[:length]).flatten(1).any(1).nonzero()
-    return int(differs[0]) if len(differs) else length
-
-
 @torch.inference_mode()
-def surprise(networks, frames, args, known=None):
+def surprise(networks, frames, args):
     """The surprise of a video (L, 3, R, R) at each context length and window: float32 on the CPU, (number of C, W).
 
     W = (L - M) // STRIDE + 1: trailing frames that fill no window are ignored, and a video shorter than a window is
-    padded with its last frame. known: (number of C, W'), the surprise of the first W' windows if already computed.
+    padded with its last frame.
     """
     padding = frames[-1:].expand(max(0, args.num_frames - len(frames)), -1, -1, -1)
     windows = torch.cat((frames, padding)).unfold(0, args.num_frames, STRIDE)  # (W, 3, R, R, M), a view
-    curves = [torch.empty(len(args.context_lengths), 0) if known is None else known]
-    for start in range(curves[0].shape[1], len(windows), args.batch_size):
-        clips = windows[start : start + args.batch_size].permute(0, 1, 4, 2, 3)
-        curves.append(_surprise_of_clips(networks, clips, args))
-    return torch.cat(curves, dim=1)
+    batches = [batch.permute(0, 1, 4, 2, 3) for batch in windows.split(args.batch_size)]
+    return torch.cat([_surprise_of_clips(networks, clips, args) for clips in batches], dim=1)
 
 
 def _surprise_of_clips(networks, clips, args):
@@ -275,7 +235,9 @@ def find_items(args):
         return range(args.pairs)
     try:
         items = TASKS[args.task].find_items(args.data)
-    except (OSError, ValueError, KeyError, IndexError, av.FFmpegError) as error:
+    except KeyError as error:
+        fail(f"--data {args.data}: a file has no {error}")
+    except (OSError, ValueError, IndexError, av.FFmpegError) as error:
         fail(f"--data {args.data}: {error}")
     if not items:
         fail(f"--data {args.data} holds no pairs of {args.task} (--help shows the expected files)")
@@ -293,11 +255,9 @@ def find_intphys(root):
         possible, impossible = [], []
         for movie in sorted(scene.glob("[1-4]")):
             status = json.loads((movie / "status.json").read_text())
-            movies = possible if status["header"]["is_possible"] else impossible
-            movies.append(movie / "scene")
+            (possible if status["header"]["is_possible"] else impossible).append(movie / "scene")
         if len(possible) != 2 or len(impossible) != 2:
-            counts = f"{len(possible)} possible and {len(impossible)} impossible movies"
-            raise ValueError(f"{scene} holds {counts}, not 2 each")
+            raise ValueError(f"{scene}: {len(possible)} possible and {len(impossible)} impossible movies, not 2 each")
         items.append(Item(scene.parent.name, possible, impossible))
     return items
 
@@ -317,28 +277,34 @@ def find_inflevel(root):
     Columns: vid1_path, vid2_path (relative to ROOT), vid1_label, vid1_end_priming_2, vid2_end_priming_2. A video starts
     after its priming; the longer one of a pair is shortened at its beginning.
     """
-    columns = ("vid1_path", "vid2_path", "vid1_label", "vid1_end_priming_2", "vid2_end_priming_2")
     items = []
     for property in ("continuity", "solidity", "gravity"):
-        for row in _read_csv(root / f"{property}.csv", columns):
-            first, second = root / row["vid1_path"], root / row["vid2_path"]
+        for row in _read_csv(root / f"{property}.csv"):
+            paths = [root / row["vid1_path"], root / row["vid2_path"]]
             starts = [int(row["vid1_end_priming_2"]) + 1, int(row["vid2_end_priming_2"]) + 1]
-            lengths = [_count_frames(first) - starts[0], _count_frames(second) - starts[1]]
+            lengths = [_count_frames(path) - start for path, start in zip(paths, starts, strict=True)]
             starts = [start + length - min(lengths) for start, length in zip(starts, lengths, strict=True)]
-            if row["vid1_label"] == "possible":
-                items.append(Item(property, [first], [second], tuple(starts)))
-            else:
-                items.append(Item(property, [second], [first], (starts[1], starts[0])))
+            order = (0, 1) if row["vid1_label"] == "possible" else (1, 0)
+            items.append(Item(property, *([paths[n]] for n in order), starts=[starts[n] for n in order]))
     return items
 
 
 def find_csv_pairs(file):
     """Items of a csv file with columns possible, impossible (paths relative to the file) and, optionally, property."""
-    items = []
-    for row in _read_csv(file, ("possible", "impossible")):
-        paths = [file.parent / row["possible"]], [file.parent / row["impossible"]]
-        items.append(Item(row.get("property") or "pairs", *paths))
-    return items
+    return [
+        Item(row.get("property") or "pairs", [file.parent / row["possible"]], [file.parent / row["impossible"]])
+        for row in _read_csv(file)
+    ]
+
+
+def _read_csv(file):
+    with open(file, newline="", encoding="utf-8") as lines:
+        return list(csv.DictReader(lines))
+
+
+def _count_frames(path):
+    with av.open(str(path)) as container:
+        return container.streams.video[0].frames or sum(1 for _ in container.decode(video=0))
 
 
 class Task(NamedTuple):
@@ -361,79 +327,55 @@ TASKS = {
 }
 
 
-def _read_csv(file, columns):
-    """The rows of a csv file as dictionaries; ValueError if a row lacks one of the columns."""
-    with open(file, newline="", encoding="utf-8") as lines:
-        rows = list(csv.DictReader(lines))
-    for row in rows:
-        missing = [name for name in columns if not row.get(name)]
-        if missing:
-            raise ValueError(f"{file}: a row has no {', '.join(missing)}")
-    return rows
-
-
-def _count_frames(path):
-    with av.open(str(path)) as container:
-        return container.streams.video[0].frames or sum(1 for _ in container.decode(video=0))
-
-
 def read_pairs(args, item):
-    """Read the pairs of an `Item`, or render the built-in pair of this number: [(property, name, possible, impossible)].
+    """Read the pairs of an `Item`, or render a built-in pair: a list of (property, name, possible, impossible).
 
-    Videos are uint8 (L, 3, R, R); the lengths of a pair may differ. IntPhys has two possible and two impossible movies
-    per scene: they are matched so that the pairs share as many frames at the beginning as possible. BadVideo if a video
-    is unreadable.
+    Videos are uint8 (L, 3, R, R); the lengths of a pair may differ. IntPhys's two possible and two impossible movies of
+    a scene are matched so that the pairs share as many frames at the beginning as possible.
     """
     if args.task == "synthetic":
         property, *videos = synthetic_pair(SYNTHETIC_SEED + args.seed, item, 3 * args.num_frames, args.resolution)
         return [(property, f"built-in {item}", *videos)]
-    task = TASKS[args.task]
-    length = task.max_frames // args.frame_step if task.max_frames else None
-    possible, impossible = (
-        [read_video(path, args.frame_step, args.resolution, start, length, task.square) for path in paths]
-        for paths, start in zip((item.possible, item.impossible), item.starts, strict=True)
-    )
-    order = max(
-        itertools.permutations(range(len(possible))),
-        key=lambda order: sum(shared_frames(possible[n], impossible[i]) for n, i in enumerate(order)),
-    )
-    return [
-        (item.property, f"{item.possible[n]} | {item.impossible[i]}", possible[n], impossible[i])
-        for n, i in enumerate(order)
-    ]
+    possible = [read_video(path, args, item.starts[0]) for path in item.possible]
+    impossible = [read_video(path, args, item.starts[1]) for path in item.impossible]
+
+    def shared_by_all(order):
+        return sum(shared_frames(possible[n], impossible[i]) for n, i in enumerate(order))
+
+    order = max(itertools.permutations(range(len(possible))), key=shared_by_all)
+    names = [f"{item.possible[n]} | {item.impossible[i]}" for n, i in enumerate(order)]
+    return [(item.property, names[n], possible[n], impossible[i]) for n, i in enumerate(order)]
 
 
-def read_video(path, frame_step, resolution, start=0, length=None, square=False):
-    """Every frame_step-th frame of a video, or of a folder of images, from frame `start` on: uint8 (L, 3, R, R).
+def shared_frames(a, b):
+    """The number of identical frames at the beginning of two videos (L, 3, R, R)."""
+    same = [torch.equal(x, y) for x, y in zip(a, b)]  # noqa: B905  (up to the end of the shorter one)
+    return same.index(False) if False in same else len(same)
 
-    length: maximum of L. square: crop frames to a centered square instead of resizing the whole frame. Frames are
-    resized as soon as they are decoded, so a long video takes 3 R^2 bytes per frame. As in the authors' code, resizing
-    is bilinear without antialiasing. BadVideo if the used part of the video cannot be decoded or has no frames.
+
+def read_video(path, args, start=0):
+    """Read every --frame-step-th frame of a video, or of a folder of images, from `start` on: uint8 (L, 3, R, R).
+
+    Frames are resized as soon as they are decoded, so a long video takes 3 R^2 bytes per frame. As in the authors'
+    code, resizing is bilinear without antialiasing. BadVideo if the used part of the video has no frames, or damaged
+    ones.
     """
-    files, frames = [path], []
+    task, files, frames = TASKS[args.task], [path], []
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
-    stop = None if length is None else start + length * frame_step
-    for decoded in itertools.islice(_decode(files), start, stop, frame_step):
-        frame = torch.from_numpy(decoded.to_ndarray(format="rgb24")).permute(2, 0, 1)  # (3, H, W)
-        if square:
-            side = min(frame.shape[1:])
-            top, left = (frame.shape[1] - side) // 2, (frame.shape[2] - side) // 2
-            frame = frame[:, top : top + side, left : left + side]
-        frames.append(TF.resize(frame, [resolution, resolution], antialias=False))
+    stop = start + task.max_frames // args.frame_step * args.frame_step if task.max_frames else None
+    try:
+        decoded = itertools.chain.from_iterable(av.open(str(file)).decode(video=0) for file in files)
+        for frame in itertools.islice(decoded, start, stop, args.frame_step):
+            frame = torch.from_numpy(frame.to_ndarray(format="rgb24")).permute(2, 0, 1)  # (3, H, W)
+            if task.square:
+                frame = TF.center_crop(frame, min(frame.shape[1:]))
+            frames.append(TF.resize(frame, [args.resolution, args.resolution], antialias=False))
+    except (av.FFmpegError, OSError, IndexError) as error:
+        raise BadVideo(f"{path}: {getattr(error, 'strerror', 'no video stream')}") from error
     if not frames:
         raise BadVideo(f"{path}: no frames from frame {start} on")
     return torch.stack(frames)
-
-
-def _decode(files):
-    """Decode the frames of video or image files, one after the other. BadVideo if that fails."""
-    for file in files:
-        try:
-            with av.open(str(file)) as container:
-                yield from container.decode(video=0)
-        except (av.FFmpegError, OSError, IndexError) as error:
-            raise BadVideo(f"{file}: {getattr(error, 'strerror', 'no video stream')}") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -529,20 +471,9 @@ def main():
         print(f"{short} videos are shorter than a window and were padded with their last frame")
     table = accuracies(args.context_lengths, results)
     print_accuracies(table)
-    record = {
-        "checkpoint": args.checkpoint,
-        "step": step,
-        "weights": weights,
-        "teacher": args.teacher,
-        "predicts": "latents" if networks[2] else "pixels",
-        "task": args.task,
-        "properties": table,
-        "short_videos": short,
-        "pairs": [
-            r._asdict() | {"possible": r.possible.tolist(), "impossible": r.impossible.tolist()} for r in results
-        ],
-        "args": plain_flags(args),
-    }
+    pairs = [r._asdict() | {"possible": r.possible.tolist(), "impossible": r.impossible.tolist()} for r in results]
+    record = {"step": step, "predicts": "latents" if networks[2] else "pixels", "short_videos": short}
+    record |= {"properties": table, "pairs": pairs, "args": plain_flags(args)}
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         write_atomically(args.out / "results.json", lambda path: path.write_text(json.dumps(record) + "\n"))
