@@ -299,7 +299,7 @@ def find_csv_pairs(file):
 
 def _read_csv(file):
     with open(file, newline="", encoding="utf-8") as lines:
-        return list(csv.DictReader(lines))
+        return list(csv.DictReader(lines, restval=""))
 
 
 def _count_frames(path):
@@ -461,9 +461,7 @@ def main():
     resolve_window(args, networks[0])
     items = find_items(args)
     weights = "untrained" if args.untrained else "trained"
-    print(
-        f"surprise of {args.checkpoint} ({weights}) on {args.task}: windows of {args.num_frames} frames, {args.device}"
-    )
+    print(f"surprise of {args.checkpoint} ({weights}) on {args.task}, windows of {args.num_frames} frames")
 
     results = measure(networks, items, args)
     short = sum(length < args.num_frames for result in results for length in result.frames)
