@@ -206,7 +206,7 @@ def _surprise_of_clips(networks, clips, args):
 def _prediction_targets(target_encoder, encoder, clips):
     """The targets of all N tokens of clips (B, 3, M, R, R): (B, N, D) float32.
 
-    With a target encoder, its layer-normalized latents, as in train_student.latent_targets. Without one, the pixels
+    With a target encoder, its layer-normalized latents, as in train_student.py. Without one, the pixels
     normalized per tubelet and color channel, as in train_teacher.pixel_targets. (Scripts do not import each other.)
     """
     if target_encoder:
