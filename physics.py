@@ -106,8 +106,9 @@ def load_networks(args):
             target = load_teacher_of(checkpoint, args.teacher)
         encoder = build(Encoder, config["encoder"], checkpoint.get("student", checkpoint["encoder"]))
         predictor = build(Predictor, config["predictor"], checkpoint["predictor"])
-        predicts_pixels = kind == "teacher"
-        target_encoder = None if predicts_pixels else build(Encoder, target["model"]["encoder"], target["encoder"])
+        target_encoder = None  # a V-Pixel teacher predicts pixels
+        if kind != "teacher":
+            target_encoder = build(Encoder, target["model"]["encoder"], target["encoder"])
     except (OSError, ValueError) as error:
         teacher = f" --teacher {args.teacher}" if args.teacher else ""
         fail(f"--checkpoint {args.checkpoint}{teacher}: {error}")
@@ -264,11 +265,8 @@ def find_intphys(root):
 
 def find_grasp(root):
     """Items of GRASP level 2: ROOT/P_Gravity/x.mp4 is possible, ROOT/IP_Gravity/x.mp4 impossible; 16 properties."""
-    items = []
-    for path in sorted(root.glob("P_*/*.mp4")):
-        property = path.parent.name.removeprefix("P_")
-        items.append(Item(property, [path], [root / f"IP_{property}" / path.name]))
-    return items
+    paths = sorted(root.glob("P_*/*.mp4"))
+    return [Item(path.parent.name[2:], [path], [root / f"I{path.parent.name}" / path.name]) for path in paths]
 
 
 def find_inflevel(root):
