@@ -318,7 +318,7 @@ def test_results_and_picture_of_a_run(student, tmp_path):
     assert results["args"]["context_lengths"] == [2] and len(results["pairs"]) == 6
     assert all(np.shape(pair["possible"]) == (1, 5) for pair in results["pairs"])  # 12 frames, windows of 4
     scores = [np.mean(pair["possible"]) < np.mean(pair["impossible"]) for pair in results["pairs"]]
-    assert 100 * np.mean(scores) == results["properties"]["all"]["2"]["relative_accuracy"]
+    assert results["properties"]["all"]["2"]["relative_accuracy"] == pytest.approx(100 * np.mean(scores))
     assert PIL.Image.open(tmp_path / "surprise.png").size[0] > 500
     run_script(physics, *flags, "--untrained", "--workers", 1, "--out", tmp_path / "untrained")
     untrained = json.loads((tmp_path / "untrained" / "results.json").read_text())
