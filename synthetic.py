@@ -6,7 +6,6 @@ is at 0, the last one at 1.
 
 import functools
 import math
-from typing import NamedTuple
 
 import torch
 
@@ -47,16 +46,15 @@ def _shift_right(z, bits):
 
 
 class _Random:
-    """Scales prepared numbers in [0, 1), one per draw: Python floats for one video, tensors (B,) for a batch."""
+    """Scales prepared numbers in [0, 1), a tensor (B,) per draw."""
 
     def __init__(self, numbers):
         self.numbers = iter(numbers)
 
     def uniform(self, low, high):
-        return next(self.numbers) * (high - low) + low
+        return next(self.numbers) * (high - low) + low  # (B,)
 
-    def uniforms(self, low, high, count):
-        """(B, count); only for batches."""
+    def uniforms(self, low, high, count):  # (B, count)
         return torch.stack([next(self.numbers) for _ in range(count)], dim=1) * (high - low) + low
 
 
@@ -88,15 +86,6 @@ def shape_outlines():
 
 def _pixel_centers(size, device=None):
     return (torch.arange(size, device=device) + 0.5) / size
-
-
-def _length(dx, dy):
-    return (dx.square() + dy.square()).sqrt()
-
-
-def _angle_index(dx, dy, rotation=0.0):
-    """The index into `shape_outlines` of a direction, for a shape rotated by `rotation` (radians)."""
-    return ((torch.atan2(dy, dx) - rotation) * (ANGLES / TAU)).long() % ANGLES
 
 
 def _opacity(depth, size):
@@ -132,13 +121,10 @@ def synthetic_clips(seed, numbers, num_frames, resolution):
     path = _straight_path(motion * (TAU / len(MOTIONS)), rng.uniform(0.28, 0.42), time)
     brighter = color + rng.uniforms(0.3, 0.45, 3)
     texture = _texture(rng, path, pixels, brighter, contrast=0.12, frequencies=(0.3, 1.2))
-    clips = torch.lerp(clips, texture, _shape_opacity(rng, path, pixels, shape))
-
-    light = 1 + rng.uniforms(-FLICKER, FLICKER, T)
-    starts = (uniforms(seed + 1, numbers, T) * GRAIN_STARTS).long()
-    grain = _grain(3 * S * S, device)[starts].unflatten(2, (3, S, S)).transpose(1, 2)
-    clips = (clips * light[:, None, :, None, None] + GRAIN * grain).clamp(0, 1)
-    return (clips * 255).round().to(torch.uint8), torch.stack((motion, shape), dim=1)
+    x, y = (coordinate + rng.uniform(0, 1)[:, None] for coordinate in path)
+    radius, rotation = rng.uniform(0.26, 0.36), rng.uniform(-0.5, 0.5)
+    clips = torch.lerp(clips, texture, _shape_opacity(x, y, radius, rotation, shape, pixels))
+    return _film(clips, rng, seed, numbers), torch.stack((motion, shape), dim=1)
 
 
 def _straight_path(direction, speed, time):
@@ -161,18 +147,30 @@ def _texture(rng, path, pixels, color, contrast, frequencies):
     return color[:, :, None, None, None] + variation[:, :, None, None, None] * field[:, None]
 
 
-def _shape_opacity(rng, path, pixels, shape):
-    """Opacity of the moving shape, which starts at a random position: (B, 1, T, S, S). shape: (B,) index of SHAPES."""
-    x, y = (coordinate + rng.uniform(0, 1)[:, None] for coordinate in path)
+def _shape_opacity(x, y, radius, rotation, shape, pixels):
+    """Opacity of a moving shape, which comes back on the other side where it leaves the frame: (B, 1, T, S, S).
+
+    x, y: (B, T) positions; radius (frame widths), rotation (radians), shape (index of SHAPES): (B,).
+    """
     dx, dy = (pixels - x[:, :, None])[:, :, None, :], (pixels - y[:, :, None])[:, :, :, None]
-    dx, dy = dx - dx.round(), dy - dy.round()  # what leaves the frame comes back on the other side
-    radius, rotation = rng.uniform(0.26, 0.36)[:, None, None, None], rng.uniform(-0.5, 0.5)[:, None, None, None]
+    dx, dy = dx - dx.round(), dy - dy.round()
+    radius, rotation, shape = (value[:, None, None, None] for value in (radius, rotation, shape))
     outlines, holes = (table.to(pixels.device) for table in shape_outlines())
-    distance, angle = _length(dx, dy), _angle_index(dx, dy, rotation)
-    edge = outlines.flatten()[shape[:, None, None, None] * ANGLES + angle] * radius
-    hole = holes[shape][:, None, None, None] * radius
+    distance = (dx.square() + dy.square()).sqrt()
+    angle = ((torch.atan2(dy, dx) - rotation) * (ANGLES / TAU)).long() % ANGLES
+    edge, hole = outlines.flatten()[shape * ANGLES + angle] * radius, holes[shape] * radius
     opacity = _opacity(edge - distance, len(pixels)) * _opacity(distance - hole, len(pixels))
     return opacity[:, None]
+
+
+def _film(clips, rng, seed, numbers):
+    """Film clips (B, 3, T, S, S) in [0, 1]: add flicker and grain, and round to uint8."""
+    T, S = clips.shape[2:4]
+    light = 1 + rng.uniforms(-FLICKER, FLICKER, T)
+    starts = (uniforms(seed + 1, numbers, T) * GRAIN_STARTS).long()
+    grain = _grain(3 * S * S, clips.device)[starts].unflatten(2, (3, S, S)).transpose(1, 2)
+    clips = (clips * light[:, None, :, None, None] + GRAIN * grain).clamp(0, 1)
+    return (clips * 255).round().to(torch.uint8)
 
 
 @functools.cache
@@ -185,132 +183,42 @@ def _grain(count, device):
 # ---------------------------------------------------------------------------------------------------------------------
 # physics pairs
 
-PROPERTIES = ("permanence", "shape", "color", "continuity", "solidity", "gravity")
-OCCLUDED = ("permanence", "shape", "color")  # properties whose event happens behind an occluder
-OCCLUDER = (0.32, 0.68)  # left and right edge; at least 2.7 times as wide as `_Object.size`, so it hides every object
-WALL = (0.6, 0.7)  # left and right edge
-
-
-class _Object(NamedTuple):
-    """The moving object of one video of a pair."""
-
-    x: torch.Tensor  # (T,) position of its center
-    y: torch.Tensor
-    size: float  # from the center to the farthest point
-    shape: int  # index of SHAPES
-    color: torch.Tensor  # (3,) in [0, 1]
-    visible: bool = True
+PROPERTIES = ("permanence", "shape", "continuity")  # as in IntPhys O1, O2, O3
 
 
 def synthetic_pair(seed, number, num_frames, resolution):
-    """Render built-in pair `number`: a shape over a textured background, perhaps with an occluder or a wall.
+    """Render built-in pair `number`: a shape that moves to the right over a textured background.
 
-    The property is PROPERTIES[number % 6]. After the event, this happens in the impossible video:
+    As in IntPhys, the impossible video begins as one possible video and ends as another one, which differs in a single
+    property, PROPERTIES[number % 3]. From the event on, this happens in the impossible video:
 
-    permanence  the shape does not come out from behind the occluder, or, in every other pair, comes out of nowhere
-    shape       it comes out as another shape
-    color       it comes out in another color
-    continuity  it jumps
-    solidity    it passes through a wall that it should bounce off
-    gravity     when released, it falls upward
+    permanence  the shape vanishes or, in every other pair, appears out of nowhere
+    shape       it turns into another shape
+    continuity  it jumps up or down
 
     Returns the property, and the possible and the impossible video, (T, 3, S, S) uint8, identical until the event.
     """
-    T, S = num_frames, resolution
-    property = PROPERTIES[number % len(PROPERTIES)]
-    rng = _Random(uniforms(seed, torch.tensor([number]), 64)[0].tolist())
-    noise = torch.Generator().manual_seed(number)
-    time = torch.arange(T) / (T - 1)
+    T, property = num_frames, PROPERTIES[number % len(PROPERTIES)]
+    numbers = torch.tensor([number, number])  # two equal scenes, (2, 3, T, S, S)
+    rng = _Random(uniforms(seed, numbers, 64 + T).unbind(1))
+    time, pixels = torch.linspace(0, 1, T), _pixel_centers(resolution)
+    event = T // 3 + int(rng.uniform(0, T / 3)[0])
 
-    possible, impossible, event, mirrored = _draw_objects(property, number, rng, noise, time)
-    background, gray = _background(rng, S), torch.tensor(rng.uniform(0.5, 0.75))
-    grain = torch.randn(T, 3, S, S, generator=noise) * 0.03
-    possible, impossible = (_render(property, obj, background, gray, grain) for obj in (possible, impossible))
-    impossible = torch.where((time > event)[:, None, None, None], impossible, possible)
-    if mirrored:
-        possible, impossible = possible.flip(3), impossible.flip(3)
-    return property, possible, impossible
-
-
-def _draw_objects(property, number, rng, noise, time):
-    """Draw a pair's possible and impossible `_Object`, the time of the event, and whether to mirror the videos.
-
-    The impossible object is shown only after the event. time: (T,).
-    """
-    size, speed, event = rng.uniform(0.1, 0.13), rng.uniform(0.7, 0.8), rng.uniform(0.35, 0.5)
-    if property in OCCLUDED:
-        event = 0.5  # in the middle of the occluder
-    shape = int(rng.uniform(0, len(SHAPES)))
-    mirrored, starts_at_top = rng.uniform(0, 1) >= 0.5, rng.uniform(0, 1) < 0.5
-    color = torch.tensor([0.95, 0.6, 0.25])[torch.randperm(3, generator=noise)]
-    x, y = 0.5 + speed * (time - 0.5), torch.full_like(time, rng.uniform(0.3, 0.7))
-    possible = impossible = _Object(x, y, size, shape, color)
-
+    color, still = rng.uniforms(0.2, 0.5, 3), torch.zeros(2, T)
+    background = _texture(rng, (still, still), pixels, color, contrast=0.15, frequencies=(0.3, 0.9))
+    x = rng.uniform(0.25, 0.35)[:, None] + rng.uniform(0.3, 0.4)[:, None] * time
+    y = rng.uniform(0.25, 0.35)[:, None].repeat(1, T)
+    shape, other = rng.uniform(0, len(SHAPES)).long(), rng.uniform(1, len(SHAPES)).long()
+    visible, second = torch.ones(2), number // len(PROPERTIES) % 2
     if property == "permanence":
-        visible = number // len(PROPERTIES) % 2 == 0
-        possible, impossible = possible._replace(visible=visible), possible._replace(visible=not visible)
+        visible[1 - second] = 0
     elif property == "shape":
-        other = (shape + 1 + int(rng.uniform(0, len(SHAPES) - 1))) % len(SHAPES)
-        impossible = possible._replace(shape=other)
-    elif property == "color":
-        impossible = possible._replace(color=color.roll(1))
-    elif property == "continuity":
-        top = torch.full_like(time, rng.uniform(0.2, 0.35))
-        before, after = (top, 1 - top) if starts_at_top else (1 - top, top)
-        possible, impossible = possible._replace(y=before), possible._replace(y=after)
-    elif property == "solidity":
-        contact = WALL[0] - size
-        possible = impossible._replace(x=contact - (contact - x).abs())
-    else:  # gravity
-        resting = possible._replace(x=torch.full_like(time, rng.uniform(0.3, 0.7)))
-        fall = 4 * (time - event).clamp(min=0).square()
-        possible = resting._replace(y=(0.5 + fall).clamp(max=1 - size))
-        impossible = resting._replace(y=(0.5 - fall).clamp(min=size))
-    return possible, impossible, event, mirrored
+        shape[1] = (shape + other)[1] % len(SHAPES)
+    else:
+        y[second] = 1 - y[second]
+    opacity = _shape_opacity(x, y, rng.uniform(0.12, 0.14), rng.uniform(-0.5, 0.5), shape, pixels)
+    brighter = (color + rng.uniforms(0.3, 0.45, 3))[:, :, None, None, None]
+    scenes = torch.lerp(background, brighter.expand_as(background), opacity * visible[:, None, None, None, None])
 
-
-def _background(rng, size):
-    """A plane wave in each color channel: (3, S, S)."""
-    pixels, channels = _pixel_centers(size), []
-    for _ in range(3):
-        angle, frequency = rng.uniform(0, TAU), rng.uniform(0.5, 1.5)
-        phase, strength = rng.uniform(0, TAU), rng.uniform(0.03, 0.07)
-        along = math.cos(angle) * pixels + math.sin(angle) * pixels[:, None]
-        channels.append(0.35 + strength * (TAU * frequency * along + phase).cos())
-    return torch.stack(channels)
-
-
-def _render(property, obj, background, gray, grain):
-    """Render one video of a pair: (T, 3, S, S) uint8."""
-    T, _, S, _ = grain.shape
-    layers = []  # from back to front: (opacity (T, 1, S, S), color)
-    if property == "solidity":  # the wall is behind the object, which stays visible as it passes through
-        layers.append((_bar_opacity(*WALL, S).expand(T, 1, S, S), gray))
-    if obj.visible:
-        layers.append((_object_opacity(obj, S), obj.color[:, None, None]))
-    if property in OCCLUDED:
-        layers.append((_bar_opacity(*OCCLUDER, S).expand(T, 1, S, S), gray))
-    frames = background.expand(T, 3, S, S)
-    for opacity, color in layers:
-        frames = torch.lerp(frames, color.expand_as(frames), opacity)
-    return ((frames + grain).clamp(0, 1) * 255).round().to(torch.uint8)
-
-
-def _bar_opacity(left, right, size):
-    """Opacity of a vertical bar, in one row of pixels: (S,)."""
-    pixels = _pixel_centers(size)
-    return _opacity(torch.minimum(pixels - left, right - pixels), size)
-
-
-def _object_opacity(obj, size):
-    """Opacity of a moving object: (T, 1, S, S)."""
-    pixels = _pixel_centers(size)
-    dx, dy = (pixels - obj.x[:, None])[:, None, :], (pixels - obj.y[:, None])[:, :, None]
-    outlines, holes = shape_outlines()
-    farthest = outlines[obj.shape].max()
-    outline, hole = (table[obj.shape] / farthest * obj.size for table in (outlines, holes))
-    distance = _length(dx, dy)
-    opacity = _opacity(outline[_angle_index(dx, dy)] - distance, size)
-    if hole > 0:
-        opacity = opacity * _opacity(distance - hole, size)
-    return opacity[:, None]
+    possible, impossible = _film(scenes, rng, seed, numbers).transpose(1, 2)
+    return property, possible, torch.cat((possible[:event], impossible[event:]))

@@ -1,22 +1,30 @@
-"""physics.py: surprise of toy networks with known errors, checkpoints, pairing and layouts of datasets, results."""
+"""physics.py: the surprise of a video, checkpoints, pairing and layouts of datasets, results."""
 
 import json
-import math
 
 import numpy as np
 import PIL.Image
 import pytest
 import torch
-from conftest import SHARED_DATA, TINY, flat, frame_numbers, numbered, randomize, refusal, run_script, write_video
+from conftest import (
+    SHARED_DATA,
+    flat,
+    frame_numbers,
+    numbered,
+    randomize,
+    refusal,
+    run_script,
+    same_tensors,
+    write_video,
+)
 
 import data
 import physics
-import synthetic
-import train_ema_baseline
-import train_student
 import train_teacher
 from model import Encoder, Predictor, load_checkpoint
 from video import BadVideo
+
+ENCODER = Encoder(32, 1, 2, num_frames=8, resolution=32, patch_size=8)
 
 
 def physics_args(*flags):
@@ -24,221 +32,111 @@ def physics_args(*flags):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["physics.py", "--device", "cpu", *map(str, flags)])
         args = physics.parse_args()
-    physics.resolve_window(args, BrightnessEncoder())
+    physics.resolve_window(args, ENCODER)
     return args
 
 
-class BrightnessEncoder:
-    """Serves as encoder and as teacher: a token is (-1, 1) if its tubelet is bright, (1, -1) if it is dark."""
-
-    tubelet_size, patch_size, width, config = 2, 8, 2, {"num_frames": 8, "resolution": 32}
-
-    def __init__(self):
-        self.calls = []  # (number of clips, token ids)
-
-    def grid(self, clips):
-        return clips.shape[2] // 2, clips.shape[3] // 8, clips.shape[4] // 8
-
-    def __call__(self, clips, context_ids=None):
-        self.calls.append((len(clips), context_ids))
-        means = clips.unflatten(2, (-1, 2)).unflatten(4, (-1, 8)).unflatten(-1, (-1, 8)).mean((1, 3, 5, 7)).flatten(1)
-        tokens = torch.stack((-means.sign(), means.sign()), dim=-1)
-        return tokens if context_ids is None else tokens.gather(1, context_ids[..., None].expand(-1, -1, 2))
-
-
-class DarknessPredictor:
-    """Predicts that everything is dark."""
-
-    def __init__(self):
-        self.calls = []
-
-    def __call__(self, context, context_ids, target_ids, grid, mask_index):
-        self.calls.append((context_ids, target_ids, grid, mask_index))
-        return torch.tensor([1.0, -1.0]).expand(*target_ids.shape, 2)
-
-
-def video_of(bright, size=32):
-    """A video (L, 3, R, R) of bright (True) and dark (False) frames."""
-    return (torch.tensor(bright)[:, None, None, None] * 255).to(torch.uint8).expand(-1, 3, size, size)
-
-
-@pytest.mark.parametrize("batch_size", [1, 3, 16])
-def test_surprise_of_each_window_is_its_prediction_error(batch_size):
-    bright = [n in (8, 9, 10, 11, 16, 17) for n in range(21)]
-    encoder, teacher, predictor = BrightnessEncoder(), BrightnessEncoder(), DarknessPredictor()
-    args = physics_args("--context-lengths", 6, 2, "--batch-size", batch_size, "--mask-index", 1)
-    measured = physics.surprise((encoder, predictor, teacher), video_of(bright), args)
-    # Windows start at frames 0, 2, ... 12; frame 20 fills none. The error is 2 at each bright future tubelet.
-    expected = [[2 * np.mean(bright[t + C : t + 8]) for t in range(0, 13, 2)] for C in (2, 6)]
-    torch.testing.assert_close(measured, torch.tensor(expected, dtype=torch.float32), atol=1e-4, rtol=0)
-    assert sum(clips for clips, _ in teacher.calls) == 7  # once per window, for all context lengths
-    assert sum(clips for clips, _ in encoder.calls) == 14 and all(ids is None for _, ids in teacher.calls)
-    for context_ids, target_ids, grid, mask_index in predictor.calls:
-        assert grid == (4, 4, 4) and mask_index == 1 and context_ids.shape[1] in (16, 48)
-        assert torch.equal(torch.cat((context_ids, target_ids), dim=1)[-1], torch.arange(64))
-
-
-@pytest.mark.parametrize("length", [1, 5, 7])
-def test_short_videos_are_padded_with_their_last_frame(length):
-    networks = BrightnessEncoder(), DarknessPredictor(), BrightnessEncoder()
-    bright = [n == length - 1 for n in range(length)]
-    args = physics_args("--context-lengths", 6)
-    assert physics.surprise(networks, video_of(bright), args).tolist() == [[pytest.approx(2, abs=1e-4)]]
-    dark = physics.surprise(networks, video_of([False] * length), args)
-    assert dark.tolist() == [[pytest.approx(0, abs=1e-4)]]
-
-
-@pytest.mark.parametrize(
-    ("same", "stride", "shared"), [(0, 2, 0), (7, 2, 0), (8, 2, 1), (13, 2, 3), (20, 2, 7), (13, 1, 6)]
-)
-def test_windows_that_both_videos_share_are_computed_once(same, stride, shared):
-    possible, impossible = video_of([n == 9 for n in range(20)]), video_of([n == 9 or n >= same for n in range(20)])
-    args = physics_args("--stride", stride)
-    encoder, predictor, teacher = BrightnessEncoder(), DarknessPredictor(), BrightnessEncoder()
-    pair = physics.make_pair("", "", possible, impossible)
-    assert pair.same == (same if same != 9 else 10)
-    curves = physics.surprise_of_pair((encoder, predictor, teacher), pair, args)
-    windows = 12 // stride + 1
-    assert sum(clips for clips, _ in teacher.calls) == 2 * windows - shared
-    for curve, video in zip(curves, (possible, impossible), strict=True):
-        assert torch.equal(curve, physics.surprise((encoder, predictor, teacher), video, args))
-
-
-@pytest.mark.parametrize("mask_index", [0, 1])
 @pytest.mark.parametrize("predicts", ["latents", "pixels"])
-def test_surprise_uses_the_targets_of_the_training_scripts(predicts, mask_index):
-    encoder = randomize(Encoder(32, 1, 2, num_frames=8, resolution=32, patch_size=8))
-    teacher = randomize(Encoder(48, 1, 2, num_frames=8, resolution=32, patch_size=8))
+def test_surprise_is_the_prediction_error_of_each_window(predicts):
+    encoder, teacher = randomize(ENCODER), randomize(Encoder(48, 1, 2, num_frames=8, resolution=32, patch_size=8))
     predictor = randomize(Predictor(32, 48 if predicts == "latents" else 384, 16, 1, 2))
-    video = torch.randint(256, (11, 3, 32, 32), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
-    args = physics_args("--context-lengths", 4, "--mask-index", mask_index, "--stride", 3)
-    measured = physics.surprise((encoder, predictor, teacher if predicts == "latents" else None), video, args)
-    clips = data.normalize(torch.stack((video[:8], video[3:])).transpose(1, 2), "cpu")
-    ids = torch.arange(64).expand(2, -1)
-    if predicts == "latents":
-        targets = train_student.latent_targets(teacher, clips)
+    networks = encoder, predictor, teacher if predicts == "latents" else None
+    video = torch.randint(256, (13, 3, 32, 32), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
+    args = physics_args("--context-lengths", 6, 2, "--batch-size", 2)
+    measured = physics.surprise(networks, video, args)
+    # Windows start at frames 0, 2 and 4; frame 12 fills none.
+    clips = data.normalize(torch.stack([video[t : t + 8] for t in (0, 2, 4)]).transpose(1, 2), "cpu")
+    ids = torch.arange(64).expand(3, -1)
+    if predicts == "latents":  # as in train_student.py
+        targets = torch.nn.functional.layer_norm(teacher(clips), (48,))
     else:
         targets = train_teacher.pixel_targets(clips, 2, 8)
-    with torch.no_grad():
-        predicted = predictor(encoder(clips, ids[:, :32]), ids[:, :32], ids[:, 32:], (4, 4, 4), mask_index)
-    expected = (predicted - targets[:, 32:]).abs().mean((1, 2))
-    torch.testing.assert_close(measured, expected[None])
+    expected = []
+    for seen in (16, 48):  # 2 and 6 frames
+        with torch.no_grad():
+            predicted = predictor(encoder(clips, ids[:, :seen]), ids[:, :seen], ids[:, seen:], (4, 4, 4), 0)
+        expected.append((predicted - targets[:, seen:]).abs().mean((1, 2)))
+    torch.testing.assert_close(measured, torch.stack(expected))
+    padded = torch.cat((video[:5], video[4:5], video[4:5], video[4:5]))  # a short video repeats its last frame
+    assert torch.equal(physics.surprise(networks, video[:5], args), physics.surprise(networks, padded, args))
 
 
-@pytest.mark.parametrize(("num_frames", "lengths"), [(8, [2, 4]), (16, [2, 4, 6, 8, 10]), (32, [4, 8, 12, 16, 20])])
-def test_default_context_lengths_are_the_protocols(num_frames, lengths):
-    assert physics_args("--num-frames", num_frames).context_lengths == lengths
-
-
-def test_default_window_and_frame_step_of_each_task(tmp_path):
-    args = [physics_args("--task", task, "--data", tmp_path) for task in ("intphys", "grasp", "inflevel", "pairs")]
-    assert [a.num_frames for a in args] == [16, 16, 32, 8]
-    assert [a.frame_step for a in args] == [2, 10, 5, 1]
+def test_defaults_are_the_protocols(tmp_path):
+    found = {}
+    for task in ("intphys", "grasp", "inflevel", "pairs"):
+        args = physics_args("--task", task, "--data", tmp_path)
+        found[task] = (args.num_frames, args.frame_step, args.context_lengths)
+    assert found["intphys"] == (16, 2, [2, 4, 6, 8, 10]) and found["grasp"] == (16, 10, [2, 4, 6, 8, 10])
+    assert found["inflevel"] == (32, 5, [4, 8, 12, 16, 20]) and found["pairs"] == (8, 1, [2, 4])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # checkpoints
 
 
-@pytest.fixture(scope="module")
-def ema(tmp_path_factory):
-    out = tmp_path_factory.mktemp("runs") / "ema"
-    run_script(train_ema_baseline, *TINY, "--ema-momentum", 0.5, "--out", out)
-    return out
-
-
 def weights_equal(network, weights):
-    return all(torch.equal(v, weights[k]) for k, v in network.state_dict().items())
+    return same_tensors(network.state_dict(), weights)
 
 
-def test_networks_of_each_kind_of_checkpoint(teacher, student, ema):
-    for run, context, target in ((student, "encoder", None), (ema, "student", "encoder"), (teacher, "encoder", None)):
-        checkpoint = load_checkpoint(run)
+def test_networks_of_each_kind_of_checkpoint(teacher, student, ema, tmp_path):
+    own = load_checkpoint(ema)
+    both, single = tmp_path / "both.pt", tmp_path / "single.pt"  # as tools/convert.py writes V-JEPA 2
+    torch.save(own | {"kind": "vjepa2", "args": {}}, both)
+    torch.save({name: value for name, value in own.items() if name != "student"} | {"kind": "vjepa2"}, single)
+    for run, context, target in (
+        (student, load_checkpoint(student)["encoder"], load_checkpoint(teacher)["encoder"]),
+        (teacher, load_checkpoint(teacher)["encoder"], None),
+        (ema, own["student"], own["encoder"]),
+        (both, own["student"], own["encoder"]),
+        (single, own["encoder"], own["encoder"]),
+    ):
         (encoder, predictor, target_encoder), step = physics.load_networks(physics_args("--checkpoint", run))
-        assert step == checkpoint["step"] == 6
-        assert weights_equal(encoder, checkpoint[context]) and weights_equal(predictor, checkpoint["predictor"])
-        if run == teacher:
-            assert target_encoder is None
-        else:
-            assert weights_equal(target_encoder, checkpoint[target] if target else load_checkpoint(teacher)["encoder"])
-            assert not (target_encoder.training or encoder.training or predictor.training)
-    assert not weights_equal(encoder, load_checkpoint(ema)["encoder"])
+        assert step == 6 and not (encoder.training or predictor.training)
+        assert weights_equal(encoder, context) and weights_equal(predictor, load_checkpoint(run)["predictor"])
+        assert weights_equal(target_encoder, target) if target else target_encoder is None
+    assert not same_tensors(own["student"], own["encoder"])
 
 
-def test_untrained_randomizes_all_networks(teacher, student, ema):
+def test_untrained_randomizes_all_networks(student, ema):
     for run in (student, ema):
         trained, _ = physics.load_networks(physics_args("--checkpoint", run))
-        untrained, _ = physics.load_networks(physics_args("--checkpoint", run, "--untrained", "--seed", 3))
-        again, _ = physics.load_networks(physics_args("--checkpoint", run, "--untrained", "--seed", 3))
-        for a, b, c in zip(trained, untrained, again, strict=True):
-            assert not weights_equal(b, a.state_dict()) and weights_equal(b, c.state_dict())
+        untrained, _ = physics.load_networks(physics_args("--checkpoint", run, "--untrained"))
+        assert not any(weights_equal(b, a.state_dict()) for a, b in zip(trained, untrained, strict=True))
         # An EMA teacher starts as a copy of its student.
         assert weights_equal(untrained[0], untrained[2].state_dict()) == (run == ema)
 
 
-def test_converted_vjepa2_uses_its_encoder_for_the_context_and_its_ema_for_the_targets(ema, teacher, tmp_path, capfd):
-    checkpoint = load_checkpoint(ema)
-    both = {key: checkpoint[key] for key in ("format", "step", "model", "encoder", "student", "predictor")}
-    both |= {"kind": "vjepa2", "args": {}}  # as tools/convert.py writes it
-    torch.save(both, tmp_path / "both.pt")
-    (encoder, _, target_encoder), _ = physics.load_networks(physics_args("--checkpoint", tmp_path / "both.pt"))
-    assert weights_equal(encoder, both["student"]) and weights_equal(target_encoder, both["encoder"])
-    assert not weights_equal(encoder, both["encoder"]) and capfd.readouterr().out == ""
-    flags = "--checkpoint", tmp_path / "both.pt", "--teacher", teacher, "--out", tmp_path / "out"
-    assert "predicts the latents of its own EMA teacher" in refusal(capfd, physics, *flags)
-
-    single = {key: both[key] for key in both if key != "student"}
-    torch.save(single, tmp_path / "single.pt")
-    flags = "--checkpoint", tmp_path / "single.pt"
-    (encoder, _, target_encoder), _ = physics.load_networks(physics_args(*flags))
-    assert weights_equal(encoder, both["encoder"]) and weights_equal(target_encoder, both["encoder"])
-    assert "single encoder, which encodes both the context and the targets" in capfd.readouterr().out
-    (encoder, _, target_encoder), _ = physics.load_networks(physics_args(*flags, "--teacher", teacher))
-    assert weights_equal(encoder, both["encoder"]) and weights_equal(
-        target_encoder, load_checkpoint(teacher)["encoder"]
-    )
-    for file in ("both.pt", "single.pt"):
-        args = physics_args("--checkpoint", tmp_path / file, "--untrained")
-        (encoder, _, target_encoder), _ = physics.load_networks(args)
-        assert weights_equal(encoder, target_encoder.state_dict()) and not weights_equal(encoder, both["student"])
-
-
 def test_a_student_needs_its_teacher(teacher, student, ema, tmp_path, capfd):
-    checkpoint = load_checkpoint(student)
-    alone = tmp_path / "alone.pt"
+    checkpoint, alone, retrained = load_checkpoint(student), tmp_path / "alone.pt", tmp_path / "retrained.pt"
     checkpoint["args"]["teacher"] = str(tmp_path / "moved")
     torch.save(checkpoint, alone)
-    out = "--out", tmp_path / "out"
-    error = refusal(capfd, physics, "--checkpoint", alone, *out)
-    assert "moved" in error and "--teacher" in error
-    networks, _ = physics.load_networks(physics_args("--checkpoint", alone, "--teacher", teacher))
-    assert all(networks)
-    del checkpoint["args"]["teacher"]
-    torch.save(checkpoint, alone)
-    assert "give --teacher" in refusal(capfd, physics, "--checkpoint", alone, *out)
-    assert "is not the teacher" in refusal(capfd, physics, "--checkpoint", student, "--teacher", student, *out)
+    assert "moved" in refusal(capfd, physics, "--checkpoint", alone)
+    assert all(physics.load_networks(physics_args("--checkpoint", alone, "--teacher", teacher))[0])
     del checkpoint["predictor"]
     torch.save(checkpoint, alone)
-    assert "holds no predictor" in refusal(capfd, physics, "--checkpoint", alone, *out)
+    assert "holds no predictor" in refusal(capfd, physics, "--checkpoint", alone)
     for run in (teacher, ema):
-        assert "for students" in refusal(capfd, physics, "--checkpoint", run, "--teacher", teacher, *out)
+        assert "only a student" in refusal(capfd, physics, "--checkpoint", run, "--teacher", teacher)
+    checkpoint = load_checkpoint(teacher)
+    checkpoint["encoder"]["norm.bias"][0] += 1e-3
+    torch.save(checkpoint, retrained)
+    error = refusal(capfd, physics, "--checkpoint", student, "--teacher", retrained)
+    assert f"is not the teacher that the student was trained with: {teacher} at step 6" in error
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--checkpoint", "nowhere"], "no checkpoint at nowhere"),
-        (["--mask-index", 2], "has 2 mask tokens"),
         (["--context-lengths", 3], "multiple of 2"),
         (["--context-lengths", 4], "below the window's 4"),
-        (["--num-frames", 5], "does not divide"),
-        (["--num-frames", 0], "does not divide"),
+        (["--num-frames", 5], "multiples of 2"),
         (["--frame-step", 2], "--task synthetic renders its own videos"),
         (["--task", "grasp"], "needs --data"),
         (["--task", "grasp", "--data", "nowhere"], "no pairs of grasp"),
         (["--task", "pairs", "--data", "nowhere.csv"], "No such file"),
         (["--task", "inflevel", "--data", "nowhere", "--num-frames", 4], "No such file"),
-        (["--stride", 0], "at least 1"),
+        (["--pairs", 0], "at least 1"),
     ],
 )  # fmt: skip
 def test_wrong_flags_end_the_run_with_one_line(flags, message, student, tmp_path, capfd):
@@ -261,41 +159,34 @@ def write_folder(folder, frames):
 def test_read_video_returns_every_nth_frame(tmp_path):
     video = write_video(tmp_path / "v.mp4", [numbered(n, 64) for n in range(50)])
     folder = write_folder(tmp_path / "frames", [numbered(n, 64) for n in range(50)])
-    for path in (video, folder):
-        assert frame_numbers(physics.read_video(path, 1, 32)) == list(range(50))
-        assert frame_numbers(physics.read_video(path, 10, 32, start=7)) == [7, 17, 27, 37, 47]
-        with pytest.raises(BadVideo, match="no frames from frame 50 on"):
-            physics.read_video(path, 1, 32, start=50)
+    for step, start, expected in ((1, 0, range(50)), (10, 7, range(7, 50, 10))):
+        args = physics_args("--task", "pairs", "--data", tmp_path, "--frame-step", step)
+        for path in (video, folder):
+            assert frame_numbers(physics.read_video(path, args, start)) == list(expected)
+            with pytest.raises(BadVideo, match="no frames from frame 50 on"):
+                physics.read_video(path, args, start=50)
 
 
-@pytest.mark.parametrize("task", ["intphys", "grasp", "inflevel", "pairs"])
+@pytest.mark.parametrize("task", ["intphys", "inflevel"])
 @pytest.mark.parametrize("size", [(47, 128), (90, 41)])
-def test_intphys_and_grasp_frames_are_cropped_to_a_square(task, size, tmp_path):
+def test_only_intphys_and_grasp_frames_are_cropped_to_a_square(task, size, tmp_path):
     pixels = np.random.default_rng(0).integers(256, size=(*size, 3), dtype=np.uint8)
     folder = write_folder(tmp_path / "video", [pixels])
-    item = physics.Item("", "", [folder], [folder])
-    (pair,) = physics.read_pairs(physics_args("--task", task, "--data", tmp_path), item)
+    possible = physics.read_video(folder, physics_args("--task", task, "--data", tmp_path))
     expected = torch.from_numpy(pixels).permute(2, 0, 1)[None].float()
-    if task in ("intphys", "grasp"):
+    assert physics.TASKS["grasp"].square
+    if task == "intphys":
         expected = expected[..., 40:87] if size == (47, 128) else expected[:, :, 24:65]
     # The authors resize with this function: bilinear, without antialiasing. Ours rounds to whole gray levels.
     expected = torch.nn.functional.interpolate(expected, size=(32, 32), mode="bilinear", align_corners=False)
-    torch.testing.assert_close(pair.possible.float(), expected, atol=1, rtol=0)
+    torch.testing.assert_close(possible.float(), expected, atol=1, rtol=0)
 
 
 @pytest.mark.parametrize(("frame_step", "numbers"), [(2, range(0, 97, 2)), (1, range(99)), (10, range(0, 90, 10))])
 def test_intphys_uses_49_frames(frame_step, numbers, tmp_path):
     folder = write_folder(tmp_path / "movie", [numbered(n) for n in range(100)])
-    item = physics.Item("", "", [folder], [folder])
-    for task, expected in (("intphys", numbers), ("pairs", range(0, 100, frame_step))):
-        args = physics_args("--task", task, "--data", tmp_path, "--frame-step", frame_step)
-        (pair,) = physics.read_pairs(args, item)
-        assert frame_numbers(pair.possible) == frame_numbers(pair.impossible) == list(expected)
-
-
-def test_a_limited_number_of_frames_from_a_video_file(tmp_path):
-    path = write_video(tmp_path / "v.mp4", [numbered(n) for n in range(30)])
-    assert frame_numbers(physics.read_video(path, 3, 32, start=4, length=5)) == [4, 7, 10, 13, 16]
+    args = physics_args("--task", "intphys", "--data", tmp_path, "--frame-step", frame_step)
+    assert frame_numbers(physics.read_video(folder, args)) == list(numbers)
 
 
 def test_broken_videos_end_the_run_with_one_line(student, tmp_path, capfd):
@@ -309,7 +200,7 @@ def test_broken_videos_end_the_run_with_one_line(student, tmp_path, capfd):
     (tmp_path / "pairs.csv").write_text("possible,impossible\ngood.mp4,none.mp4\n")
     assert "none.mp4 does not exist" in refusal(capfd, physics, *flags)
     (tmp_path / "pairs.csv").write_text("possible,other\ngood.mp4,good.mp4\n")
-    assert "a row has no impossible" in refusal(capfd, physics, *flags)
+    assert "has no 'impossible'" in refusal(capfd, physics, *flags)
 
 
 def write_intphys(root, beginnings, possible):
@@ -321,12 +212,7 @@ def write_intphys(root, beginnings, possible):
 
 
 @pytest.mark.parametrize(
-    ("possible", "partners"),
-    [
-        ((True, True, False, False), "abab"),
-        ((False, True, True, False), "abab"),
-        ((True, False, False, True), "aabb"),
-    ],
+    ("possible", "partners"), [((False, True, True, False), "abab"), ((True, False, False, True), "aabb")]
 )
 def test_intphys_movies_are_paired_by_their_common_beginning(possible, partners, tmp_path):
     # Any two movies share the first 2 frames. The two that start with "a" share 8, the two with "b" share 6; one of
@@ -336,12 +222,11 @@ def test_intphys_movies_are_paired_by_their_common_beginning(possible, partners,
     args = physics_args("--task", "intphys", "--data", tmp_path, "--frame-step", 1)
     (item,) = physics.find_items(args)
     pairs = physics.read_pairs(args, item)
-    assert sorted(pair.same for pair in pairs) == [6, 8] and all(pair.property == "O2" for pair in pairs)
-    for pair in pairs:
-        movies = [int(path.split("/")[-2]) for path in pair.name.split(" | ")]
-        assert [possible[movie - 1] for movie in movies] == [True, False]
-        last = [pair.possible[-1, 0, 0, 0], pair.impossible[-1, 0, 0, 0]]
-        assert last == [200 + 10 * movie for movie in movies]
+    assert sorted(physics.shared_frames(a, b) for _, _, a, b in pairs) == [6, 8]
+    for property, name, *videos in pairs:
+        movies = [int(path.split("/")[-2]) for path in name.split(" | ")]
+        assert property == "O2" and [possible[movie - 1] for movie in movies] == [True, False]
+        assert [video[-1, 0, 0, 0] for video in videos] == [200 + 10 * movie for movie in movies]
 
 
 def test_intphys_scenes_need_two_possible_and_two_impossible_movies(tmp_path, student, capfd):
@@ -358,9 +243,9 @@ def test_grasp_layout(tmp_path):
         write_video(tmp_path / name, [flat(50 if name.startswith("P") else 150)] * 25)
     args = physics_args("--task", "grasp", "--data", tmp_path)
     pairs = [physics.read_pairs(args, item)[0] for item in physics.find_items(args)]
-    assert [pair.property for pair in pairs] == ["Gravity", "Inertia2"]
-    assert all(len(pair.possible) == len(pair.impossible) == 3 for pair in pairs)  # every tenth of 25
-    assert all(abs(pair.possible.float().mean() - 50) < 5 < 100 < pair.impossible.float().mean() for pair in pairs)
+    assert [property for property, *_ in pairs] == ["Gravity", "Inertia2"]
+    assert all(len(a) == len(b) == 3 for _, _, a, b in pairs)  # every tenth of 25
+    assert all(abs(a.float().mean() - 50) < 5 < 100 < b.float().mean() for _, _, a, b in pairs)
 
 
 def test_inflevel_layout(tmp_path):
@@ -374,9 +259,8 @@ def test_inflevel_layout(tmp_path):
     pairs = {item.property: physics.read_pairs(args, item)[0] for item in physics.find_items(args)}
     # After the priming, a has 50 frames and b has 52, so b starts two frames later, at frame 7.
     a, b = list(range(10, 60, 5)), list(range(107, 157, 5))
-    for property, expected in (("continuity", (a, b)), ("solidity", (b, a)), ("gravity", (a, b))):
-        pair = pairs[property]
-        assert (frame_numbers(pair.possible), frame_numbers(pair.impossible)) == expected
+    for property, expected in (("continuity", [a, b]), ("solidity", [b, a]), ("gravity", [a, b])):
+        assert [frame_numbers(video) for video in pairs[property][2:]] == expected
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -384,106 +268,66 @@ def test_inflevel_layout(tmp_path):
 
 
 def test_accuracy():
-    result = physics.accuracy(torch.tensor([1.0, 2, 3, 4]), torch.tensor([1.5, 2, 2.5, 9]))
-    assert result["right"] == 2 and result["relative_accuracy"] == 50 and result["ties"] == 1 and result["pairs"] == 4
-    assert result["interval95"] == pytest.approx([15.0, 85.0], abs=0.05)
+    def absolute(possible, impossible):
+        scores = (torch.stack((torch.zeros(len(x)), x), dim=1) for x in (possible, impossible))
+        return physics.accuracy(*scores)["absolute_accuracy"]
+
+    means = torch.tensor([1.0, 2, 3, 4]), torch.tensor([1.5, 2, 2.5, 9])
+    result = physics.accuracy(*(mean[:, None].expand(-1, 2) for mean in means))
+    assert result["relative_accuracy"] == 50 and result["pairs"] == 4  # the tie is wrong
+    assert result["relative_interval95"] == pytest.approx([15.0, 85.0], abs=0.05)
     # Fewer than ten pairs: the threshold is 4. Three possible videos are below, one impossible video above.
     assert result["absolute_accuracy"] == 50 and result["absolute_interval95"] == physics.interval95(4, 8)
-    assert result["auroc"] == pytest.approx(100 * (1 + 1.5 + 2 + 4) / 16)
     # The authors' threshold is the score at index ceil(0.9 P), here 9: nine possible videos are below it.
     for score, separated in ((8.5, 9), (9.0, 9), (9.5, 19)):
-        ten = physics.accuracy(torch.arange(10.0), torch.full((10,), score))
-        assert ten["absolute_accuracy"] == 100 * separated / 20
-    eleven = physics.accuracy(torch.arange(11.0), torch.full((11,), 9.5))
-    assert eleven["absolute_accuracy"] == pytest.approx(100 * 10 / 22)  # the threshold is 10
-    twenty = physics.accuracy(torch.arange(20.0), torch.full((20,), 18.5))
-    assert twenty["absolute_accuracy"] == 100 * 38 / 40  # the threshold is 18
-    same = physics.accuracy(torch.ones(3), torch.ones(3))
-    assert (same["relative_accuracy"], same["ties"], same["auroc"]) == (0, 3, 50)
+        assert absolute(torch.arange(10.0), torch.full((10,), score)) == 100 * separated / 20
+    assert absolute(torch.arange(11.0), torch.full((11,), 9.5)) == pytest.approx(100 * 10 / 22)  # the threshold is 10
+    assert absolute(torch.arange(20.0), torch.full((20,), 18.5)) == 100 * 38 / 40  # the threshold is 18
 
 
-def measurement(property, possible, impossible):
-    return physics.Measurement(property, "", None, 0, [], possible, impossible)
-
-
-def test_mean_max_and_filtered_scores_per_property():
-    possible = torch.tensor([[1.0, 2, 3], [3, 0, 3]])  # two context lengths, three windows
-    impossible = torch.tensor([[1.0, 2, 4], [0, 0, 3]])
-    measurements = [measurement("a", possible, impossible), measurement("b", impossible, possible[:, :2])]
-    table = physics.accuracies([2, 4], measurements)
-    assert list(table) == ["a", "b", "all"] and list(table["a"]) == [2, 4, "filtered"]
-
-    def right(property):
-        return {name: (row["mean"]["right"], row["max"]["right"]) for name, row in table[property].items()}
-
-    # Means: 2 < 7/3, 2 > 1, filtered (1 0 3) 4/3 > (0 0 3) 1. Maxima: 3 < 4, 3 = 3, 3 = 3.
-    assert right("a") == {2: (1, 1), 4: (0, 0), "filtered": (0, 0)}
-    # The videos swapped, two windows of one of them: 7/3 > 1.5, 1 < 1.5, 1 > 0.5; maxima 4 > 2, 3 = 3, 3 > 1.
-    assert right("b") == {2: (0, 0), 4: (1, 0), "filtered": (0, 0)}
-    assert right("all") == {2: (1, 1), 4: (1, 0), "filtered": (0, 0)} and table["all"][2]["mean"]["pairs"] == 2
-
-
-def test_absolute_accuracy_is_printed_from_maximum_scores(capsys):
-    # Means 2 and 1, so all pairs are wrong; maxima 2 and 3, so all impossible videos are above the threshold 2.
-    measurements = [measurement("a", torch.tensor([[2.0, 2, 2]]), torch.tensor([[0.0, 0, 3]]))] * 3
-    table = physics.accuracies([4], measurements)
+def test_mean_maximum_and_filtered_scores_per_property(capsys):
+    a = torch.tensor([[1.0, 2, 3], [3, 0, 3]])  # two context lengths, three windows
+    b = torch.tensor([[1.0, 2, 4], [0, 0, 3]])
+    results = [physics.Result("Gravity", "", (), a, b), physics.Result("ObjectPermanence2", "", (), b, a[:, :2])]
+    table = physics.accuracies([2, 4], results)
+    found = {
+        name: [(x["relative_accuracy"], x["absolute_accuracy"]) for x in row.values()] for name, row in table.items()
+    }
+    assert list(table["all"]) == [2, 4, "filtered"]
+    # Gravity's means: 2 < 7/3, 2 > 1, filtered (1 0 3) 4/3 > (0 0 3) 1. Its maxima: 3 < 4, 3 = 3, 3 = 3.
+    # The other's means: 7/3 > 1.5, 1 < 1.5, 1 > 0.5. Its maxima: 4 > 2, 3 = 3, 3 > 1. No possible video is below the
+    # threshold if it is alone; of all, the threshold at 2 frames is 4, at others 3.
+    assert found == {
+        "Gravity": [(100, 50), (0, 0), (0, 0)],
+        "ObjectPermanence2": [(0, 0), (100, 0), (0, 0)],
+        "all": [(50, 25), (50, 0), (0, 0)],
+    }
     physics.print_accuracies(table)
     relative, absolute = capsys.readouterr().out.split("absolute accuracy")
-    assert "mean surprise" in relative and "maximum surprise" in absolute
-    assert relative.splitlines()[2].split()[:3] == ["a", "3", "0.0"]
-    assert absolute.splitlines()[2].split()[:3] == ["a", "3", "50.0"]
-    low, high = table["a"][4]["max"]["absolute_interval95"]
-    assert f"50.0 ({low:.0f} to {high:.0f})" in absolute
-    assert table["a"][4]["mean"]["absolute_accuracy"] == 0
+    assert relative.splitlines()[2].split()[:3] == ["Gravity", "1", "100.0"]
+    assert absolute.splitlines()[2].split()[:3] == ["Gravity", "1", "50.0"]
+    assert len({len(line) for line in relative.splitlines()[1:]}) == 1  # columns are aligned
 
 
-def test_table_shows_whole_property_names(capsys):
-    names = ["Gravity", "ObjectPermanence", "ObjectPermanence2", "ObjectPermanence3", "SolidityContinuity2"]
-    curves = torch.ones(1, 2), torch.full((1, 2), 2.0)
-    physics.print_accuracies(physics.accuracies([2], [measurement(name, *curves) for name in names]))
-    for table in capsys.readouterr().out.split("absolute accuracy"):
-        _, header, *rows = table.splitlines()[: 3 + len(names)]
-        assert [row.split()[0] for row in rows] == [*names, "all"]
-        assert {len(row) for row in rows} == {len(header)}
-        assert all(row[:25].endswith(" 1") for row in rows[:-1])  # the number of pairs, in a column of its own
-
-
-def test_results_and_pictures_of_a_run(student, tmp_path, capsys):
-    flags = "--checkpoint", student, "--pairs", 12, "--stride", 1, "--device", "cpu"
-    run_script(physics, *flags, "--out", tmp_path, "--save", tmp_path / "frames.png")
+def test_results_and_picture_of_a_run(student, tmp_path):
+    flags = "--checkpoint", student, "--pairs", 6, "--device", "cpu"
+    run_script(physics, *flags, "--out", tmp_path)
     results = json.loads((tmp_path / "results.json").read_text())
-    assert list(results["properties"]) == [*synthetic.PROPERTIES, "all"]
-    assert results["properties"]["all"]["2"]["mean"]["pairs"] == 12 and results["args"]["context_lengths"] == [2]
-    assert results["predicts"] == "latents" and results["teacher"].endswith("teacher") and results["step"] == 6
-    assert len(results["pairs"]) == 12
-    scores = []
-    for pair in results["pairs"]:
-        assert np.shape(pair["possible"]) == np.shape(pair["impossible"]) == (1, 9)  # 12 frames, windows of 4
-        assert pair["possible"][0][: pair["same"] - 3] == pair["impossible"][0][: pair["same"] - 3]
-        scores.append(np.mean(pair["possible"]) < np.mean(pair["impossible"]))
-    assert sum(scores) == results["properties"]["all"]["2"]["mean"]["right"]
-    for name in ("surprise.png", "frames.png"):
-        assert PIL.Image.open(tmp_path / name).size[0] > 500
-    assert "permanence" in capsys.readouterr().out
+    assert list(results["properties"]) == ["permanence", "shape", "continuity", "all"] and results["short_videos"] == 0
+    assert results["predicts"] == "latents" and results["args"]["teacher"].endswith("teacher") and results["step"] == 6
+    assert results["args"]["context_lengths"] == [2] and len(results["pairs"]) == 6
+    assert all(np.shape(pair["possible"]) == (1, 5) for pair in results["pairs"])  # 12 frames, windows of 4
+    scores = [np.mean(pair["possible"]) < np.mean(pair["impossible"]) for pair in results["pairs"]]
+    assert results["properties"]["all"]["2"]["relative_accuracy"] == pytest.approx(100 * np.mean(scores))
+    assert PIL.Image.open(tmp_path / "surprise.png").size[0] > 500
     run_script(physics, *flags, "--untrained", "--workers", 1, "--out", tmp_path / "untrained")
     untrained = json.loads((tmp_path / "untrained" / "results.json").read_text())
-    assert untrained["weights"] == "untrained" and untrained["pairs"][0]["possible"] != results["pairs"][0]["possible"]
-    assert all(math.isfinite(v) for pair in untrained["pairs"] for v in pair["possible"][0])
+    assert untrained["pairs"][0]["possible"] != results["pairs"][0]["possible"]
 
 
 @pytest.mark.skipif(not (SHARED_DATA / "physics_pairs").is_dir(), reason="needs ../shared/data/physics_pairs")
 def test_pairs_of_real_videos(student, tmp_path):
-    csv = SHARED_DATA / "physics_pairs" / "pairs.csv"
-    flags = "--task", "pairs", "--data", csv, "--frame-step", 8
+    flags = "--task", "pairs", "--data", SHARED_DATA / "physics_pairs" / "pairs.csv", "--frame-step", 8
     run_script(physics, "--checkpoint", student, *flags, "--out", tmp_path, "--device", "cpu")
     results = json.loads((tmp_path / "results.json").read_text())
     assert [pair["frames"] for pair in results["pairs"]][:3] == [[25, 25], [21, 21], [8, 8]]
-    assert sum(pair["event"] is not None for pair in results["pairs"]) >= 5  # the others differ too little
-
-
-def test_a_retrained_teacher_is_refused(student, teacher, tmp_path, capfd):
-    checkpoint = load_checkpoint(teacher)
-    checkpoint["encoder"]["norm.bias"][0] += 1e-3
-    torch.save(checkpoint, tmp_path / "other.pt")
-    error = refusal(capfd, physics, "--checkpoint", student, "--teacher", tmp_path / "other.pt", "--out", tmp_path)
-    assert f"is not the teacher that the student was trained with: {teacher} at step 6" in error
