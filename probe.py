@@ -167,7 +167,7 @@ def parse_args():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# V-JEPA 2's training augmentation (docs/method.md, section 6, lists the differences)
+# V-JEPA 2's training augmentation (docs/method.md, section 10, has the differences)
 
 CROP = v2.RandomResizedCrop(1, scale=(0.08, 1), ratio=(3 / 4, 4 / 3))
 RANDAUGMENT = v2.RandAugment(1, 7, 11, v2.InterpolationMode.BILINEAR, [128, 128, 128])  # 1 operation, magnitude 7 of 10
@@ -209,7 +209,7 @@ class Videos(data.Manifest):
 
     The positions that a clip can have in a video are divided into S equal shares, one per segment. An augmented
     training clip draws its position from its share; all others lie in the middle. (V-JEPA 2 divides the frames instead:
-    docs/method.md, section 6.) Everything random depends on (seed, sample number).
+    docs/method.md, section 10.) Everything random depends on (seed, sample number).
 
     An unreadable video is replaced by a random one if augmented. Otherwise its clips are black and its label is -1: it
     trains nothing and no prediction of it is right.
