@@ -403,12 +403,12 @@ class Features:
         share = self.micro_batches(torch.arange(len(self.source)))
         size = sum(map(len, share))
         tokens = torch.empty(size, *self.shape, dtype=self.dtype, device=self.args.device)
-        labels, done = torch.empty(size, 2, dtype=torch.long, device=self.args.device), 0
-        for _, batch, batch_labels in self.read(share, f"{description} features"):
-            place = slice(done, done + len(batch))
-            tokens[place], labels[place] = batch, batch_labels  # a single label fills both columns
-            done += len(batch)
-        self.kept = tokens, labels
+        labels, done = [torch.empty(0, dtype=torch.long, device=self.args.device)], 0  # also if there are no samples
+        for _, part, part_labels in self.read(share, f"{description} features"):
+            tokens[done : done + len(part)] = part
+            labels.append(part_labels)
+            done += len(part)
+        self.kept = tokens, torch.cat(labels)
 
 
 def say(*words):
