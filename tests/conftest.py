@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import struct
 import sys
 from fractions import Fraction
 from pathlib import Path
@@ -66,6 +67,16 @@ def write_video(path, frames, gop=12, bframes=0, rate=25, codec="libx264", start
             frame.pts, frame.time_base = start + (pts[i] if pts else i), 1 / Fraction(rate)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
+    return path
+
+
+def set_matrix(path, matrix):
+    """Write a display matrix (a, b, c, d), -1, 0 or 1 each, into the header of an mp4 file. Returns its path."""
+    identity, (a, b, c, d) = (1, 0, 0, 0, 1), matrix
+    content = path.read_bytes()
+    old, new = (struct.pack(">5i", *(n << 16 for n in numbers)) for numbers in (identity, (a, b, 0, c, d)))
+    at = content.index(old, content.index(b"tkhd"))
+    path.write_bytes(content[:at] + new + content[at + len(old) :])
     return path
 
 

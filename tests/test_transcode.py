@@ -131,9 +131,9 @@ def test_check_and_copy_say_why_a_file_is_bad(videos):
     for log in (videos / "bad.check.jsonl", videos / "out" / "bad.copy.jsonl"):
         assert {name: record["error"] for name, record in read_log(log).items() if "error" in record} == {
             "unknown.mp4": "unknown codec, or encrypted",
-            "fifo.mp4": "is a FIFO, not a regular file",
+            "fifo.mp4": "a special file, not a regular one",
             "loop.mp4": "Too many levels of symbolic links",
-            "device.mp4": "is a character device, not a regular file",
+            "device.mp4": "a special file, not a regular one",
             "gone.mp4": "no such file",
         }
     assert manifest(videos / "bad.clean.csv", videos) == [("a.mp4", 0)]

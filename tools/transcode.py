@@ -29,7 +29,6 @@ import numpy as np
 from av.sidedata.sidedata import Type as SideData
 from av.video.reformatter import ColorRange, VideoReformatter
 
-import video
 from cli import Parser, Progress, duration, fail, require_at_least, write_atomically
 from data import read_manifest, write_manifest
 from video import IMAGE_SUFFIXES, BadVideo, is_folder, open_container, read_clip, video_stream
@@ -215,7 +214,9 @@ def open_video(path):
 
 def reason(error, path):
     """Why a video is bad, in one line, without its path."""
-    return video.reason(error).removeprefix(f"{path}: ")
+    if isinstance(error, BadVideo):
+        return str(error).removeprefix(f"{path}: ")
+    return getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
