@@ -372,15 +372,16 @@ def _to_rgb(frames, crop, resolution):
     return torch.from_numpy(out)
 
 
-def convert(frames, box, size, pixel_format, color_range="auto"):
+def convert(frames, box, size, pixel_format, colors=""):
     """Yield the frames upright, cropped and scaled to `size` (height, width), in one pass over the decoder's pixels.
 
-    The box is one of the upright first frame. A frame of another size is first scaled to that frame's.
+    The box is one of the upright first frame. A frame of another size is first scaled to that frame's. colors: more
+    options of FFmpeg's filter "scale".
     """
     top, left, height, width = box
     scaling = [
         ("crop", f"{width}:{height}:{left}:{top}"),
-        ("scale", f"{size[1]}:{size[0]}:flags={SCALING}:out_range={color_range}"),
+        ("scale", f"{size[1]}:{size[0]}:flags={SCALING}{colors}"),
         ("format", pixel_format),
     ]
     whole = kind = last = None

@@ -47,15 +47,15 @@ def test_check_reports_videos_that_are_broken_hang_or_crash_the_decoder(videos, 
     with open(videos / "all.csv", "a") as file:
         file.write("hangs.mp4 1\n")
 
-    def read_clip(path, *arguments):
+    def read_clips(path, *arguments, read=video.read_clips):
         if path.endswith("hangs.mp4"):
             time.sleep(600)
         if path.endswith("b.mp4"):
             faulthandler.disable()  # pytest's
             os.kill(os.getpid(), signal.SIGSEGV)
-        return video.read_clip(path, *arguments)
+        return read(path, *arguments)
 
-    monkeypatch.setattr(transcode, "read_clip", read_clip)
+    monkeypatch.setattr(video, "read_clips", read_clips)
     flags = ("check", videos / "all.csv", "--workers", 2, "--timeout", 2)
     run_script(transcode, *flags)
     log = read_log(videos / "all.check.jsonl")
