@@ -375,15 +375,13 @@ def _to_rgb(frames, crop, resolution):
 def convert(frames, box, size, pixel_format, colors=""):
     """Yield the frames upright, cropped and scaled to `size` (height, width), in one pass over the decoder's pixels.
 
-    The box is one of the upright first frame. A frame of another size is first scaled to that frame's. colors: more
-    options of FFmpeg's filter "scale".
+    The box is one of the upright first frame; None: all of it. A frame of another size is first scaled to that frame's.
+    colors: more options of FFmpeg's filter "scale".
     """
-    top, left, height, width = box
-    scaling = [
-        ("crop", f"{width}:{height}:{left}:{top}"),
-        ("scale", f"{size[1]}:{size[0]}:flags={SCALING}{colors}"),
-        ("format", pixel_format),
-    ]
+    scaling = [("scale", f"{size[1]}:{size[0]}:flags={SCALING}{colors}"), ("format", pixel_format)]
+    if box:
+        top, left, height, width = box
+        scaling.insert(0, ("crop", f"{width}:{height}:{left}:{top}"))
     whole = kind = last = None
     for frame in frames:
         if frame is not last:  # else the end of a short video

@@ -172,15 +172,6 @@ def state(path):
     return size
 
 
-def read_absolute(manifest):
-    """The absolute paths of a manifest, and its labels."""
-    try:
-        paths, labels = read_manifest(manifest)
-    except (OSError, ValueError) as error:
-        fail(str(error))
-    return list(map(os.path.abspath, paths)), labels
-
-
 def print_bad(records, log):
     """Print the first bad videos with the reason, and how many are good and bad."""
     bad = [record for record in records.values() if "error" in record]
@@ -194,10 +185,25 @@ def print_bad(records, log):
 
 
 def check_video(path, num_frames, frame_step):
-    """Decode a video's first, middle and last clip. Returns its properties, or {"error": reason}."""
+    """Decode a video's first, middle and last clip. Returns what its header says, or {"error": reason}."""
     try:
         with bad_video(path):
-            properties = read_properties(path)
+            images = list_frames(path) if is_folder(path) else []
+            if empty := [image for image in images if not os.path.getsize(image)]:
+                raise BadVideo(f"{empty[0]}: an empty file")
+            with video.open_container(images[0] if images else path) as container:
+                stream = video.video_stream(path, container)
+                codec, rate = stream.codec_context, None if images else stream.average_rate
+                seconds = stream.duration * stream.time_base if stream.duration else (container.duration or 0) / 1e6
+                properties = {
+                    "codec": codec.name,
+                    "pix_fmt": codec.pix_fmt,
+                    "width": codec.width,
+                    "height": codec.height,
+                    "fps": round(float(rate), 3) if rate else None,
+                    "frames": len(images) or stream.frames,
+                    "seconds": None if images else float(seconds),
+                }
             for place in (0, 0.5, 1):
                 video.read_clips(path, num_frames, frame_step, [place])
         return properties
@@ -205,34 +211,13 @@ def check_video(path, num_frames, frame_step):
         return {"error": str(error).removeprefix(f"{path}: ")}
 
 
-def read_properties(path):
-    """What a video's header says. BadVideo if nothing can be decoded, or if any image of a folder is empty."""
-    images = list_frames(path) if is_folder(path) else []
-    for image in images:
-        if not os.path.getsize(image):
-            raise BadVideo(f"{image}: an empty file")
-    with video.open_container(images[0] if images else path) as container:
-        stream = video.video_stream(path, container)
-        seconds = float(stream.duration * stream.time_base) if stream.duration else (container.duration or 0) / 1e6
-        return {
-            "codec": stream.codec_context.name,
-            "pix_fmt": stream.codec_context.pix_fmt,
-            "width": stream.width,
-            "height": stream.height,
-            "fps": round(float(stream.average_rate), 3) if stream.average_rate and not images else None,
-            "frames": len(images) or stream.frames,
-            "seconds": None if images else seconds,
-        }
-
-
-def check(args):
+def check(args, paths, labels):
     """Decode the first, middle and last clip of every video of a manifest.
 
     Writes two files next to the manifest NAME.csv: NAME.clean.csv, a manifest of the good videos, and NAME.check.jsonl,
     with one line per video: its properties, or why it is bad. A video is also bad if it hangs or crashes the decoder.
     After Ctrl-C, the same command continues where it stopped.
     """
-    paths, labels = read_absolute(args.manifest)
     log, settings = args.manifest.with_suffix(".check.jsonl"), [args.num_frames, args.frame_step]
     records = work_through(args, paths, lambda path: check_video(path, *settings), settings, log)
     for key in ("codec", "pix_fmt", "fps", "width", "height"):
@@ -290,7 +275,7 @@ def write_copy(frames, rate, unit, path, short_side, crf):
     size = [max(2, min(2 * round(side * scale / 2), side // 2 * 2)) for side in (height, width)]  # even, for yuv420p
     time_base = unit or 1 / rate
     frame_duration = max(1, round(1 / (rate * time_base)))  # where the file does not say; all times in time_base
-    start, previous, num_frames, num_packets = (unit and first.pts) or 0, -1, 0, 0
+    start, previous, num_packets, durations = (unit and first.pts) or 0, -1, 0, []
     with av.open(path, "w", format="mp4") as file:
         stream = file.add_stream("libx264", rate=rate, options={**X264, "crf": str(crf)})
         codec = stream.codec_context
@@ -301,22 +286,24 @@ def write_copy(frames, rate, unit, path, short_side, crf):
         if first.format.name.startswith("yuv"):  # others become BT.601, which players assume without metadata
             codec.colorspace = first.colorspace
             colors += f":out_color_matrix={int(first.colorspace)}"
-        pictures = video.convert(itertools.chain([first], frames), (0, 0, height, width), size, "yuv420p", colors)
+        pictures = video.convert(itertools.chain([first], frames), None, size, "yuv420p", colors)
         for picture in itertools.chain(pictures, [None]):  # None: what the encoder still holds
             if picture is not None:
                 time_stamp = previous + frame_duration if not unit or picture.pts is None else picture.pts - start
                 previous = max(time_stamp, previous + 1)  # keeps two frames that have the same time
                 picture.pts, picture.time_base, picture.pict_type = previous, time_base, 0  # 0: the encoder chooses
-                num_frames += 1
-            for packet in codec.encode(picture):
+                own = getattr(picture, "duration", 0) or frame_duration
+                durations.append(own if abs(own - frame_duration) > 1 else frame_duration)  # Matroska rounds them
+            for packet in codec.encode(picture):  # in the order of the frames, without B-frames
+                packet.duration = durations[num_packets]  # mp4 needs the last one's to compute the average rate
                 file.mux(packet)
                 num_packets += 1
-    if num_packets != num_frames:
-        raise BadVideo(f"{num_frames} frames in, {num_packets} out")
-    return {"frames": num_frames, "width": size[1], "height": size[0]}
+    if num_packets != len(durations):
+        raise BadVideo(f"{len(durations)} frames in, {num_packets} out")
+    return {"frames": num_packets, "width": size[1], "height": size[0]}
 
 
-def copy(args):
+def copy(args, paths, labels):
     """Make copies of a manifest's videos for training: small, fast to seek in, without sound.
 
     H.264 in yuv420p with a keyframe every 12 frames and no B-frames. The short side becomes --short-side pixels;
@@ -326,7 +313,6 @@ def copy(args):
     DIR gets the copies, a manifest of them named like the original NAME.csv, and NAME.copy.jsonl, with one line per
     video: the copy's properties, or why it failed. After Ctrl-C, the same command continues where it stopped.
     """
-    paths, labels = read_absolute(args.manifest)
     folder, started = os.path.dirname(os.path.abspath(args.manifest)), time.monotonic()
     targets = {path: copy_path(path, folder, args.out) for path in paths}
     if len(set(targets.values())) < len(targets):
@@ -335,18 +321,16 @@ def copy(args):
         fail(f"--out {args.out}: the copies would replace the originals there")
     settings = {"short_side": args.short_side, "crf": args.crf}
     log = args.out / f"{args.manifest.stem}.copy.jsonl"
-    records = work_through(
-        args, paths, lambda path: copy_video(path, targets[path], **settings), settings, log, targets.get
-    )
+    records = work_through(args, paths, lambda x: copy_video(x, targets[x], **settings), settings, log, targets.get)
     for path, record in records.items():
         if "error" in record:  # a killed process leaves its file
             Path(targets[path] + ".tmp").unlink(missing_ok=True)
-    good = {path: record for path, record in records.items() if "error" not in record}
     print_bad(records, log)
+    good = {path: record for path, record in records.items() if "error" not in record}
     before, after = (sum(record[key] or 0 for record in good.values()) / 1e9 for key in ("bytes", "bytes_out"))
     print(f"{before:.3f} GB became {after:.3f} GB in {duration(time.monotonic() - started)}")
-    pairs = zip(paths, labels, strict=True)
-    lines = [(os.path.relpath(targets[path], args.out), label) for path, label in pairs if path in good]
+    pairs = [pair for pair in zip(paths, labels, strict=True) if pair[0] in good]
+    lines = [(os.path.relpath(targets[path], args.out), label) for path, label in pairs]
     write_manifest(args.out / args.manifest.name, lines)
 
 
@@ -391,7 +375,14 @@ def main():
     args = parse_args()
     own_flags = {"check": ("num_frames", "frame_step"), "copy": ("short_side",)}
     require_at_least(args, 1, "workers", "timeout", *own_flags[args.command])
-    args.run(args)
+    try:
+        paths, labels = read_manifest(args.manifest)
+    except (OSError, ValueError) as error:
+        fail(str(error))
+    try:
+        args.run(args, list(map(os.path.abspath, paths)), labels)
+    except OSError as error:
+        fail(f"{error.filename or args.manifest}: {error.strerror}")
 
 
 if __name__ == "__main__":
