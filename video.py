@@ -121,15 +121,15 @@ def list_frames(folder):
     Leaves out clutter and names without a number. BadVideo if there are no images, if their names differ in more than
     the numbers, which may be pictures and their optical flow, or if two have the same numbers.
     """
-    frames, patterns = {}, {}
+    frames, patterns = {}, set()  # frames: the name for each tuple of numbers
     for name in sorted(os.listdir(folder)):
         stem, suffix = os.path.splitext(name)
         numbers = tuple(map(int, re.findall("[0-9]+", stem)))
         if suffix.lower() not in IMAGE_SUFFIXES or not numbers or is_clutter(name):
             continue
-        patterns.setdefault(re.sub("[0-9]+", "*", stem) + suffix.lower(), name)
+        patterns.add(re.sub("[0-9]+", "*", stem) + suffix.lower())
         if len(patterns) > 1:
-            raise BadVideo(f"{folder}: the images have several name patterns: {', '.join(patterns)}")
+            raise BadVideo(f"{folder}: the images have several name patterns: {', '.join(sorted(patterns))}")
         if numbers in frames:
             raise BadVideo(f"{folder}: {frames[numbers]} and {name} have the same number")
         frames[numbers] = name
@@ -294,14 +294,13 @@ def _is_evenly_spaced(stream, duration):
     """Whether the index has all frames of the stream, each within a quarter of a frame of n * duration.
 
     An index has decoding times. Encoders derive these from the times of presentation, so that both have the same gaps.
-    An edit list cuts frames, and avi files have empty ones; neither is in `times`.
+    Frames cut by an edit list, and an avi file's empty ones, do not count.
     """
     entries = stream.index_entries
-    if len(entries) != stream.frames:
-        return False
     times = np.array([entry.timestamp for entry in entries if entry.size and not entry.is_discard])
-    even = duration * np.arange(len(times))
-    return len(times) == stream.frames and bool(np.abs(times - times[0] - even).max() <= duration / 4)
+    if not len(times) == len(entries) == stream.frames:
+        return False
+    return bool(np.abs(times - times[0] - duration * np.arange(len(times))).max() <= duration / 4)
 
 
 def _decode(container, stream, times, duration):
@@ -407,11 +406,9 @@ def upright(frame):
         graph = _filter_graph(frame, [("sidedata", f"mode=delete:type={n}") for n in range(len(SideData), 40)])
         graph.push(frame)
         matrix = graph.pull().side_data.get(SideData.DISPLAYMATRIX)
-    if matrix is None:
-        return (frame.height, frame.width), []
-    # The decoded pixel (x, y) is shown at (a x + c y, b x + d y), up to scale and shift.
-    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
     size, filters = (frame.height, frame.width), []
+    # The decoded pixel (x, y) is shown at (a x + c y, b x + d y), up to scale and shift.
+    a, b, _, c, d = (1, 0, 0, 0, 1) if matrix is None else np.frombuffer(matrix, np.int32)[:5].tolist()
     if abs(b) > abs(a):  # x and y are swapped
         size, filters, a, d = size[::-1], [("transpose", "cclock_flip")], c, b
     return size, filters + [("vflip", None)] * (d < 0) + [("hflip", None)] * (a < 0)

@@ -51,7 +51,7 @@ def frame_numbers(frames):
     return (low + 16 * high).tolist()
 
 
-def write_video(path, frames, gop=12, bframes=0, rate=25, codec="libx264", start=0, pts=None):
+def write_video(path, frames, gop=12, bframes=0, rate=25, codec="libx264", start=0, pts=None, open_gop=False):
     """Encode frames, (H, W, 3) arrays. Frame i has time stamp start + pts[i], or start + i without pts, in frames."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=rate)
@@ -59,6 +59,7 @@ def write_video(path, frames, gop=12, bframes=0, rate=25, codec="libx264", start
         stream.codec_context.time_base = 1 / Fraction(rate)
         if codec == "libx264":
             stream.options = {"g": str(gop), "bf": str(bframes), "b-adapt": "0", "sc_threshold": "0", "qp": "4"}
+            stream.options |= {"x264-params": "open-gop=1"} if open_gop else {}
         stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
         for i, array in enumerate(frames):
             if i == 0:
@@ -68,6 +69,13 @@ def write_video(path, frames, gop=12, bframes=0, rate=25, codec="libx264", start
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return path
+
+
+def write_images(folder, names):
+    """Write numbered images; the number counts the names."""
+    folder.mkdir(exist_ok=True)
+    for n, name in enumerate(names):
+        PIL.Image.fromarray(numbered(n % 256)).save(folder / name, quality=98)
 
 
 def set_matrix(path, matrix):

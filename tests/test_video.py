@@ -12,7 +12,7 @@ import PIL.ImageOps
 import pytest
 import torch
 from av.stream import Disposition
-from conftest import SHARED_DATA, frame_numbers, numbered, set_matrix, write_video
+from conftest import SHARED_DATA, frame_numbers, numbered, set_matrix, write_images, write_video
 from torchvision.transforms import v2
 
 import video
@@ -25,6 +25,7 @@ VIDEOS = {
     "b-frames.mp4": dict(gop=12, bframes=3),
     "long gop.mp4": dict(gop=250, bframes=2),
     "ntsc.mp4": dict(gop=30, bframes=2, rate="30000/1001"),
+    "open gop.mp4": dict(gop=12, bframes=3, open_gop=True),  # frames after a keyframe that are shown before it
     "late start.mp4": dict(gop=12, bframes=2, start=40),
     "matroska.mkv": dict(gop=12, bframes=3),
     "late start.mkv": dict(gop=12, bframes=2, start=40),
@@ -58,22 +59,19 @@ def gradients(height, width):
 # which frames
 
 
-def test_read_clip_returns_exactly_the_wanted_frames(sample):
+def test_clips_have_exactly_the_wanted_frames(sample, monkeypatch):
     path, frames = sample
+    careful, read_all = [], video._read_all
+    monkeypatch.setattr(video, "_read_all", lambda *args: careful.append(args) or read_all(*args))
+    places = (0.5, 0, 1, 0.3, 0.3, 0.77)
     for num_frames, step in ((1, 1), (4, 1), (4, 7), (16, 4), (16, 5), (90, 1)):
         room = LENGTH - (num_frames - 1) * step - 1
-        for place in (0, 0.3, 0.5, 0.77, 1):
-            clip = read_clip(path, num_frames, step, place)
+        for place, clip in zip(places, read_clips(path, num_frames, step, places), strict=True):
             numbers = frame_numbers(clip)
             assert numbers == list(range(numbers[0], numbers[0] + num_frames * step, step))
             assert abs(numbers[0] - place * room) <= {0: 0, 0.5: 0.5, 1: 0}.get(place, 1)
-            assert torch.equal(clip, frames[numbers])
-
-
-def test_read_clips_equals_read_clip_at_every_place(sample):
-    path, places = sample[0], [0.5, 0, 1, 0.3, 0.3]
-    for place, clip in zip(places, read_clips(path, 4, 3, places), strict=True):
-        assert torch.equal(clip, read_clip(path, 4, 3, place))
+            assert torch.equal(clip, frames[numbers]) and torch.equal(clip, read_clip(path, num_frames, step, place))
+    assert len(careful) <= {"b-frames.avi": 42, "open gop.mp4": 4}.get(path.name, 0)
 
 
 def test_all_first_frames_are_equally_likely(tmp_path):
@@ -110,13 +108,6 @@ def test_frame_step_counts_frames_whatever_their_time_stamps_are(tmp_path, monke
         room = length - 7 * step - 1
         for place, first in ((0, 0), (0.5, (room + 1) // 2), (1, room)):
             assert frame_numbers(read_clip(path, 8, step, place)) == list(range(first, first + 8 * step, step))
-
-
-def test_frame_step_when_the_whole_video_is_decoded(tmp_path):
-    pts = IRREGULAR["variable rate"]
-    path = write_video(tmp_path / "v.mp4", map(numbered, range(len(pts))), pts=pts, bframes=2)
-    frames = video._read_all(path, 8, 3, [0.5], None)[0]
-    assert frame_numbers(video._to_rgb(frames, None, None)) == list(range(4, 28, 3))
 
 
 def test_files_with_a_constant_frame_rate_are_not_read_as_a_whole(tmp_path, monkeypatch):
@@ -167,12 +158,6 @@ def test_fps_shows_the_same_times_at_any_frame_rate(tmp_path, rate):
 # folders of images
 
 
-def write_images(folder, names):
-    folder.mkdir(exist_ok=True)
-    for n, name in enumerate(names):
-        PIL.Image.fromarray(numbered(n)).save(folder / name, format="png")
-
-
 @pytest.mark.parametrize("name", ["{}.png", "{}.00000.jpg", "frame{}.JPG", "img_{:05}_3.Jpeg"])
 def test_frames_of_a_folder_are_in_the_order_of_their_numbers(tmp_path, name):
     """Droppings of operating systems, and what is no image or has no number, are no frames."""
@@ -209,28 +194,28 @@ def test_clutter(name, expected):
 # what is decoded
 
 
-class DecoderSpy:
-    """Stands in for a decoder, and collects the time stamps of the frames that are decoded."""
-
-    def __init__(self, codec, decoded):
-        self.codec, self.decoded = codec, decoded
-        self.name, self.open, self.flush_buffers = self.codec.name, self.codec.open, self.codec.flush_buffers
-
-    def decode(self, packet):
-        self.codec.skip_frame = self.skip_frame
-        frames = self.codec.decode(packet)
-        self.decoded.extend(frame.pts for frame in frames)
-        return frames
-
-
 def test_only_needed_frames_are_decoded(tmp_path, monkeypatch):
     """Not unwanted B-frames, nor the ends of groups of pictures. The clips equal those cut from the whole video."""
     path = write_video(tmp_path / "v.mp4", map(numbered, range(LENGTH)), gop=30, bframes=3)
-    decoded, decode = [], video._decode_needed
-    monkeypatch.setattr(video, "_decode_needed", lambda codec, *rest: decode(DecoderSpy(codec, decoded), *rest))
+    packets, decoded, decode = [], [], video._decode_needed
+
+    def decode_needed(codec, *arguments):
+        spy = types.SimpleNamespace(name=codec.name, open=codec.open, flush_buffers=codec.flush_buffers)
+
+        def decode_and_note(packet):
+            packets.append(packet)
+            codec.skip_frame = spy.skip_frame
+            frames = codec.decode(packet)
+            decoded.extend(frame.pts // 512 for frame in frames)  # a frame lasts 512 time units
+            return frames
+
+        spy.decode = decode_and_note
+        return decode(spy, *arguments)
+
+    monkeypatch.setattr(video, "_decode_needed", decode_needed)
     assert frame_numbers(read_clip(path, 3, 21, 0)) == [0, 21, 42]  # 21 is a B-frame that no other depends on
-    numbers = {pts // 512 for pts in decoded}  # a frame lasts 512 time units
-    assert {0, 21, 30, 42} <= numbers and not numbers & {19, *range(23, 30)} and len(decoded) < 0.55 * 43
+    assert {0, 21, 30, 42} <= set(decoded) and not {19, *range(23, 30)} & set(decoded) and len(decoded) < 0.55 * 43
+    assert len(packets) < 43 - 5
     monkeypatch.undo()
     whole = read_clip(path, LENGTH, 1, 0)
     for first in range(LENGTH - 40):
@@ -243,29 +228,23 @@ def test_only_needed_frames_are_decoded(tmp_path, monkeypatch):
 
 
 def test_reading_starts_no_threads(sample, monkeypatch):
-    def threads():
-        return len(os.listdir("/proc/self/task"))
-
     def filter_graph(*arguments, make=video._filter_graph):
         graphs.append(make(*arguments))
-        counts.append(threads())
+        assert len(os.listdir("/proc/self/task")) == before
         return graphs[-1]
 
-    graphs, counts, before = [], [], threads()
+    graphs, before = [], len(os.listdir("/proc/self/task"))
     monkeypatch.setattr(video, "_filter_graph", filter_graph)
-    read_clip(sample[0], 4, 1, 0.5)
-    assert counts == [before]
+    assert len(read_clip(sample[0], 4, 1, 0.5)) == 4 and graphs
 
 
-@pytest.mark.parametrize("suffix", ["png", "jpg", "JPEG"])
-@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA"])
-def test_images(tmp_path, suffix, mode):
+@pytest.mark.parametrize("name, mode", [("x.png", "L"), ("x.png", "RGBA"), ("x.jpg", "RGB"), ("x.JPEG", "L")])
+def test_images(tmp_path, name, mode):
     image = torch.arange(24 * 20).view(1, 24, 20).div(2).byte().expand(3, -1, -1)
-    picture = PIL.Image.fromarray(image.permute(1, 2, 0).numpy()).convert(mode if suffix == "png" else mode[:3])
-    picture.save(tmp_path / f"x.{suffix}")
-    clip = read_clip(tmp_path / f"x.{suffix}", 5, 4, 0.5)
+    PIL.Image.fromarray(image.permute(1, 2, 0).numpy()).convert(mode).save(tmp_path / name)
+    clip = read_clip(tmp_path / name, 5, 4, 0.5)
     assert clip.shape == (5, 3, 24, 20) and clip.dtype == torch.uint8
-    assert (clip.int() - image.int()).abs().max() < (1 if suffix == "png" else 30)
+    assert (clip.int() - image.int()).abs().max() < (1 if name == "x.png" else 30)
 
 
 # Display matrices (a, b, c, d), and what they make of a picture.
@@ -316,28 +295,20 @@ def test_crops_are_exact_and_antialiased(tmp_path):
     PIL.Image.fromarray(image).save(tmp_path / "x.png")
     whole = torch.from_numpy(image).permute(2, 0, 1).float()
     for box, size in (((10, 20, 64, 128), 24), ((3, 5, 31, 17), 50), ((0, 0, 90, 162), 33), ((1, 1, 80, 80), 64)):
-        clip = read_clips(tmp_path / "x.png", 2, 1, [0.5], crops=[lambda height, width, box=box: box], resolution=size)[
-            0
-        ]
+        clip = read_clips(tmp_path / "x.png", 2, 1, [0.5], None, [lambda h, w, box=box: box], size)[0]
         expected = v2.functional.resized_crop(whole, *box, [size, size], antialias=True)
         assert clip.shape == (2, 3, size, size) and (clip[0] - expected).abs().mean() < 0.6
         assert (clip[0] - expected)[:, 1:-1, 1:-1].abs().max() < 1.5
 
 
-def test_boxes_are_rounded_down_to_even_numbers_where_color_is_subsampled(tmp_path):
-    image = gradients(90, 160)
-    path = write_video(tmp_path / "v.mp4", [image] * 2)
-    clip = read_clips(path, 1, 1, [0], crops=[lambda height, width: (11, 21, 63, 127)], resolution=30)[0][0]
-    whole = torch.from_numpy(image).permute(2, 0, 1).float()
+def test_crops_where_color_is_subsampled(tmp_path):
+    """FFmpeg rounds boxes down to even numbers. No garbage at the right edge if 16 does not divide the width."""
+    image = gradients(90, 154)
+    path, whole = write_video(tmp_path / "v.mp4", [image] * 2), torch.from_numpy(image).permute(2, 0, 1).float()
+    assert (read_clip(path, 1, 1, 0)[0, :, :, -9:] - whole[:, :, -9:]).abs().mean() < 12
+    clip = read_clips(path, 1, 1, [0], None, [lambda height, width: (11, 21, 63, 127)], 30)[0][0]
     expected = v2.functional.resized_crop(whole, 10, 20, 62, 126, [30, 30], antialias=True)
     assert (clip - expected).abs().mean() < 6
-
-
-def test_no_garbage_at_the_right_edge(tmp_path):
-    image = gradients(90, 154)  # 154 is not a multiple of 16
-    path = write_video(tmp_path / "v.mp4", [image] * 2)
-    whole = torch.from_numpy(image).permute(2, 0, 1).float()
-    assert (read_clip(path, 1, 1, 0)[0, :, :, -9:] - whole[:, :, -9:]).abs().mean() < 12
 
 
 def test_size_and_format_may_change_within_a_clip():
@@ -362,84 +333,64 @@ def test_size_and_format_may_change_within_a_clip():
 def write_audio(path, cover=False, frames=()):
     """Write an mp4 file of sound, of a video if there are frames, and of a cover, which becomes the first stream."""
     with av.open(str(path), "w", format="mp4") as container:
-        sound = container.add_stream("aac", rate=44100)
+        streams = [container.add_stream("aac", rate=44100)]
+        content = [[av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")]]
+        content[0][0].rate = 44100
         if cover:
-            picture = container.add_stream("png", rate=1, width=64, height=64, pix_fmt="rgb24")
-            picture.disposition = Disposition.attached_pic
+            streams.append(container.add_stream("png", rate=1, width=32, height=32, pix_fmt="rgb24"))
+            streams[-1].disposition = Disposition.attached_pic
+            content.append([av.VideoFrame.from_ndarray(numbered(255), format="rgb24")])
         if frames:
-            film = container.add_stream("libx264", rate=25, width=32, height=32, pix_fmt="yuv420p")
-        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
-        frame.rate = 44100
-        container.mux(sound.encode(frame))
-        container.mux(sound.encode())
-        if cover:
-            container.mux(picture.encode(av.VideoFrame.from_ndarray(numbered(255, 64), format="rgb24")))
-        for frame in frames:
-            container.mux(film.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        if frames:
-            container.mux(film.encode())
+            streams.append(container.add_stream("libx264", rate=25, width=32, height=32, pix_fmt="yuv420p"))
+            content.append([av.VideoFrame.from_ndarray(frame, format="rgb24") for frame in frames])
+        for stream, stream_frames in zip(streams, content, strict=True):
+            for frame in (*stream_frames, None):
+                container.mux(stream.encode(frame))
     if cover:  # move the box "udta", which has it, before the boxes of the streams
-        content = path.read_bytes()
-        at, track = content.rindex(b"udta") - 4, content.index(b"trak") - 4
-        end = at + int.from_bytes(content[at : at + 4], "big")
-        path.write_bytes(content[:track] + content[at:end] + content[track:at] + content[end:])
+        data = path.read_bytes()
+        at, track = data.rindex(b"udta") - 4, data.index(b"trak") - 4
+        end = at + int.from_bytes(data[at : at + 4], "big")
+        path.write_bytes(data[:track] + data[at:end] + data[track:at] + data[end:])
 
 
 def test_a_cover_is_no_video(tmp_path):
-    write_audio(tmp_path / "song.mp4", cover=True)
-    with pytest.raises(BadVideo, match="no video stream"):
-        read_clip(tmp_path / "song.mp4", 4, 1, 0)
     write_audio(tmp_path / "v.mp4", cover=True, frames=list(map(numbered, range(20))))
     with av.open(str(tmp_path / "v.mp4")) as container:
         assert container.streams.video[0].codec_context.name == "png"
     assert frame_numbers(read_clip(tmp_path / "v.mp4", 4, 3, 0)) == [0, 3, 6, 9]
 
 
-def write_bad_videos(folder):
-    """Write files and folders from which no clip can be read, and return their names."""
-    good = write_video(folder / "good.mp4", map(numbered, range(30))).read_bytes()
-    for name in ("audio.mp4", "audio.png"):
-        write_audio(folder / name)
+def test_errors_name_the_file_and_the_reason(tmp_path):
+    """Without opening what is no file: a FIFO would block."""
+    good = write_video(tmp_path / "good.mp4", map(numbered, range(30))).read_bytes()
     contents = {
         "empty.mp4": b"", "text.mp4": b"not a video\n" * 50, "cut.mp4": good[: len(good) // 2],
-        "unknown codec.mp4": good.replace(b"avc1", b"zzzz"), "no frame.gif": b"GIF89a" + bytes(7) + b";",
+        "unknown.mp4": good.replace(b"avc1", b"zzzz"), "no frame.gif": b"GIF89a" + bytes(7) + b";",
         "empty.png": b"", "text.jpg": b"hello", "noise.mp4": np.random.default_rng(0).bytes(5000),
     }  # fmt: skip
     for name, content in contents.items():
-        (folder / name).write_bytes(content)
-    (folder / "folder.mp4").mkdir()
-    (folder / "audio images").mkdir()
-    write_audio(folder / "audio images" / "1.png")
-    folders = ["folder.mp4", "audio images"]
-    return ["missing.mp4", "missing.png", "null\0byte.mp4", "audio.mp4", "audio.png", *folders, *contents]
-
-
-def test_errors_name_the_file_and_the_reason(tmp_path):
-    for name in write_bad_videos(tmp_path):
-        with pytest.raises(BadVideo) as error:
-            read_clip(tmp_path / name, 4, 1, 0.5)
-        path, _, reason = str(error.value).partition(": ")
-        image = "1.png" if name == "audio images" else ""
-        assert path == str(tmp_path / name / image) and len(reason) > 5 and "\n" not in reason
-        if "audio" in name or "codec" in name:
-            assert reason == ("no video stream" if "audio" in name else "unknown codec, or encrypted")
-
-
-def test_special_files_are_not_read(tmp_path):
-    """Without opening them: a FIFO would block."""
-    (tmp_path / "images").mkdir()
-    for name in ("fifo.mp4", "fifo.png", "images/1.png"):
+        (tmp_path / name).write_bytes(content)
+    for folder in ("audio", "fifos"):
+        (tmp_path / folder).mkdir()
+    for name in ("audio.mp4", "audio.png", "audio/1.png"):
+        write_audio(tmp_path / name)
+    write_audio(tmp_path / "cover.mp4", cover=True)
+    for name in ("fifo.mp4", "fifo.png", "fifos/1.png"):
         os.mkfifo(tmp_path / name)
     (tmp_path / "loop.mp4").symlink_to("loop.mp4")
     (tmp_path / "device.mp4").symlink_to("/dev/zero")
-    for name, reason in {
-        **dict.fromkeys(["fifo.mp4", "fifo.png", "images/1.png", "device.mp4"], "a special file, not a regular one"),
-        "loop.mp4": "Too many levels of symbolic links",
-        "missing.mp4": "no such file",
-    }.items():
+    reasons = {
+        **dict.fromkeys((*contents, "null\0byte.mp4")), "unknown.mp4": "unknown codec, or encrypted",
+        **dict.fromkeys(("audio.mp4", "audio.png", "audio/1.png", "cover.mp4"), "no video stream"),
+        **dict.fromkeys(("fifo.mp4", "fifo.png", "fifos/1.png", "device.mp4"), "a special file, not a regular one"),
+        "loop.mp4": "Too many levels of symbolic links", "missing.mp4": "no such file", "missing.png": "no such file",
+    }  # fmt: skip
+    for name, reason in reasons.items():
         with pytest.raises(BadVideo) as error:
-            read_clip(tmp_path / name.replace("images/1.png", "images"), 4, 1, 0.5)
-        assert str(error.value) == f"{tmp_path / name}: {reason}"
+            read_clip(tmp_path / name.replace("/1.png", ""), 4, 1, 0.5)
+        path, _, found = str(error.value).partition(": ")
+        assert path == str(tmp_path / name) and len(found) > 5 and "\n" not in found
+        assert reason in (None, found), name
 
 
 def test_text_that_is_not_utf8_is_no_error(tmp_path):
@@ -464,16 +415,11 @@ def test_random_damage_is_a_bad_video_or_none(tmp_path):
                 read_clip(path, 4, 2, 0.5)
 
 
-@pytest.mark.parametrize("error", [IndexError("list index"), MemoryError()])
-def test_unexpected_errors_name_their_type(tmp_path, monkeypatch, error):
-    def fails(*_):
-        raise error
-
+def test_unexpected_errors_name_their_type(tmp_path, monkeypatch):
     path = write_video(tmp_path / "v.mp4", map(numbered, range(9)))
-    monkeypatch.setattr(video, "video_stream", fails)
-    with pytest.raises(BadVideo) as bad:
+    monkeypatch.setattr(video, "video_stream", lambda *_: [].pop())
+    with pytest.raises(BadVideo, match=f"^{path}: IndexError: pop from empty list$"):
         read_clip(path, 4, 2, 0.5)
-    assert str(bad.value) == f"{path}: {type(error).__name__}: {error}"
 
 
 @pytest.mark.skipif(not SHARED_DATA.is_dir(), reason=f"{SHARED_DATA} is missing")
