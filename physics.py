@@ -42,7 +42,7 @@ import data
 from cli import Parser, Progress, fail, interval95, plain_flags, require_at_least, resolve_device, write_atomically
 from model import Encoder, Predictor, build, load_checkpoint, load_teacher_of, tubelets
 from synthetic import synthetic_pair
-from video import IMAGE_SUFFIXES, BadVideo
+from video import BadVideo, list_frames
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the choice of backend)
@@ -360,7 +360,7 @@ def read_video(path, args, start=0):
     """
     task, files, frames = TASKS[args.task], [path], []
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+        files = list_frames(path)
     stop = start + task.max_frames // args.frame_step * args.frame_step if task.max_frames else None
     try:
         decoded = itertools.chain.from_iterable(av.open(str(file)).decode(video=0) for file in files)

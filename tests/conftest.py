@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import struct
 import sys
 from fractions import Fraction
 from pathlib import Path
@@ -50,7 +51,7 @@ def frame_numbers(frames):
     return (low + 16 * high).tolist()
 
 
-def write_video(path, frames, gop=12, bframes=0, rate=25, codec="libx264", start=0, pts=None):
+def write_video(path, frames, gop=12, bframes=0, rate=25, codec="libx264", start=0, pts=None, open_gop=False):
     """Encode frames, (H, W, 3) arrays. Frame i has time stamp start + pts[i], or start + i without pts, in frames."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=rate)
@@ -58,6 +59,7 @@ def write_video(path, frames, gop=12, bframes=0, rate=25, codec="libx264", start
         stream.codec_context.time_base = 1 / Fraction(rate)
         if codec == "libx264":
             stream.options = {"g": str(gop), "bf": str(bframes), "b-adapt": "0", "sc_threshold": "0", "qp": "4"}
+            stream.options |= {"x264-params": "open-gop=1"} if open_gop else {}
         stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
         for i, array in enumerate(frames):
             if i == 0:
@@ -66,6 +68,23 @@ def write_video(path, frames, gop=12, bframes=0, rate=25, codec="libx264", start
             frame.pts, frame.time_base = start + (pts[i] if pts else i), 1 / Fraction(rate)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
+    return path
+
+
+def write_images(folder, names):
+    """Write numbered images; the number counts the names."""
+    folder.mkdir(exist_ok=True)
+    for n, name in enumerate(names):
+        PIL.Image.fromarray(numbered(n % 256)).save(folder / name, quality=98)
+
+
+def set_matrix(path, matrix):
+    """Write a display matrix (a, b, c, d), -1, 0 or 1 each, into the header of an mp4 file. Returns its path."""
+    identity, (a, b, c, d) = (1, 0, 0, 0, 1), matrix
+    content = path.read_bytes()
+    old, new = (struct.pack(">5i", *(n << 16 for n in numbers)) for numbers in (identity, (a, b, 0, c, d)))
+    at = content.index(old, content.index(b"tkhd"))
+    path.write_bytes(content[:at] + new + content[at + len(old) :])
     return path
 
 

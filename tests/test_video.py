@@ -2,16 +2,17 @@
 
 import contextlib
 import os
-import socket
 import types
 from fractions import Fraction
 
 import av
 import numpy as np
 import PIL.Image
+import PIL.ImageOps
 import pytest
 import torch
-from conftest import SHARED_DATA, frame_numbers, numbered, write_image, write_video
+from av.stream import Disposition
+from conftest import SHARED_DATA, frame_numbers, numbered, set_matrix, write_images, write_video
 from torchvision.transforms import v2
 
 import video
@@ -24,6 +25,7 @@ VIDEOS = {
     "b-frames.mp4": dict(gop=12, bframes=3),
     "long gop.mp4": dict(gop=250, bframes=2),
     "ntsc.mp4": dict(gop=30, bframes=2, rate="30000/1001"),
+    "open gop.mp4": dict(gop=12, bframes=3, open_gop=True),  # frames after a keyframe that are shown before it
     "late start.mp4": dict(gop=12, bframes=2, start=40),
     "matroska.mkv": dict(gop=12, bframes=3),
     "late start.mkv": dict(gop=12, bframes=2, start=40),
@@ -57,22 +59,19 @@ def gradients(height, width):
 # which frames
 
 
-def test_read_clip_returns_exactly_the_wanted_frames(sample):
+def test_clips_have_exactly_the_wanted_frames(sample, monkeypatch):
     path, frames = sample
+    careful, read_all = [], video._read_all
+    monkeypatch.setattr(video, "_read_all", lambda *args: careful.append(args) or read_all(*args))
+    places = (0.5, 0, 1, 0.3, 0.3, 0.77)
     for num_frames, step in ((1, 1), (4, 1), (4, 7), (16, 4), (16, 5), (90, 1)):
         room = LENGTH - (num_frames - 1) * step - 1
-        for place in (0, 0.3, 0.5, 0.77, 1):
-            clip = read_clip(path, num_frames, step, place)
+        for place, clip in zip(places, read_clips(path, num_frames, step, places), strict=True):
             numbers = frame_numbers(clip)
             assert numbers == list(range(numbers[0], numbers[0] + num_frames * step, step))
             assert abs(numbers[0] - place * room) <= {0: 0, 0.5: 0.5, 1: 0}.get(place, 1)
-            assert torch.equal(clip, frames[numbers])
-
-
-def test_read_clips_equals_read_clip_at_every_place(sample):
-    path, places = sample[0], [0.5, 0, 1, 0.3, 0.3]
-    for place, clip in zip(places, read_clips(path, 4, 3, places), strict=True):
-        assert torch.equal(clip, read_clip(path, 4, 3, place))
+            assert torch.equal(clip, frames[numbers]) and torch.equal(clip, read_clip(path, num_frames, step, place))
+    assert len(careful) <= {"b-frames.avi": 42, "open gop.mp4": 4}.get(path.name, 0)
 
 
 def test_all_first_frames_are_equally_likely(tmp_path):
@@ -109,13 +108,6 @@ def test_frame_step_counts_frames_whatever_their_time_stamps_are(tmp_path, monke
         room = length - 7 * step - 1
         for place, first in ((0, 0), (0.5, (room + 1) // 2), (1, room)):
             assert frame_numbers(read_clip(path, 8, step, place)) == list(range(first, first + 8 * step, step))
-
-
-def test_frame_step_when_the_whole_video_is_decoded(tmp_path):
-    pts = IRREGULAR["variable rate"]
-    path = write_video(tmp_path / "v.mp4", map(numbered, range(len(pts))), pts=pts, bframes=2)
-    frames = video._read_all(path, 8, 3, [0.5], None)[0]
-    assert frame_numbers(video._to_rgb(frames, None, None)) == list(range(4, 28, 3))
 
 
 def test_files_with_a_constant_frame_rate_are_not_read_as_a_whole(tmp_path, monkeypatch):
@@ -162,50 +154,68 @@ def test_fps_shows_the_same_times_at_any_frame_rate(tmp_path, rate):
     assert abs(last[-1] - (3 * rate - 1)) <= 1 and last[-1] - last[0] == round(7 / 5 * rate)
 
 
-def test_fps_with_a_variable_frame_rate(tmp_path):
-    pts = [*range(30), *range(30, 90, 3)]  # 25 frames per second, then 8.3
-    path = write_video(tmp_path / "v.mp4", map(numbered, pts), pts=pts)
-    shown = frame_numbers(read_clip(path, 17, None, 0, fps=5))
-    assert all(abs(number - 5 * k) <= (0.5 if number < 30 else 2) + 1 for k, number in enumerate(shown))
-    assert shown[:6] == [0, 5, 10, 15, 20, 25]
+# ---------------------------------------------------------------------------------------------------------------------
+# folders of images
 
 
-def test_a_folder_of_numbered_images_is_a_video(tmp_path):
-    for n in range(12):
-        write_image(torch.from_numpy(numbered(n)).permute(2, 0, 1), str(tmp_path / f"{n + 1}.png"))
-    (tmp_path / "notes.txt").write_text("not an image")
-    assert frame_numbers(read_clip(tmp_path, 4, 3, 0)) == [0, 3, 6, 9]  # 10 comes after 9
+@pytest.mark.parametrize("name", ["{}.png", "{}.00000.jpg", "frame{}.JPG", "img_{:05}_3.Jpeg"])
+def test_frames_of_a_folder_are_in_the_order_of_their_numbers(tmp_path, name):
+    """Droppings of operating systems, and what is no image or has no number, are no frames."""
+    write_images(tmp_path, map(name.format, range(12)))
+    for dropping in ("._00001.jpg", ".00002.png", "notes 1.txt", "cover.png"):
+        (tmp_path / dropping).write_bytes(b"\0\5\26\7")
+    assert [os.path.basename(path) for path in video.list_frames(tmp_path)] == list(map(name.format, range(12)))
+    assert frame_numbers(read_clip(tmp_path, 4, 3, 0)) == [0, 3, 6, 9]
     assert frame_numbers(read_clip(tmp_path, 4, 3, 1)) == [2, 5, 8, 11]
     with pytest.raises(BadVideo, match="no time for --fps"):
         read_clip(tmp_path, 4, None, 0, fps=5)
+
+
+@pytest.mark.parametrize("names, reason", [
+    (["img_00001.jpg", "img_00002.jpg", "flow_x_00001.jpg"], r"several name patterns: flow_x_\*.jpg, img_\*.jpg"),
+    (["1.jpg", "2.png"], r"several name patterns: \*.jpg, \*.png"),
+    (["1.jpg", "01.JPG"], "01.JPG and 1.jpg have the same number"),
+    (["x.png"], "a folder without numbered images"), ([], "a folder without numbered images"),
+])  # fmt: skip
+def test_folders_that_are_no_video(tmp_path, names, reason):
+    write_images(tmp_path, names)
+    with pytest.raises(BadVideo, match=f"^{tmp_path}: .*{reason}"):
+        read_clip(tmp_path, 4, 1, 0)
+
+
+@pytest.mark.parametrize("name, expected", [
+    ("__MACOSX", True), ("._1.mp4", True), (".DS_Store", True), ("@eaDir", True), ("1.mp4", False), ("_1", False),
+])  # fmt: skip
+def test_clutter(name, expected):
+    assert video.is_clutter(name) == expected
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # what is decoded
 
 
-class DecoderSpy:
-    """Stands in for a stream and its decoder, and collects the time stamps of the frames that are decoded."""
-
-    def __init__(self, stream, decoded):
-        self.codec_context, self.codec, self.decoded = self, stream.codec_context, decoded
-        self.name, self.open, self.flush_buffers = self.codec.name, self.codec.open, self.codec.flush_buffers
-
-    def decode(self, packet):
-        self.codec.skip_frame = self.skip_frame
-        frames = self.codec.decode(packet)
-        self.decoded.extend(frame.pts for frame in frames)
-        return frames
-
-
 def test_only_needed_frames_are_decoded(tmp_path, monkeypatch):
     """Not unwanted B-frames, nor the ends of groups of pictures. The clips equal those cut from the whole video."""
     path = write_video(tmp_path / "v.mp4", map(numbered, range(LENGTH)), gop=30, bframes=3)
-    decoded, frames = [], video._frames
-    monkeypatch.setattr(video, "_frames", lambda stream, *rest: frames(DecoderSpy(stream, decoded), *rest))
+    packets, decoded, decode = [], [], video._decode_needed
+
+    def decode_needed(codec, *arguments):
+        spy = types.SimpleNamespace(name=codec.name, open=codec.open, flush_buffers=codec.flush_buffers)
+
+        def decode_and_note(packet):
+            packets.append(packet)
+            codec.skip_frame = spy.skip_frame
+            frames = codec.decode(packet)
+            decoded.extend(frame.pts // 512 for frame in frames)  # a frame lasts 512 time units
+            return frames
+
+        spy.decode = decode_and_note
+        return decode(spy, *arguments)
+
+    monkeypatch.setattr(video, "_decode_needed", decode_needed)
     assert frame_numbers(read_clip(path, 3, 21, 0)) == [0, 21, 42]  # 21 is a B-frame that no other depends on
-    numbers = {pts // 512 for pts in decoded}  # a frame lasts 512 time units
-    assert {0, 21, 30, 42} <= numbers and not numbers & {19, *range(23, 30)} and len(decoded) < 0.55 * 43
+    assert {0, 21, 30, 42} <= set(decoded) and not {19, *range(23, 30)} & set(decoded) and len(decoded) < 0.55 * 43
+    assert len(packets) < 43 - 5
     monkeypatch.undo()
     whole = read_clip(path, LENGTH, 1, 0)
     for first in range(LENGTH - 40):
@@ -218,48 +228,62 @@ def test_only_needed_frames_are_decoded(tmp_path, monkeypatch):
 
 
 def test_reading_starts_no_threads(sample, monkeypatch):
-    def threads():
-        return len(os.listdir("/proc/self/task"))
-
     def filter_graph(*arguments, make=video._filter_graph):
         graphs.append(make(*arguments))
-        counts.append(threads())
+        assert len(os.listdir("/proc/self/task")) == before
         return graphs[-1]
 
-    graphs, counts, before = [], [], threads()
+    graphs, before = [], len(os.listdir("/proc/self/task"))
     monkeypatch.setattr(video, "_filter_graph", filter_graph)
-    read_clip(sample[0], 4, 1, 0.5)
-    assert counts == [before]
+    assert len(read_clip(sample[0], 4, 1, 0.5)) == 4 and graphs
 
 
-@pytest.mark.parametrize("suffix", ["png", "jpg", "JPEG"])
-@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA"])
-def test_images(tmp_path, suffix, mode):
+@pytest.mark.parametrize("name, mode", [("x.png", "L"), ("x.png", "RGBA"), ("x.jpg", "RGB"), ("x.JPEG", "L")])
+def test_images(tmp_path, name, mode):
     image = torch.arange(24 * 20).view(1, 24, 20).div(2).byte().expand(3, -1, -1)
-    picture = PIL.Image.fromarray(image.permute(1, 2, 0).numpy()).convert(mode if suffix == "png" else mode[:3])
-    picture.save(tmp_path / f"x.{suffix}")
-    clip = read_clip(tmp_path / f"x.{suffix}", 5, 4, 0.5)
+    PIL.Image.fromarray(image.permute(1, 2, 0).numpy()).convert(mode).save(tmp_path / name)
+    clip = read_clip(tmp_path / name, 5, 4, 0.5)
     assert clip.shape == (5, 3, 24, 20) and clip.dtype == torch.uint8
-    assert (clip.int() - image.int()).abs().max() < (1 if suffix == "png" else 30)
+    assert (clip.int() - image.int()).abs().max() < (1 if name == "x.png" else 30)
 
 
-@pytest.mark.parametrize("degrees", [0, 90, 180, 270])
-def test_frames_are_turned_upright(tmp_path, degrees):
-    """A rotation matrix in the header of an mp4 turns the picture clockwise by that many degrees."""
-    rng = np.random.default_rng(0)
-    picture = np.kron(rng.integers(0, 256, (4, 6, 1), np.uint8), np.ones((16, 16, 3), np.uint8))
-    path = write_video(tmp_path / "v.mp4", [picture] * 3)
-    zero, one, minus = bytes(4), (1 << 16).to_bytes(4, "big"), (-(1 << 16)).to_bytes(4, "big", signed=True)
-    cos, sin, minus_sin = {
-        0: (one, zero, zero), 90: (zero, one, minus), 180: (minus, zero, zero), 270: (zero, minus, one),
-    }[degrees]  # fmt: skip
-    content, identity = path.read_bytes(), one + zero + zero + zero + one
-    at = content.index(identity, content.index(b"tkhd"))
-    path.write_bytes(content[:at] + cos + sin + zero + minus_sin + cos + content[at + len(identity) :])
+# Display matrices (a, b, c, d), and what they make of a picture.
+MATRICES = {
+    (1, 0, 0, 1): lambda p: p,
+    (0, 1, -1, 0): lambda p: np.rot90(p, -1),
+    (-1, 0, 0, -1): lambda p: np.rot90(p, 2),
+    (0, -1, 1, 0): np.rot90,
+    (-1, 0, 0, 1): np.fliplr,
+    (1, 0, 0, -1): np.flipud,
+    (0, 1, 1, 0): lambda p: p.swapaxes(0, 1),
+    (0, -1, -1, 0): lambda p: np.rot90(p, 2).swapaxes(0, 1),
+}
+BLOCKS = np.kron(np.random.default_rng(0).integers(0, 256, (4, 6, 1), np.uint8), np.ones((16, 16, 3), np.uint8))
+
+
+def assert_shows(path, expected):
     clip = read_clip(path, 2, 1, 0)
-    expected = np.rot90(picture, -degrees // 90)
     assert clip.shape[2:] == expected.shape[:2]
-    assert (clip[0].permute(1, 2, 0).int() - torch.from_numpy(expected.copy()).int()).abs().float().mean() < 4
+    assert (clip[1].permute(1, 2, 0).int() - torch.from_numpy(expected.copy()).int()).abs().float().mean() < 4
+
+
+@pytest.mark.parametrize("matrix", MATRICES, ids=str)
+def test_videos_are_turned_and_mirrored(tmp_path, matrix):
+    assert_shows(set_matrix(write_video(tmp_path / "v.mp4", [BLOCKS] * 3), matrix), MATRICES[matrix](BLOCKS))
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_images_are_turned_and_mirrored(tmp_path, orientation, suffix):
+    """As Pillow does by their EXIF orientation."""
+    exif = PIL.Image.Exif()
+    exif[0x112] = orientation
+    (tmp_path / "folder").mkdir()
+    for path in (tmp_path / f"x.{suffix}", tmp_path / "folder" / f"1.{suffix}"):
+        PIL.Image.fromarray(BLOCKS).save(path, exif=exif, quality=98)
+    expected = np.asarray(PIL.ImageOps.exif_transpose(PIL.Image.open(path)))
+    assert_shows(tmp_path / f"x.{suffix}", expected)
+    assert_shows(tmp_path / "folder", expected)
 
 
 def test_crops_are_exact_and_antialiased(tmp_path):
@@ -271,26 +295,20 @@ def test_crops_are_exact_and_antialiased(tmp_path):
     PIL.Image.fromarray(image).save(tmp_path / "x.png")
     whole = torch.from_numpy(image).permute(2, 0, 1).float()
     for box, size in (((10, 20, 64, 128), 24), ((3, 5, 31, 17), 50), ((0, 0, 90, 162), 33), ((1, 1, 80, 80), 64)):
-        clip = read_clips(tmp_path / "x.png", 2, 1, [0.5], crops=[lambda height, width, box=box: box], size=size)[0]
+        clip = read_clips(tmp_path / "x.png", 2, 1, [0.5], None, [lambda h, w, box=box: box], size)[0]
         expected = v2.functional.resized_crop(whole, *box, [size, size], antialias=True)
         assert clip.shape == (2, 3, size, size) and (clip[0] - expected).abs().mean() < 0.6
         assert (clip[0] - expected)[:, 1:-1, 1:-1].abs().max() < 1.5
 
 
-def test_boxes_are_rounded_down_to_even_numbers_where_color_is_subsampled(tmp_path):
-    image = gradients(90, 160)
-    path = write_video(tmp_path / "v.mp4", [image] * 2)
-    clip = read_clips(path, 1, 1, [0], crops=[lambda height, width: (11, 21, 63, 127)], size=30)[0][0]
-    whole = torch.from_numpy(image).permute(2, 0, 1).float()
+def test_crops_where_color_is_subsampled(tmp_path):
+    """FFmpeg rounds boxes down to even numbers. No garbage at the right edge if 16 does not divide the width."""
+    image = gradients(90, 154)
+    path, whole = write_video(tmp_path / "v.mp4", [image] * 2), torch.from_numpy(image).permute(2, 0, 1).float()
+    assert (read_clip(path, 1, 1, 0)[0, :, :, -9:] - whole[:, :, -9:]).abs().mean() < 12
+    clip = read_clips(path, 1, 1, [0], None, [lambda height, width: (11, 21, 63, 127)], 30)[0][0]
     expected = v2.functional.resized_crop(whole, 10, 20, 62, 126, [30, 30], antialias=True)
     assert (clip - expected).abs().mean() < 6
-
-
-def test_no_garbage_at_the_right_edge(tmp_path):
-    image = gradients(90, 154)  # 154 is not a multiple of 16
-    path = write_video(tmp_path / "v.mp4", [image] * 2)
-    whole = torch.from_numpy(image).permute(2, 0, 1).float()
-    assert (read_clip(path, 1, 1, 0)[0, :, :, -9:] - whole[:, :, -9:]).abs().mean() < 12
 
 
 def test_size_and_format_may_change_within_a_clip():
@@ -312,70 +330,67 @@ def test_size_and_format_may_change_within_a_clip():
 # bad and odd files
 
 
-def write_audio(path):
-    """Write a file without a video stream, in the format of mp4."""
+def write_audio(path, cover=False, frames=()):
+    """Write an mp4 file of sound, of a video if there are frames, and of a cover, which becomes the first stream."""
     with av.open(str(path), "w", format="mp4") as container:
-        stream = container.add_stream("aac", rate=44100)
-        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
-        frame.rate = 44100
-        container.mux(stream.encode(frame))
-        container.mux(stream.encode())
+        streams = [container.add_stream("aac", rate=44100)]
+        content = [[av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")]]
+        content[0][0].rate = 44100
+        if cover:
+            streams.append(container.add_stream("png", rate=1, width=32, height=32, pix_fmt="rgb24"))
+            streams[-1].disposition = Disposition.attached_pic
+            content.append([av.VideoFrame.from_ndarray(numbered(255), format="rgb24")])
+        if frames:
+            streams.append(container.add_stream("libx264", rate=25, width=32, height=32, pix_fmt="yuv420p"))
+            content.append([av.VideoFrame.from_ndarray(frame, format="rgb24") for frame in frames])
+        for stream, stream_frames in zip(streams, content, strict=True):
+            for frame in (*stream_frames, None):
+                container.mux(stream.encode(frame))
+    if cover:  # move the box "udta", which has it, before the boxes of the streams
+        data = path.read_bytes()
+        at, track = data.rindex(b"udta") - 4, data.index(b"trak") - 4
+        end = at + int.from_bytes(data[at : at + 4], "big")
+        path.write_bytes(data[:track] + data[at:end] + data[track:at] + data[end:])
 
 
-def write_bad_videos(folder):
-    """Write files and folders from which no clip can be read, and return their names."""
-    good = write_video(folder / "good.mp4", map(numbered, range(30))).read_bytes()
-    for name in ("audio.mp4", "audio.png"):
-        write_audio(folder / name)
-    contents = {
-        "empty.mp4": b"", "text.mp4": b"not a video\n" * 50, "cut.mp4": good[: len(good) // 2],
-        "unknown codec.mp4": good.replace(b"avc1", b"zzzz"), "no frame.gif": b"GIF89a" + bytes(7) + b";",
-        "empty.png": b"", "text.jpg": b"hello", "noise.mp4": np.random.default_rng(0).bytes(5000),
-    }  # fmt: skip
-    for name, content in contents.items():
-        (folder / name).write_bytes(content)
-    (folder / "folder.mp4").mkdir()
-    (folder / "folder").mkdir()
-    (folder / "folder" / "x.png").write_bytes(b"no number")
-    (folder / "audio images").mkdir()
-    write_audio(folder / "audio images" / "1.png")
-    folders = ["folder.mp4", "folder", "audio images"]
-    return ["missing.mp4", "missing.png", "null\0byte.mp4", "audio.mp4", "audio.png", *folders, *contents]
+def test_a_cover_is_no_video(tmp_path):
+    write_audio(tmp_path / "v.mp4", cover=True, frames=list(map(numbered, range(20))))
+    with av.open(str(tmp_path / "v.mp4")) as container:
+        assert container.streams.video[0].codec_context.name == "png"
+    assert frame_numbers(read_clip(tmp_path / "v.mp4", 4, 3, 0)) == [0, 3, 6, 9]
 
 
 def test_errors_name_the_file_and_the_reason(tmp_path):
-    for name in write_bad_videos(tmp_path):
-        with pytest.raises(BadVideo) as error:
-            read_clip(tmp_path / name, 4, 1, 0.5)
-        path, _, reason = str(error.value).partition(": ")
-        image = "1.png" if name == "audio images" else ""
-        assert path == str(tmp_path / name / image) and len(reason) > 5 and "\n" not in reason
-        if "audio" in name or "codec" in name:
-            assert reason == ("no video stream" if "audio" in name else "unknown codec, or encrypted")
-
-
-def test_special_files_are_called_what_they_are(tmp_path):
-    """Without opening them: a FIFO would block."""
-    (tmp_path / "images").mkdir()
-    for name in ("fifo.mp4", "fifo.png", "images/1.png"):
+    """Without opening what is no file: a FIFO would block."""
+    good = write_video(tmp_path / "good.mp4", map(numbered, range(30))).read_bytes()
+    contents = {
+        "empty.mp4": b"", "text.mp4": b"not a video\n" * 50, "cut.mp4": good[: len(good) // 2],
+        "unknown.mp4": good.replace(b"avc1", b"zzzz"), "no frame.gif": b"GIF89a" + bytes(7) + b";",
+        "empty.png": b"", "text.jpg": b"hello", "noise.mp4": np.random.default_rng(0).bytes(5000),
+    }  # fmt: skip
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    for folder in ("audio", "fifos"):
+        (tmp_path / folder).mkdir()
+    for name in ("audio.mp4", "audio.png", "audio/1.png"):
+        write_audio(tmp_path / name)
+    write_audio(tmp_path / "cover.mp4", cover=True)
+    for name in ("fifo.mp4", "fifo.png", "fifos/1.png"):
         os.mkfifo(tmp_path / name)
-    with socket.socket(socket.AF_UNIX) as server:
-        server.bind(str(tmp_path / "socket.mp4"))
     (tmp_path / "loop.mp4").symlink_to("loop.mp4")
     (tmp_path / "device.mp4").symlink_to("/dev/zero")
-    for name, reason in {
-        "fifo.mp4": "is a FIFO, not a regular file",
-        "fifo.png": "is a FIFO, not a regular file",
-        "images/1.png": "is a FIFO, not a regular file",
-        "socket.mp4": "is a socket, not a regular file",
-        "device.mp4": "is a character device, not a regular file",
-        "loop.mp4": "Too many levels of symbolic links",
-        "loop.mp4/x.mp4": "Too many levels of symbolic links",
-        "missing.mp4": "no such file",
-    }.items():
+    reasons = {
+        **dict.fromkeys((*contents, "null\0byte.mp4")), "unknown.mp4": "unknown codec, or encrypted",
+        **dict.fromkeys(("audio.mp4", "audio.png", "audio/1.png", "cover.mp4"), "no video stream"),
+        **dict.fromkeys(("fifo.mp4", "fifo.png", "fifos/1.png", "device.mp4"), "a special file, not a regular one"),
+        "loop.mp4": "Too many levels of symbolic links", "missing.mp4": "no such file", "missing.png": "no such file",
+    }  # fmt: skip
+    for name, reason in reasons.items():
         with pytest.raises(BadVideo) as error:
-            read_clip(tmp_path / name.replace("images/1.png", "images"), 4, 1, 0.5)
-        assert str(error.value) == f"{tmp_path / name}: {reason}"
+            read_clip(tmp_path / name.replace("/1.png", ""), 4, 1, 0.5)
+        path, _, found = str(error.value).partition(": ")
+        assert path == str(tmp_path / name) and len(found) > 5 and "\n" not in found
+        assert reason in (None, found), name
 
 
 def test_text_that_is_not_utf8_is_no_error(tmp_path):
@@ -400,16 +415,11 @@ def test_random_damage_is_a_bad_video_or_none(tmp_path):
                 read_clip(path, 4, 2, 0.5)
 
 
-@pytest.mark.parametrize("error", [IndexError("list index"), AttributeError("None"), OverflowError(), MemoryError()])
-def test_unexpected_errors_name_their_type(tmp_path, monkeypatch, error):
-    def fails(*_):
-        raise error
-
+def test_unexpected_errors_name_their_type(tmp_path, monkeypatch):
     path = write_video(tmp_path / "v.mp4", map(numbered, range(9)))
-    monkeypatch.setattr(video, "video_stream", fails)
-    with pytest.raises(BadVideo) as bad:
+    monkeypatch.setattr(video, "video_stream", lambda *_: [].pop())
+    with pytest.raises(BadVideo, match=f"^{path}: IndexError: pop from empty list$"):
         read_clip(path, 4, 2, 0.5)
-    assert str(bad.value) == f"{path}: {type(error).__name__}: {error}"
 
 
 @pytest.mark.skipif(not SHARED_DATA.is_dir(), reason=f"{SHARED_DATA} is missing")

@@ -38,11 +38,10 @@ import numpy as np
 from cli import Parser, Progress, fail, require_at_least, write_lines
 from data import read_manifest, write_manifest
 from tools.transcode import check_video, print_bad, work_through
-from video import IMAGE_SUFFIXES
+from video import IMAGE_SUFFIXES, is_clutter
 
 VIDEO_SUFFIXES = {".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".flv", ".mpg", ".mpeg", ".wmv", ".3gp", ".ts"}
 CHECKED_CLIP = [16, 4]  # frames and frame step of the clips that `folder` decodes to check a video, as in training
-CLUTTER = {"__MACOSX", "$RECYCLE.BIN", "System Volume Information", "@eaDir"}  # folders of macOS, Windows and Synology
 COUNTS = ("annotated", "found", "missing", "duplicate", "excluded")
 PANDA70M_CLIPS, V36M_CLIPS = 2_799_959, 3_626_129  # in the paper
 SHORTEST, LONGEST = 4, 50  # seconds of a Panda-70M clip (paper, appendix A)
@@ -330,11 +329,6 @@ def open_splits(folder, val, train):
     for split, names in (("val", val), ("train", train)):
         with open_annotations(folder, *names) as file:
             yield split, file
-
-
-def is_clutter(name):
-    """Whether a file or folder is hidden or left behind by an operating system: .DS_Store, ._video.mp4, __MACOSX."""
-    return name.startswith(".") or name in CLUTTER
 
 
 def list_files(root, suffixes=VIDEO_SUFFIXES, frame_folders=frozenset()):

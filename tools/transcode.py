@@ -15,67 +15,78 @@ import itertools
 import json
 import multiprocessing
 import os
-import re
 import signal
 import sys
 import time
-from collections import Counter, deque
+from collections import Counter
 from fractions import Fraction
 from multiprocessing.connection import wait
 from pathlib import Path
 
 import av
-import numpy as np
-from av.sidedata.sidedata import Type as SideData
-from av.video.reformatter import ColorRange, VideoReformatter
+from av.video.reformatter import ColorRange
 
 import video
 from cli import Parser, Progress, duration, fail, require_at_least, write_atomically
 from data import read_manifest, write_manifest
-from video import IMAGE_SUFFIXES, BadVideo, is_folder, open_container, read_clip, video_stream
+from video import BadVideo, bad_video, is_folder, list_frames
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 # Scene changes would add keyframes at other places, and B-frames make every seek decode more. "fastdecode" means no
 # CABAC and no deblocking: files are 8% larger but decode in half the time.
 X264 = {"g": "12", "keyint_min": "12", "sc_threshold": "0", "bf": "0", "tune": "fastdecode"}
+FOLDER_RATE = Fraction(12)  # frames per second of the copy of a folder of images
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # processes that may die
 
 
-class Worker:
-    """A forked process that computes work(path) for one path at a time."""
+def in_processes(work, paths, num_workers, timeout):
+    """Yield (path, work(path)) for each path, in order of completion, from forked processes.
 
-    def __init__(self, work):
-        context = multiprocessing.get_context("fork")  # takes 10 ms; a new interpreter would import torch first
-        self.pipe, child_pipe = context.Pipe()
-        self.process = context.Process(target=_serve, args=(work, child_pipe, self.pipe), daemon=True)
-        self.process.start()
-        self.usable = True
-        child_pipe.close()
+    The result is {"error": reason} if the process died or took more than `timeout` seconds.
+    """
+    context = multiprocessing.get_context("fork")  # takes 10 ms; a new interpreter would import torch first
+    paths, busy = iter(paths), {}  # this end of a process's pipe: (process, path, deadline)
 
-    def start(self, path, timeout):
-        """Start on a path; `timeout` is in seconds."""
-        self.path, self.timeout, self.deadline = path, timeout, time.monotonic() + timeout
-        self.pipe.send(path)
+    def start(path, pipe=None, process=None):
+        if pipe is None:
+            pipe, child_pipe = context.Pipe()
+            process = context.Process(target=_serve, args=(work, child_pipe, pipe), daemon=True)
+            process.start()
+            child_pipe.close()
+        pipe.send(path)
+        busy[pipe] = process, path, time.monotonic() + timeout
 
-    def result(self):
-        """The result; {"error": reason} if the process died or took too long; None while it is working."""
-        if self.pipe.poll():
-            try:
-                return self.pipe.recv()
-            except (EOFError, ConnectionResetError):
-                self.usable = False
-                self.process.join()
-                code = self.process.exitcode
-                cause = signal.Signals(-code).name if code < 0 else code
-                return {"error": f"the process that read it died ({cause})"}
-        if time.monotonic() < self.deadline:
-            return None
-        self.usable = False
-        self.process.kill()  # without waiting for its end, which a broken file system may delay
-        return {"error": f"not done after {self.timeout:g} s"}
+    try:
+        for path in itertools.islice(paths, num_workers):
+            start(path)
+        while busy:
+            wait(list(busy), timeout=1)
+            for pipe, (process, path, deadline) in list(busy.items()):
+                usable = False
+                if pipe.poll():
+                    try:
+                        result, usable = pipe.recv(), True
+                    except (EOFError, ConnectionResetError):
+                        process.join()
+                        code = process.exitcode
+                        cause = signal.Signals(-code).name if code < 0 else code
+                        result = {"error": f"the process that read it died ({cause})"}
+                elif time.monotonic() > deadline:
+                    process.kill()  # without waiting for its end, which a broken file system may delay
+                    result = {"error": f"not done after {timeout:g} s"}
+                else:
+                    continue
+                del busy[pipe]
+                for following in itertools.islice(paths, 1):
+                    start(following, *((pipe, process) if usable else ()))
+                yield path, result
+    finally:
+        for process, _, _ in busy.values():
+            process.kill()
+            process.join()
 
 
 def _serve(work, pipe, parent_pipe):
@@ -89,32 +100,6 @@ def _serve(work, pipe, parent_pipe):
             pipe.send(work(pipe.recv()))
 
 
-def in_processes(work, paths, num_workers, timeout):
-    """Yield (path, result) for each path, in order of completion (see `Worker.result`)."""
-    paths, idle, busy = iter(paths), [], []
-    try:
-        while True:
-            for path in itertools.islice(paths, num_workers - len(busy)):
-                worker = idle.pop() if idle else Worker(work)
-                busy.append(worker)
-                worker.start(path, timeout)
-            if not busy:
-                return
-            wait([worker.pipe for worker in busy], timeout=1)
-            for worker in list(busy):
-                result = worker.result()
-                if result is None:
-                    continue
-                busy.remove(worker)
-                if worker.usable:
-                    idle.append(worker)
-                yield worker.path, result
-    finally:
-        for worker in idle + busy:
-            worker.process.kill()
-            worker.process.join()
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # every video of a manifest, with a log of the results
 
@@ -123,14 +108,14 @@ def work_through(args, paths, work, settings, log, copy_of=None):
     """Compute work(path) for all paths, in processes, except for those that an earlier run has in `log`.
 
     Returns {path: record} and appends each record to the log when it is done. A record is what `work` returned (it has
-    "error" if the video is bad) with the path, the file's size in bytes and the settings. Ends the script on Ctrl-C and
+    "error" if the video is bad) with the path, the file's `state` and the settings. Ends the script on Ctrl-C and
     SIGTERM, and if a result has "stop", which is a reason that no other video would succeed either.
     """
     records, total = earlier_records(log, set(paths), settings, args.retry, copy_of), len(set(paths))
     todo = [path for path in dict.fromkeys(paths) if path not in records]
     if records:
         print(f"{len(records):,} of {total:,} were done before ({log})")
-    progress, done, bad = Progress(), 0, 0
+    progress, bad = Progress(), 0
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # raises KeyboardInterrupt
     try:
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -138,13 +123,13 @@ def work_through(args, paths, work, settings, log, copy_of=None):
         write_atomically(log, lambda temporary: temporary.write_text(lines, "utf-8"))
         results = in_processes(work, todo, args.workers, args.timeout)
         with open(log, "a", encoding="utf-8") as file, contextlib.closing(results):
-            for path, result in results:
+            for done, (path, result) in enumerate(results, 1):
                 if "stop" in result:
                     fail(f"{result['stop']}; the same command continues from here")
-                records[path] = {"path": path, "bytes": size_in_bytes(path), "settings": settings, **result}
+                records[path] = {"path": path, **state(path), "settings": settings, **result}
                 file.write(json.dumps(records[path]) + "\n")
                 file.flush()
-                done, bad = done + 1, bad + ("error" in result)
+                bad += "error" in result
                 rate = done / (time.monotonic() - progress.started)
                 text = f"{done:,}/{len(todo):,} videos, {bad:,} bad, {rate:.1f}/s, {progress.left(done, len(todo))}"
                 progress.show(text, last=done == len(todo))
@@ -159,40 +144,32 @@ def work_through(args, paths, work, settings, log, copy_of=None):
 def earlier_records(log, paths, settings, retry, copy_of):
     """{path: record} of the records in a log that are still valid.
 
-    Not valid are records made with other settings or from a file of another size, those of a good video whose copy is
+    Not valid are records made with other settings or from a file that has changed, those of a good video whose copy is
     gone (copy_of(path), if there are copies), and, with `retry`, those of bad videos.
     """
     records = {}
-    if not log.is_file():
-        return records
-    for line in log.read_text(encoding="utf-8").splitlines():
+    for line in log.read_text(encoding="utf-8").splitlines() if log.is_file() else ():
         try:
             record = json.loads(line)
         except json.JSONDecodeError:  # an incomplete line, if the script was killed
             continue
-        path = record["path"]
-        if path not in paths or record["settings"] != settings or record["bytes"] != size_in_bytes(path):
-            continue
-        if "error" in record and retry:
-            continue
-        if "error" not in record and copy_of and not os.path.isfile(copy_of(path)):
-            continue
-        records[path] = record
+        path, bad = record["path"], "error" in record
+        usable = not retry if bad else not copy_of or os.path.isfile(copy_of(path))
+        if path in paths and usable and record["settings"] == settings and record.items() >= state(path).items():
+            records[path] = record
     return records
 
 
-def size_in_bytes(path):
-    """The size of a file; None for a folder or a missing file."""
-    return os.path.getsize(path) if os.path.isfile(path) else None
-
-
-def read_absolute(manifest):
-    """The absolute paths of a manifest, and its labels."""
+def state(path):
+    """What changes with a video: its size in "bytes"; of a folder, the "images" and when one of them was "modified"."""
     try:
-        paths, labels = read_manifest(manifest)
-    except (OSError, ValueError) as error:
-        fail(str(error))
-    return list(map(os.path.abspath, paths)), labels
+        files = [os.stat(file) for file in (list_frames(path) if os.path.isdir(path) else [path])]
+    except (BadVideo, OSError, ValueError):
+        return {"bytes": None}
+    size = {"bytes": sum(file.st_size for file in files)}
+    if os.path.isdir(path):
+        return {**size, "images": len(files), "modified": max(file.st_mtime_ns for file in files)}
+    return size
 
 
 def print_bad(records, log):
@@ -203,78 +180,52 @@ def print_bad(records, log):
     print(f"{len(records) - len(bad):,} videos are good, {len(bad):,} bad; details in {log}")
 
 
-def open_video(path):
-    """Open a video, or a folder of images (00001.jpg, ...), which is read as a video of 12 frames per second."""
-    if not is_folder(path):
-        return open_container(path)
-    names = os.listdir(path)
-    suffix = next((s for s in (".jpg", ".jpeg", ".png") if any(name.endswith(s) for name in names)), ".jpg")
-    pattern = re.sub(r"([\[\]*?\\{}%])", r"\\\1", path) + "/*" + suffix
-    return open_container(pattern, format="image2", options={"pattern_type": "glob", "framerate": "12"})
-
-
-def reason(error, path):
-    """Why a video is bad, in one line, without its path."""
-    return video.reason(error).removeprefix(f"{path}: ")
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # check
 
 
 def check_video(path, num_frames, frame_step):
-    """Decode a video's first, middle and last clip. Returns its properties, or {"error": reason}."""
+    """Decode a video's first, middle and last clip. Returns what its header says, or {"error": reason}."""
     try:
-        properties = read_properties(path)
-        for place in (0, 0.5, 1):
-            read_clip(path, num_frames, frame_step, place)
-    except Exception as error:  # damaged files raise anything in PyAV
-        return {"error": reason(error, path)}
-    return properties
+        with bad_video(path):
+            images = list_frames(path) if is_folder(path) else []
+            if empty := [image for image in images if not os.path.getsize(image)]:
+                raise BadVideo(f"{empty[0]}: an empty file")
+            with video.open_container(images[0] if images else path) as container:
+                stream = video.video_stream(path, container)
+                codec, rate = stream.codec_context, None if images else stream.average_rate
+                seconds = stream.duration * stream.time_base if stream.duration else (container.duration or 0) / 1e6
+                properties = {
+                    "codec": codec.name,
+                    "pix_fmt": codec.pix_fmt,
+                    "width": codec.width,
+                    "height": codec.height,
+                    "fps": round(float(rate), 3) if rate else None,
+                    "frames": len(images) or stream.frames,
+                    "seconds": None if images else float(seconds),
+                }
+            for place in (0, 0.5, 1):
+                video.read_clips(path, num_frames, frame_step, [place])
+        return properties
+    except BadVideo as error:
+        return {"error": str(error).removeprefix(f"{path}: ")}
 
 
-def read_properties(path):
-    """What a video's header says. BadVideo if no stream of the file can be decoded."""
-    with open_video(path) as container:
-        stream = video_stream(path, container)
-        seconds = float(stream.duration * stream.time_base) if stream.duration else (container.duration or 0) / 1e6
-        return {
-            "codec": stream.codec_context.name,
-            "pix_fmt": stream.codec_context.pix_fmt,
-            "width": stream.width,
-            "height": stream.height,
-            "fps": round(float(stream.average_rate), 3) if stream.average_rate else None,
-            "frames": stream.frames,
-            "seconds": seconds,
-        }
-
-
-def check(args):
+def check(args, paths, labels):
     """Decode the first, middle and last clip of every video of a manifest.
 
     Writes two files next to the manifest NAME.csv: NAME.clean.csv, a manifest of the good videos, and NAME.check.jsonl,
     with one line per video: its properties, or why it is bad. A video is also bad if it hangs or crashes the decoder.
     After Ctrl-C, the same command continues where it stopped.
     """
-    paths, labels = read_absolute(args.manifest)
     log, settings = args.manifest.with_suffix(".check.jsonl"), [args.num_frames, args.frame_step]
     records = work_through(args, paths, lambda path: check_video(path, *settings), settings, log)
-    good = {path: record for path, record in records.items() if "error" not in record}
-    print_properties(good.values())
+    for key in ("codec", "pix_fmt", "fps", "width", "height"):
+        values = Counter(str(record[key]) for record in records.values() if "error" not in record)
+        print(f"{key}: " + ", ".join(f"{value} {count:,}" for value, count in values.most_common(8)))
     print_bad(records, log)
-    lines = [(path, label) for path, label in zip(paths, labels, strict=True) if path in good]
-    write_manifest(args.manifest.with_suffix(".clean.csv"), lines)
-
-
-def print_properties(records):
-    """Print the most frequent codecs, pixel formats and frame rates, and the distribution of sizes and lengths."""
-    for key in ("codec", "pix_fmt", "fps"):
-        most_common = Counter(str(record[key]) for record in records).most_common(8)
-        print(f"{key}: " + ", ".join(f"{value} {count:,}" for value, count in most_common))
-    for key in ("width", "height", "frames", "seconds"):
-        values = [record[key] or 0 for record in records] or [0]
-        percentiles = " / ".join(f"{x:g}" for x in np.percentile(values, [0, 5, 50, 95, 100]).round(2))
-        print(f"{key}: {percentiles} (minimum, 5%, median, 95%, maximum)")
+    good = [pair for pair in zip(paths, labels, strict=True) if "error" not in records[pair[0]]]
+    write_manifest(args.manifest.with_suffix(".clean.csv"), good)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -289,140 +240,70 @@ def copy_video(path, out, short_side, crf):
     """
     temporary = out + ".tmp"
     try:
-        if Path(path).suffix.lower() in IMAGE_SUFFIXES:
-            return {"error": "an image, not a video"}
-        os.makedirs(os.path.dirname(out), exist_ok=True)
-        with open_video(path) as container:
-            record = write_copy(video_stream(path, container), temporary, short_side, crf)
-        os.replace(temporary, out)
-        return {**record, "bytes_out": os.path.getsize(out)}
-    except Exception as error:  # damaged files raise anything in PyAV
+        if Path(path).suffix.lower() in video.IMAGE_SUFFIXES and not is_folder(path):
+            raise BadVideo("an image, not a video")
+        with bad_video(path):
+            os.makedirs(os.path.dirname(out), exist_ok=True)
+            if is_folder(path):
+                frames = (video.read_image(image) for image in list_frames(path))
+                record = write_copy(frames, FOLDER_RATE, None, temporary, short_side, crf)
+            else:
+                with video.open_container(path) as container:
+                    stream = video.video_stream(path, container)
+                    rate, frames = stream.average_rate or Fraction(25), container.decode(stream)
+                    record = write_copy(frames, rate, stream.time_base, temporary, short_side, crf)
+            os.replace(temporary, out)
+            return {**record, "bytes_out": os.path.getsize(out)}
+    except BadVideo as error:
         with contextlib.suppress(OSError):
             os.remove(temporary)
-        if getattr(error, "errno", None) in DISK_FULL:
-            return {"stop": f"{out}: {reason(error, path)}"}
-        return {"error": reason(error, path)}
+        text = str(error).removeprefix(f"{path}: ")
+        full = getattr(error.__cause__, "errno", None) in DISK_FULL
+        return {"stop": f"{out}: {text}"} if full else {"error": text}
 
 
-def write_copy(stream, path, short_side, crf):
-    """Decode all frames of a video stream and encode them into the file `path`. Returns what to record of the copy."""
-    frames = stream.container.decode(stream)
+def write_copy(frames, rate, unit, path, short_side, crf):
+    """Encode frames into the file `path`. Returns what to record of the copy. BadVideo if it lacks frames.
+
+    rate: frames per second. unit: seconds per unit of the frames' time stamps; None: without these, at this rate.
+    """
     first = next(frames, None)
     if first is None:
         raise BadVideo("no frame can be decoded")
-    with av.open(path, "w", format="mp4") as file:
-        writer = CopyWriter(file, stream, first, short_side, crf)
-        for frame in itertools.chain([first], frames):
-            writer.write(frame)
-        writer.finish()
-    codec = writer.codec
-    return {"frames": writer.frames, "frames_in_header": stream.frames, "width": codec.width, "height": codec.height}
-
-
-class CopyWriter:
-    """Encodes a stream's frames into an open mp4 file. The first frame determines the copy's size and colors."""
-
-    def __init__(self, file, stream, first, short_side, crf):
-        self.file, self.reformatter = file, VideoReformatter()
-        rate, self.time_base = stream.average_rate or Fraction(25), stream.time_base
-        self.stream = file.add_stream("libx264", rate=rate, options={**X264, "crf": str(crf)})
-        self.stream.time_base = self.time_base
-        self.codec = self.stream.codec_context
-        self.codec.time_base, self.codec.thread_count, self.codec.pix_fmt = self.time_base, 1, "yuv420p"
-        self.set_picture(stream, first, short_side)
-        # All times are in units of the time base.
-        self.frame_duration = max(1, round(1 / (rate * self.time_base)))  # where the file does not say
-        self.start, self.time = first.pts or 0, -1  # of the first frame in the original, of the last one in the copy
-        self.durations = deque()  # of the frames that the encoder has not returned yet
-        self.frames = self.packets = 0  # written so far
-
-    def set_picture(self, stream, first, short_side):
-        """Set the copy's size, color metadata and aspect ratio."""
-        picture = upright(first)
-        self.codec.width, self.codec.height = copy_size(picture.width, picture.height, short_side)
-        self.codec.color_range = ColorRange.MPEG
-        if is_yuv(picture):  # others are converted to BT.601, which is what players assume without metadata
-            self.codec.colorspace = first.colorspace
-        self.codec.color_primaries, self.codec.color_trc = first.color_primaries, first.color_trc
-        if stream.sample_aspect_ratio and picture is first:
-            self.codec.sample_aspect_ratio = stream.sample_aspect_ratio
-
-    def write(self, frame):
-        """Turn upright, scale and encode a frame."""
-        picture = upright(frame)
-        source_range = picture.color_range if is_yuv(picture) else None
-        size = self.codec.width, self.codec.height
-        picture = self.reformatter.reformat(
-            picture, *size, "yuv420p", src_color_range=source_range, dst_color_range=ColorRange.MPEG
-        )
-        time = self.time + self.frame_duration if frame.pts is None else frame.pts - self.start
-        self.time = max(time, self.time + 1)  # keeps two frames that have the same time
-        picture.pts, picture.time_base = self.time, self.time_base
-        picture.pict_type = 0  # lets the encoder place the keyframes
-        self.durations.append(self.duration(frame))
-        self.frames += 1
-        self.mux(self.codec.encode(picture))
-
-    def duration(self, frame):
-        """The duration of a frame. Matroska rounds it, which would change the average rate, so one unit is ignored."""
-        duration = getattr(frame, "duration", 0) or self.frame_duration
-        return duration if abs(duration - self.frame_duration) > 1 else self.frame_duration
-
-    def mux(self, packets):
-        """Write encoded packets to the file. Without B-frames, they are in the order of the frames."""
-        for packet in packets:
-            packet.duration = self.durations.popleft()  # mp4 needs the last one's to compute the average rate
-            self.file.mux(packet)
-            self.packets += 1
-
-    def finish(self):
-        """Write what the encoder still holds."""
-        self.mux(self.codec.encode(None))
-        if self.packets != self.frames:
-            raise RuntimeError(f"{self.frames} frames in, {self.packets} out")
-
-
-def is_yuv(picture):
-    return picture.format.name.startswith("yuv")
-
-
-def copy_size(width, height, short_side):
-    """Width and height scaled down to this short side and rounded to even numbers, as yuv420p requires."""
+    (height, width), _ = video.upright(first)
     scale = min(1, short_side / min(width, height))
-    return tuple(max(2, min(2 * round(side * scale / 2), side // 2 * 2)) for side in (width, height))
+    size = [max(2, min(2 * round(side * scale / 2), side // 2 * 2)) for side in (height, width)]  # even, for yuv420p
+    time_base = unit or 1 / rate
+    frame_duration = max(1, round(1 / (rate * time_base)))  # where the file does not say; all times in time_base
+    start, previous, num_packets, durations = (unit and first.pts) or 0, -1, 0, []
+    with av.open(path, "w", format="mp4") as file:
+        stream = file.add_stream("libx264", rate=rate, options={**X264, "crf": str(crf)})
+        codec = stream.codec_context
+        stream.time_base = codec.time_base = time_base
+        codec.thread_count, codec.pix_fmt, codec.color_range = 1, "yuv420p", ColorRange.MPEG
+        codec.height, codec.width = size
+        colors = ":out_range=tv"
+        if first.format.name.startswith("yuv"):  # others become BT.601, which players assume without metadata
+            codec.colorspace = first.colorspace
+            colors += f":out_color_matrix={int(first.colorspace)}"
+        pictures = video.convert(itertools.chain([first], frames), None, size, "yuv420p", colors)
+        for picture in itertools.chain(pictures, [None]):  # None: what the encoder still holds
+            if picture is not None:
+                time_stamp = previous + frame_duration if not unit or picture.pts is None else picture.pts - start
+                previous = max(time_stamp, previous + 1)  # keeps two frames that have the same time
+                picture.pts, picture.time_base, picture.pict_type = previous, time_base, 0  # 0: the encoder chooses
+                own = getattr(picture, "duration", 0) or frame_duration
+                durations.append(own if abs(own - frame_duration) > 1 else frame_duration)  # Matroska rounds them
+            for packet in codec.encode(picture):  # in the order of the frames, without B-frames
+                packet.duration = durations[num_packets]  # mp4 needs the last one's to compute the average rate
+                file.mux(packet)
+                num_packets += 1
+    if num_packets != len(durations):
+        raise BadVideo(f"{len(durations)} frames in, {num_packets} out")
+    return {"frames": num_packets, "width": size[1], "height": size[0]}
 
 
-def upright(frame):
-    """Rotate and mirror a frame as its metadata says. Returns the frame itself if it is upright."""
-    a, b, c, d = display_matrix(frame)
-    if a > 0 and d > 0:
-        return frame
-    picture = frame.to_ndarray(format="rgb24")
-    if abs(b) > abs(a):  # x and y are swapped
-        picture, a, d = picture.swapaxes(0, 1), c, b
-    if d < 0:
-        picture = picture[::-1]
-    if a < 0:
-        picture = picture[:, ::-1]
-    return av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
-
-
-def display_matrix(frame):
-    """(a, b, c, d), which place a decoded pixel (x, y) at (a x + c y, b x + d y), up to scale and shift."""
-    try:
-        matrix = frame.side_data.get(SideData.DISPLAYMATRIX)
-    except (
-        ValueError
-    ):  # PyAV 18 cannot list side data if a type is new to it (HEIC). The rotation is known, mirroring not.
-        quarter_turns = round(frame.rotation / 90) % 4  # counterclockwise
-        return ((1, 0, 0, 1), (0, -1, 1, 0), (-1, 0, 0, -1), (0, 1, -1, 0))[quarter_turns]
-    if matrix is None:
-        return 1, 0, 0, 1
-    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
-    return a, b, c, d
-
-
-def copy(args):
+def copy(args, paths, labels):
     """Make copies of a manifest's videos for training: small, fast to seek in, without sound.
 
     H.264 in yuv420p with a keyframe every 12 frames and no B-frames. The short side becomes --short-side pixels;
@@ -432,7 +313,6 @@ def copy(args):
     DIR gets the copies, a manifest of them named like the original NAME.csv, and NAME.copy.jsonl, with one line per
     video: the copy's properties, or why it failed. After Ctrl-C, the same command continues where it stopped.
     """
-    paths, labels = read_absolute(args.manifest)
     folder, started = os.path.dirname(os.path.abspath(args.manifest)), time.monotonic()
     targets = {path: copy_path(path, folder, args.out) for path in paths}
     if len(set(targets.values())) < len(targets):
@@ -441,18 +321,16 @@ def copy(args):
         fail(f"--out {args.out}: the copies would replace the originals there")
     settings = {"short_side": args.short_side, "crf": args.crf}
     log = args.out / f"{args.manifest.stem}.copy.jsonl"
-    records = work_through(
-        args, paths, lambda path: copy_video(path, targets[path], **settings), settings, log, targets.get
-    )
+    records = work_through(args, paths, lambda x: copy_video(x, targets[x], **settings), settings, log, targets.get)
     for path, record in records.items():
         if "error" in record:  # a killed process leaves its file
             Path(targets[path] + ".tmp").unlink(missing_ok=True)
-    good = {path: record for path, record in records.items() if "error" not in record}
     print_bad(records, log)
+    good = {path: record for path, record in records.items() if "error" not in record}
     before, after = (sum(record[key] or 0 for record in good.values()) / 1e9 for key in ("bytes", "bytes_out"))
     print(f"{before:.3f} GB became {after:.3f} GB in {duration(time.monotonic() - started)}")
-    pairs = zip(paths, labels, strict=True)
-    lines = [(os.path.relpath(targets[path], args.out), label) for path, label in pairs if path in good]
+    pairs = [pair for pair in zip(paths, labels, strict=True) if pair[0] in good]
+    lines = [(os.path.relpath(targets[path], args.out), label) for path, label in pairs]
     write_manifest(args.out / args.manifest.name, lines)
 
 
@@ -497,7 +375,14 @@ def main():
     args = parse_args()
     own_flags = {"check": ("num_frames", "frame_step"), "copy": ("short_side",)}
     require_at_least(args, 1, "workers", "timeout", *own_flags[args.command])
-    args.run(args)
+    try:
+        paths, labels = read_manifest(args.manifest)
+    except (OSError, ValueError) as error:
+        fail(str(error))
+    try:
+        args.run(args, list(map(os.path.abspath, paths)), labels)
+    except OSError as error:
+        fail(f"{error.filename or args.manifest}: {error.strerror}")
 
 
 if __name__ == "__main__":
