@@ -184,7 +184,6 @@ def _exception_hook(kind, error, traceback):
         sys.__excepthook__(kind, error, traceback)
         return
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr, flush=True)
-    data.end_workers()
     os._exit(2)
 
 
