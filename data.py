@@ -11,7 +11,6 @@ with paths relative to the manifest. Pretraining needs no labels.
 import array
 import codecs
 import collections
-import contextlib
 import functools
 import itertools
 import math
@@ -82,7 +81,7 @@ def denormalize(clips):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# manifests
+# manifests and sources
 
 
 class Paths:
@@ -107,8 +106,11 @@ def read_manifest(path, num_classes=None):
 
     With num_classes, each line needs a label from 0 to num_classes - 1. OSError; ValueError naming the file and line.
     """
-    path = Path(path)
-    folder, text, lengths, labels = os.fsencode(path.parent) + b"/", bytearray(), array.array("i"), array.array("i")
+
+    def error(what):
+        return ValueError(f"{path} line {number}: {what}: {line[:200].decode(errors='replace')!r}")
+
+    folder, text, lengths, labels = os.fsencode(Path(path).parent), bytearray(), array.array("i"), array.array("i")
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             line = (line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).strip()
@@ -116,21 +118,17 @@ def read_manifest(path, num_classes=None):
                 continue
             try:
                 line.isascii() or line.decode()
-            except UnicodeDecodeError as error:
-                raise ValueError(
-                    f"{path} line {number}: not UTF-8; a manifest is a text of 'path label' lines"
-                ) from error
+            except UnicodeDecodeError as cause:
+                raise error("not UTF-8; a manifest is a text of 'path label' lines") from cause
             name, _, label = line.rpartition(b" ")
             if not name or not INTEGER.fullmatch(label):
                 name, label = line, b"-1"
             name = name.strip().strip(b'"')
-            name = name if name.startswith(b"/") else folder + name
+            name = name if name.startswith(b"/") else folder + b"/" + name
             if num_classes and not 0 <= int(label) < num_classes:
-                expected = f"a label from 0 to {num_classes - 1} is needed"
-                raise ValueError(f"{path} line {number}: {expected}: {line.decode()!r}")
+                raise error(f"a label from 0 to {num_classes - 1} is needed")
             if OTHER_FORMAT.search(name) and not os.path.exists(name):
-                expected = "a path, and after a space an integer label or nothing, is expected"
-                raise ValueError(f"{path} line {number}: no such file; {expected}: {line.decode()!r}")
+                raise error("no such file; a path, and after a space an integer label or nothing, is expected")
             text += name
             lengths.append(len(name))
             labels.append(int(label))
@@ -146,10 +144,6 @@ def write_manifest(path, lines):
     temporary.write_text("".join(f"{name} {label}\n" for name, label in lines), "utf-8")
     temporary.replace(path)
     print(f"{path}: {len(lines):,} lines")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# sources
 
 
 class Manifest:
@@ -174,10 +168,10 @@ class Manifest:
         self.paths = Paths(b"".join(p.text for p in paths), np.concatenate([p.lengths for p in paths]))
         self.labels = np.concatenate(labels)
         self.bounds = np.cumsum([0, *map(len, paths)])  # manifest m has the lines from bounds[m] to bounds[m + 1] - 1
-        self.weights = np.array(weights) / sum(weights) if weights else None
+        self.shuffled, weights = not weights, weights or [len(p) for p in paths]
+        self.weights = np.array(weights) / sum(weights)
         self.num_frames, self.frame_step, self.fps, self.resolution = num_frames, frame_step, fps, resolution
-        self.seed, self.train = seed, train
-        self.epoch, self.order = None, None
+        self.seed, self.train, self.epoch, self.order = seed, train, None, None
 
     def __len__(self):
         return len(self.paths)
@@ -186,7 +180,7 @@ class Manifest:
         """The line of sample `number`, counted over all manifests."""
         if not self.train:
             return number
-        if self.weights is not None:
+        if not self.shuffled:
             return self.random_line("mixture", number)
         epoch, position = divmod(number, len(self))
         if epoch != self.epoch:
@@ -195,10 +189,8 @@ class Manifest:
         return int(self.order[position])
 
     def random_line(self, purpose, *key):
-        """A random line, of a manifest drawn by weight if there are weights; it depends on (purpose, seed, key)."""
+        """A random line of a manifest that is drawn by weight, which depends on (purpose, seed, key)."""
         rng = np.random.default_rng(seed_sequence(purpose, self.seed, *key))
-        if self.weights is None:
-            return int(rng.integers(len(self)))
         part = rng.choice(len(self.weights), p=self.weights)
         return int(rng.integers(self.bounds[part], self.bounds[part + 1]))
 
@@ -207,17 +199,18 @@ class Manifest:
 
         The next line would be a bad replacement, because a missing folder is a block of unreadable lines.
         """
-        yield self.line(number)
-        for attempt in range(MAX_REPLACEMENTS if self.train else 0):
-            yield self.random_line("replacement", number, attempt)
+        tried = set()
+        for attempt in range(MAX_REPLACEMENTS if self.train else 1):
+            line = self.random_line("replacement", number, attempt) if attempt else self.line(number)
+            if line not in tried:
+                yield line
+            tried.add(line)
 
     def sample(self, number):
         """One sample: (clip (3, T, H, W) uint8, label, skipped, path)."""
         skipped, rng = [], np.random.default_rng(seed_sequence("crop", self.seed, number))
-        crop, shape = (
-            functools.partial(random_crop, rng) if self.train else center_crop,
-            (self.num_frames, self.frame_step),
-        )
+        crop = functools.partial(random_crop, rng) if self.train else center_crop
+        shape = self.num_frames, self.frame_step
         for line in self.lines(number):
             note_reading(line)
             path, place = self.paths[line], rng.random() if self.train else 0.5
@@ -268,40 +261,42 @@ def note_reading(line):
     _reading[0] = line
 
 
-class _Worker(NamedTuple):
-    pid: int
-    pipe: multiprocessing.connection.Connection
-    reading: np.ndarray  # shared memory: `_reading` of the process
+_Worker = collections.namedtuple("_Worker", "pid pipe reading")  # reading: its `_reading`, in shared memory
 
 
-def _start_worker(source):
-    """Fork a process that makes the batch of each list of sample numbers that it receives, until its pipe is closed.
+def _start_worker(source, number_lists):
+    """Fork a process that makes these batches, at most two ahead of those that were received, until its pipe is closed.
 
-    Clips come back as a memfd. torch's DataLoader would need as much memory in /dev/shm, of which Docker gives 64 MB.
+    Clips are handed over in a memfd. torch's DataLoader takes /dev/shm, of which Docker gives only 64 MB.
     """
     global _reading
-    reading, (pipe, theirs) = np.frombuffer(mmap.mmap(-1, 8), np.int64), multiprocessing.Pipe()
+    reading, (ours, pipe) = np.frombuffer(mmap.mmap(-1, 8), np.int64), multiprocessing.Pipe()
     reading[0] = -1
     pid = os.fork()
     if pid:
-        return _Worker(pid, pipe, reading)
+        return _Worker(pid, ours, reading)
     try:
         _reading = reading
-        pipe.close()
+        ours.close()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # a run that is stopped finishes its step first
             signal.signal(number, signal.SIG_IGN)
         torch.set_num_threads(1)
-        while True:
+        for count, numbers in enumerate(number_lists):
+            if count >= 2:
+                pipe.recv_bytes()  # another batch has been received
             try:
-                batch = source.batch(theirs.recv())
+                batch = source.batch(numbers)
             except BadVideo as error:
-                theirs.send(error)
+                pipe.send(error)
                 continue
             with open(os.memfd_create("clips"), "wb") as file:
                 file.write(batch.clips.contiguous().numpy())
                 file.flush()
-                theirs.send_bytes(pickle.dumps((batch._replace(clips=None), batch.clips.shape)))
-                multiprocessing.reduction.send_handle(theirs, file.fileno(), None)
+                pipe.send_bytes(pickle.dumps((batch._replace(clips=None), batch.clips.shape)))
+                multiprocessing.reduction.send_handle(pipe, file.fileno(), None)
+        pipe.send(None)
+        while True:
+            pipe.recv_bytes()
     except (EOFError, ConnectionError):  # the pipe is closed
         pass
     except Exception:
@@ -311,16 +306,19 @@ def _start_worker(source):
 
 
 def _receive(worker, source):
-    """The next batch of a worker. BadVideo; LoaderFailed if the worker has died or hangs."""
+    """The next batch of a worker, None at the end. BadVideo; LoaderFailed if the worker has died or hangs."""
     try:
         if worker.pipe.poll(TIMEOUT):
             found = worker.pipe.recv()
             if isinstance(found, BadVideo):
                 raise found
-            (batch, shape), file = found, multiprocessing.reduction.recv_handle(worker.pipe)
-            clips = torch.frombuffer(mmap.mmap(file, 0), dtype=torch.uint8).view(shape)
-            os.close(file)
-            return batch._replace(clips=clips)
+            if found:
+                batch, shape = found
+                file = multiprocessing.reduction.recv_handle(worker.pipe)
+                found = batch._replace(clips=torch.frombuffer(mmap.mmap(file, 0), dtype=torch.uint8).view(shape))
+                os.close(file)
+                worker.pipe.send_bytes(b"received")
+            return found
         how = f"made no batch for {TIMEOUT} seconds"
     except (EOFError, ConnectionError):
         how = f"died (status or signal {os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT).si_status})"
@@ -328,25 +326,16 @@ def _receive(worker, source):
     raise LoaderFailed(f"the loader failed: a worker process {how}{where}")
 
 
-def _batches_of_workers(source, number_lists, num_workers):
-    number_lists, workers = iter(number_lists), []
-    due = collections.deque()  # the workers in the order of the batches that they are making
-
-    def request(worker):
-        for numbers in itertools.islice(number_lists, 1):
-            with contextlib.suppress(ConnectionError):  # a dead worker: `_receive` reports it
-                worker.pipe.send(numbers)
-            due.append(worker)
-
+def _receive_all(source, number_lists, num_workers):
+    """The batches in order. Worker w of W makes every W-th batch, from the w-th on."""
+    workers = []
     try:
-        for _ in range(num_workers):
-            workers.append(_start_worker(source))
-        for worker in 2 * workers:  # each makes two batches ahead
-            request(worker)
-        while due:
-            worker = due.popleft()
+        for first in range(num_workers):
+            workers.append(_start_worker(source, itertools.islice(number_lists, first, None, num_workers)))
+        for worker in itertools.cycle(workers):
             batch = _receive(worker, source)
-            request(worker)
+            if batch is None:
+                return
             yield batch
     finally:
         for worker in workers:
@@ -360,7 +349,7 @@ def clip_loader(source, number_lists, workers=0):
 
     On a GPU, clips are in pinned memory. LoaderFailed if a worker dies or makes no batch for TIMEOUT seconds.
     """
-    batches = _batches_of_workers(source, number_lists, workers) if workers else map(source.batch, number_lists)
+    batches = _receive_all(source, number_lists, workers) if workers else map(source.batch, number_lists)
     while True:
         started = time.perf_counter()
         batch = next(batches, None)
@@ -371,37 +360,30 @@ def clip_loader(source, number_lists, workers=0):
         yield batch._replace(waited=time.perf_counter() - started) if isinstance(batch, Batch) else batch
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the training data of a run
-
-
 def clip_source(args):
-    """The training data that the flags name. OSError or ValueError if a manifest cannot be read or flags are wrong."""
+    """The training data that the flags name. OSError or ValueError if the flags or a manifest are wrong."""
     seed = stream_seed("data", args.stage, args.seed)
-    if args.data:
-        options = {"weights": args.data_weights, "fps": args.fps}
-        return Manifest(args.data, args.num_frames, args.frame_step, args.resolution, seed, **options)
-    if _rank_and_world()[0] == 0:
-        print("no --data: training on the built-in synthetic videos")
-    return Synthetic(args.num_frames, args.resolution, seed)
-
-
-def _rank_and_world():
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if not args.data:
+        return Synthetic(args.num_frames, args.resolution, seed)
+    shape, options = (
+        (args.num_frames, args.frame_step, args.resolution),
+        {"weights": args.data_weights, "fps": args.fps},
+    )
+    return Manifest(args.data, *shape, seed, **options)
 
 
 def micro_batch_indices(args):
     """The micro-batches of a step that this process computes, numbered over all processes."""
-    rank, world = _rank_and_world()
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     return range(rank, args.batch_size // args.micro_batch_size, world)
 
 
 def training_loader(source, args, start_step):
     """An iterator over the `Batch`es of this process from start_step to the end of the run."""
     size = args.micro_batch_size
-    number_lists = (
-        range(first, first + size)
+    firsts = (
+        step * args.batch_size + micro * size
         for step in range(start_step, args.steps)
-        for first in (step * args.batch_size + micro * size for micro in micro_batch_indices(args))
+        for micro in micro_batch_indices(args)
     )
-    return clip_loader(source, number_lists, args.workers)
+    return clip_loader(source, (range(first, first + size) for first in firsts), args.workers)
