@@ -2,13 +2,14 @@
 
 import math
 import os
+import select
 import signal
 import time
 
 import numpy as np
 import pytest
 import torch
-from conftest import SHARED_DATA, frame_numbers, numbered, write_image, write_video
+from conftest import frame_numbers, numbered, write_image, write_video
 
 import data
 import video
@@ -30,13 +31,11 @@ def test_normalize():
 
 
 def test_read_manifest(tmp_path):
-    file = tmp_path / "train.csv"
-    lines = (
-        '\ufeffa.mp4 3\n\n  sub dir/b c.mp4 0  \n"d é.mp4" 12\nno label.mp4\n/abs/f.mp4 -1\n"g h.mp4"\r\ni.mp4 x\nj ²'
+    (tmp_path / "m.csv").write_text(
+        '\ufeffa.mp4 3\n\n  sub dir/b c.mp4 0  \n"d é.mp4" 12\nno label.mp4\n/f.mp4 -1\n"g h.mp4"\r\ni.mp4 x\nj ²'
     )
-    file.write_text(lines)
-    paths, labels = read_manifest(file)
-    expected = ["a.mp4", "sub dir/b c.mp4", "d é.mp4", "no label.mp4", "/abs/f.mp4", "g h.mp4", "i.mp4 x", "j ²"]
+    paths, labels = read_manifest(tmp_path / "m.csv")
+    expected = ["a.mp4", "sub dir/b c.mp4", "d é.mp4", "no label.mp4", "/f.mp4", "g h.mp4", "i.mp4 x", "j ²"]
     assert list(paths) == [str(tmp_path / name) for name in expected]
     assert labels.tolist() == [3, 0, 12, -1, -1, -1, -1, -1] and len(paths) == 8
 
@@ -48,7 +47,6 @@ def test_read_manifest(tmp_path):
         (b"\n  \n", "m.csv names no videos"),
         (b"a.mp4 1\n\n\x89PNG\xff\xfe", "m.csv line 3: not UTF-8"),
         (b"a.mp4 2\n\nb.mp4 3", "m.csv line 3: a label from 0 to 2 is needed: 'b.mp4 3'"),
-        (b"b.mp4 -1", "m.csv line 1: a label from 0 to 2"),
         (b"b.mp4", "m.csv line 1: a label from 0 to 2"),
     ],
 )
@@ -76,13 +74,6 @@ def test_write_manifest(tmp_path):
         data.write_manifest(tmp_path / "new" / "m.csv" / "m.csv", [])
 
 
-@pytest.mark.skipif(not SHARED_DATA.is_dir(), reason=f"{SHARED_DATA} is missing")
-def test_surveillance_manifest():
-    source = Manifest([SHARED_DATA / "surveillance" / "train.csv"], 4, 4, 16, train=False, num_classes=2)
-    assert set(source.labels) == {0, 1} and all(os.path.isfile(p) for p in source.paths)
-    assert source.batch([0]).clips.shape == (1, 3, 4, 16, 16)
-
-
 def image_manifest(folder, count, name="m.csv", first=0):
     """A manifest of gray images; image n has label n and brightness 8 n."""
     for n in range(first, first + count):
@@ -91,18 +82,13 @@ def image_manifest(folder, count, name="m.csv", first=0):
     return folder / name
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# which samples
-
-
 def test_every_pass_shows_each_video_once(tmp_path):
     one, two = image_manifest(tmp_path, 7, "one.csv"), image_manifest(tmp_path, 4, "two.csv", first=7)
     source = Manifest([one, two], 2, 1, 16)
     passes = [source.batch(range(11 * i, 11 * i + 11)).labels.flatten().tolist() for i in range(4)]
     assert all(sorted(labels) == list(range(11)) for labels in passes)
     assert len({tuple(labels) for labels in passes}) == 4
-    other = Manifest([one, two], 2, 1, 16, seed=1).batch(range(11)).labels.flatten().tolist()
-    assert other != passes[0] and sorted(other) == list(range(11))
+    assert Manifest([one, two], 2, 1, 16, seed=1).batch(range(11)).labels.flatten().tolist() != passes[0]
     batch = source.batch([100])
     assert (batch.clips == 8 * batch.labels.item()).all()  # the label belongs to the clip
     assert batch.names == [f"{tmp_path}/{batch.labels.item()}.png"]
@@ -117,20 +103,11 @@ def test_weights_are_the_manifests_shares_of_the_samples(tmp_path, weights, expe
         source = Manifest([one, two], 1, 1, 16, seed, weights=weights)
         if purpose == "samples":
             return [source.line(number) for number in range(count)]
-        return [
-            source.random_line("replacement", number, attempt) for number in range(count // 5) for attempt in range(5)
-        ]
+        return [source.random_line("replacement", number, 1) for number in range(count)]
 
     shares = np.bincount(drawn(4000), minlength=6) / 4000
     assert np.abs(shares - np.array(expected)).max() < 0.04  # 5 standard errors
     assert drawn(50) == drawn(50) != drawn(50, seed=1)
-
-
-@pytest.mark.parametrize("weights, message", [([1], "2 manifests but 1 weights"), ([0, 0], "not"), ([-1, 2], "not")])
-def test_invalid_weights(tmp_path, weights, message):
-    file = image_manifest(tmp_path, 2)
-    with pytest.raises(ValueError, match=message):
-        Manifest([file, file], 1, 1, 16, weights=weights)
 
 
 def test_training_replaces_unreadable_videos_and_evaluation_raises(tmp_path):
@@ -155,10 +132,6 @@ def test_a_block_of_missing_files_is_replaced_by_all_other_videos(tmp_path, weig
     for n in range(1, 10):
         (tmp_path / f"{n}.png").unlink()
     assert (Manifest([tmp_path / "m.csv"], 2, 1, 16).batch(range(5)).labels == 0).all()  # the only image left
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# augmentation
 
 
 def test_training_crops_and_flips(tmp_path):
@@ -208,20 +181,16 @@ def test_samples_depend_only_on_seed_and_number(tmp_path, kind):
     (tmp_path / "m.csv").write_text("".join(f"{n}.mp4 {n}\n" for n in range(5)) + "missing.mp4 5\n")
 
     def make(seed):
-        weights = [1, 2] if kind == "weights" else None
-        shape = (4, 2, 16, seed)
-        return (
-            data.Synthetic(4, 16, seed)
-            if kind == "synthetic"
-            else Manifest([tmp_path / "m.csv"] * 2, *shape, weights=weights)
-        )
+        if kind == "synthetic":
+            return data.Synthetic(4, 16, seed)
+        return Manifest([tmp_path / "m.csv"] * 2, 4, 2, 16, seed, weights=[1, 2] if kind == "weights" else None)
 
     numbers = list(range(30))
     state = torch.get_rng_state()
     whole = make(3).batch(numbers)
     assert torch.equal(torch.get_rng_state(), state)
-    for source, batch in ((make(3), [17, 2, 29]), (make(3), [29]), (make(3), numbers[::-1])):
-        part = source.batch(batch)
+    for batch in ([17, 2, 29], [29], numbers[::-1]):
+        part = make(3).batch(batch)
         assert torch.equal(part.clips, whole.clips[batch]) and torch.equal(part.labels, whole.labels[batch])
     batches = [numbers[:7], numbers[7:8], numbers[8:13], *([n] for n in numbers[13:])]
     for workers in (0, 2):
@@ -232,13 +201,6 @@ def test_samples_depend_only_on_seed_and_number(tmp_path, kind):
         assert all(p.waited > 0 for p in parts)
     assert not torch.equal(make(4).batch(numbers).clips, whole.clips)
     assert whole.clips.dtype == torch.uint8 and whole.clips.shape == (30, 3, 4, 16, 16)
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_loader_raises_bad_video(workers, tmp_path):
-    (tmp_path / "m.csv").write_text("a.png\nb.png\n")
-    with pytest.raises(BadVideo, match=r"[ab]\.png: no such file"):
-        next(data.clip_loader(Manifest([tmp_path / "m.csv"], 2, 1, 16), [range(2)], workers))
 
 
 @pytest.fixture
@@ -275,13 +237,11 @@ def test_workers_need_no_dev_shm_pin_memory_and_end_with_the_loader(workers, mon
 def test_a_worker_that_dies_or_hangs_is_reported_with_its_video(fault, message, tmp_path, monkeypatch):
     file, read = image_manifest(tmp_path, 6), video.read_clips
     monkeypatch.setattr(data, "TIMEOUT", 1)
-    monkeypatch.setattr(
-        video, "read_clips", lambda path, *rest: fault() if path.endswith("4.png") else read(path, *rest)
-    )
+    monkeypatch.setattr(video, "read_clips", lambda path, *args: fault() if "4.png" in path else read(path, *args))
     loader = data.clip_loader(Manifest([file], 2, 1, 16, train=False), [[n] for n in range(6)], 2)
     assert [next(loader).labels.item() for _ in range(4)] == [0, 1, 2, 3]
     with pytest.raises(
-        data.LoaderFailed, match=f"^the loader failed: a worker process {message} while it read .*4.png$"
+        data.LoaderFailed, match=rf"^the loader failed: a worker process {message} while it read .*4\.png$"
     ):
         next(loader)
 
@@ -295,23 +255,15 @@ def test_signals_to_a_whole_run_leave_its_workers_alone(workers):
     assert len(list(loader)) == 8
 
 
-def test_workers_end_when_their_parent_is_killed(workers):
+def test_workers_end_when_their_parent_is_killed():
     read, write = os.pipe()
     if os.fork() == 0:
-        next(data.clip_loader(data.Synthetic(2, 16), ([n] for n in range(100)), 3))
-        os.write(write, " ".join(str(worker.pid) for worker in workers).encode())
-        os.kill(os.getpid(), signal.SIGKILL)
+        try:
+            next(data.clip_loader(data.Synthetic(2, 16), ([n] for n in range(100)), 3))
+            os.write(write, b"started")
+        finally:
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.close(write)
     os.wait()
-    pids, deadline = os.read(read, 100).decode().split(), time.monotonic() + 10
-    while any(alive(pid) for pid in pids):
-        assert len(pids) == 3 and time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-def alive(pid):
-    """Whether a process is there and not a zombie."""
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+    assert os.read(read, 100) == b"started"
+    assert select.select([read], [], [], 10)[0] and os.read(read, 1) == b""  # no process holds the pipe any more
