@@ -1,6 +1,7 @@
 """Manifests, the order of samples, augmentation, and the loader: a sample depends only on (seed, number)."""
 
 import math
+import mmap
 import os
 import select
 import signal
@@ -24,10 +25,6 @@ def test_normalize():
     for channel, (mean, std) in enumerate(((0.485, 0.229), (0.456, 0.224), (0.406, 0.225))):
         expected = (torch.arange(256).view(16, 16) / 255 - mean) / std
         torch.testing.assert_close(x[1, channel, 3], expected)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# manifests
 
 
 def test_read_manifest(tmp_path):
@@ -211,15 +208,24 @@ def workers(monkeypatch):
     return started
 
 
-def test_workers_need_no_dev_shm_pin_memory_and_end_with_the_loader(workers, monkeypatch):
+def test_workers_need_no_dev_shm_make_two_batches_ahead_and_end_with_the_loader(workers, monkeypatch):
+    class Counting(data.Synthetic):
+        made = mmap.mmap(-1, 100)  # shared
+
+        def batch(self, numbers):
+            self.made[numbers[0]] = 1
+            return super().batch(numbers)
+
     pinned = []
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda clips: pinned.append(clips.shape) or clips)
-    loader = data.clip_loader(data.Synthetic(2, 16), ([n] for n in range(100)), 2)
+    loader = data.clip_loader(Counting(2, 16), ([n] for n in range(100)), 2)
     batches = [next(loader), next(loader)]
     with open("/proc/self/maps") as maps:
         lines = [line for line in maps if "memfd:clips" in line or "/dev/shm" in line]
     assert len(lines) == 2 and all("memfd:clips" in line for line in lines)
+    time.sleep(0.3)
+    assert sum(Counting.made[:]) <= 6
     assert pinned == [batch.clips.shape for batch in batches]
     loader.close()
     assert not any(os.path.exists(f"/proc/{worker.pid}") for worker in workers) and len(workers) == 2
@@ -259,7 +265,8 @@ def test_workers_end_when_their_parent_is_killed():
     read, write = os.pipe()
     if os.fork() == 0:
         try:
-            next(data.clip_loader(data.Synthetic(2, 16), ([n] for n in range(100)), 3))
+            loader = data.clip_loader(data.Synthetic(2, 16), ([n] for n in range(100)), 3)
+            next(loader)
             os.write(write, b"started")
         finally:
             os.kill(os.getpid(), signal.SIGKILL)
