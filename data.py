@@ -9,35 +9,36 @@ with paths relative to the manifest. Pretraining needs no labels.
 """
 
 import array
-import atexit
-import bisect
-import ctypes
+import codecs
+import collections
 import functools
 import itertools
 import math
 import mmap
+import multiprocessing.reduction
 import os
 import pickle
 import re
 import signal
 import time
-import weakref
+import traceback
 import zlib
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 import video
-from cli import fail, rank_and_world, write_lines
 from synthetic import synthetic_clips
-from video import IMAGE_SUFFIXES, BadVideo, center_crop, random_crop
+from video import BadVideo, center_crop, random_crop
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as V-JEPA
-LIBC = ctypes.CDLL(None)
-INTEGER = re.compile(b"-?[0-9]+")
+INTEGER = re.compile(rb"-?[0-9]{1,9}")
+OTHER_FORMAT = re.compile(rb'\.[a-z]\w{1,3}"?[,;\t ]\s*-?[0-9.]*$', re.IGNORECASE)  # "v.mp4,1" or "v.mp4 300"
 MAX_REPLACEMENTS = 1000  # give up on a sample after this many unreadable replacements
+TIMEOUT = 600  # seconds to wait for a loader worker
 
 
 def seed_sequence(purpose, *key):
@@ -79,25 +80,25 @@ def denormalize(clips):
     return ((clips * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
 
 
-class Paths:
-    """The paths of one or more manifests: a sequence of strings, read from the files on access.
+# ---------------------------------------------------------------------------------------------------------------------
+# manifests and sources
 
-    The files are memory-mapped, once for all processes of a node, where each process would copy a list of millions of
-    strings. So replace a manifest that is in use with `mv`; never overwrite it.
+
+class Paths:
+    """A sequence of paths as one string of bytes, so that forked loader workers share its memory.
+
+    They would copy a list of strings, because reading a Python object writes its reference count.
     """
 
-    def __init__(self, parts):
-        self.parts = parts  # per manifest: folder, bytes, start and length of each path in these bytes
-        self.ends = list(itertools.accumulate(len(starts) for _, _, starts, _ in parts))
+    def __init__(self, text, lengths):
+        self.text, self.lengths, self.ends = text, lengths, np.cumsum(lengths, dtype=np.int64)
 
     def __len__(self):
-        return self.ends[-1]
+        return len(self.ends)
 
     def __getitem__(self, line):
-        part = bisect.bisect_right(self.ends, range(len(self))[line])
-        folder, text, starts, lengths = self.parts[part]
-        start = starts[line - self.ends[part]]
-        return os.path.join(folder, text[start : start + lengths[line - self.ends[part]]].decode())
+        end = self.ends[line]
+        return self.text[end - self.lengths[line] : end].decode()
 
 
 def read_manifest(path, num_classes=None):
@@ -105,68 +106,44 @@ def read_manifest(path, num_classes=None):
 
     With num_classes, each line needs a label from 0 to num_classes - 1. OSError; ValueError naming the file and line.
     """
-    path = Path(path)
-    if path.suffix.lower() in IMAGE_SUFFIXES | {".mp4", ".webm", ".mkv", ".avi", ".mov"}:
-        raise ValueError(f"{path} is a video or an image; --data takes manifests: text files of 'path label' lines")
-    starts, lengths, labels = array.array("q"), array.array("i"), array.array("i")
+
+    def error(what):
+        return ValueError(f"{path} line {number}: {what}: {line[:200].decode(errors='replace')!r}")
+
+    folder, text, lengths, labels = os.fsencode(Path(path).parent), bytearray(), array.array("i"), array.array("i")
     with open(path, "rb") as file:
-        text = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if os.fstat(file.fileno()).st_size else b""
-        end = 0
-        for number, raw in enumerate(file, start=1):
-            start, end = end, end + len(raw)
-            line = raw.strip()
+        for number, line in enumerate(file, start=1):
+            line = (line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).strip()
             if not line:
                 continue
+            try:
+                line.isascii() or line.decode()
+            except UnicodeDecodeError as cause:
+                raise error("not UTF-8; a manifest is a text of 'path label' lines") from cause
             name, _, label = line.rpartition(b" ")
             if not name or not INTEGER.fullmatch(label):
                 name, label = line, b"-1"
             name = name.strip().strip(b'"')
-            try:
-                name.isascii() or name.decode()
-                labels.append(int(label))
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{path} is not a text file; a manifest has lines of 'path label'") from error
-            except OverflowError as error:
-                raise ValueError(f"{path} line {number}: the label is too large: {line.decode()!r}") from error
-            if num_classes and not 0 <= labels[-1] < num_classes:
-                raise ValueError(
-                    f"{path} line {number}: a label from 0 to {num_classes - 1} is needed: {line.decode()!r}"
-                )
-            starts.append(start + raw.index(name))
+            name = name if name.startswith(b"/") else folder + b"/" + name
+            if num_classes and not 0 <= int(label) < num_classes:
+                raise error(f"a label from 0 to {num_classes - 1} is needed")
+            if OTHER_FORMAT.search(name) and not os.path.exists(name):
+                raise error("no such file; a path, and after a space an integer label or nothing, is expected")
+            text += name
             lengths.append(len(name))
-    if not starts:
+            labels.append(int(label))
+    if not labels:
         raise ValueError(f"{path} names no videos")
-    return Paths([(str(path.parent), text, starts, lengths)]), np.frombuffer(labels, np.int32)
+    return Paths(text, np.frombuffer(lengths, np.int32)), np.frombuffer(labels, np.int32)
 
 
 def write_manifest(path, lines):
-    """Write a list of (path, label) as a manifest. Ends the script if that fails."""
-    write_lines(path, [f"{name} {label}" for name, label in lines])
+    """Write a list of (path, label) as a manifest, and its folder if needed. OSError if that fails."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")  # renamed when it is complete
+    temporary.write_text("".join(f"{name} {label}\n" for name, label in lines), "utf-8")
+    temporary.replace(path)
     print(f"{path}: {len(lines):,} lines")
-
-
-def shuffled(position, length, seed, epoch):
-    """The element at a position of a random permutation of range(length), which `seed` and `epoch` determine.
-
-    Computed for one position at a time, so that no worker has to hold the whole permutation. A Feistel network permutes
-    the next larger power of 4; applying it until the result is below `length` restricts it to the range.
-    """
-    half = max(1, ((length - 1).bit_length() + 1) // 2)  # bits of each half of a number
-    round_keys = seed_sequence("order", seed, epoch).generate_state(6, np.uint64).tolist()
-    while True:
-        left, right = position >> half, position & ((1 << half) - 1)
-        for round_key in round_keys:
-            left, right = right, left ^ (_mix(right ^ round_key) >> (64 - half))
-        position = (left << half) | right
-        if position < length:
-            return position
-
-
-def _mix(x):
-    """Scramble a 64-bit integer (two rounds of splitmix64's multiply and xor-shift)."""
-    x = (x * 0x9E3779B97F4A7C15) & (2**64 - 1)
-    x = ((x ^ (x >> 29)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
-    return x ^ (x >> 29)
 
 
 class Manifest:
@@ -174,25 +151,13 @@ class Manifest:
 
     Training (train=True): an endless sequence of shuffled passes over the videos, or, with weights, of videos from a
     manifest drawn by weight. The position of a clip in its video, its random resized crop and its flip depend on
-    (seed, sample number). With clips_per_video = k, samples nk to nk + k - 1 come from one video, which is opened once.
-    An unreadable video is replaced by a random one and reported in `Batch.skipped`.
+    (seed, sample number). An unreadable video is replaced by a random one and reported in `Batch.skipped`.
 
     Evaluation: sample n is the middle clip of line n, center-cropped. An unreadable video raises BadVideo.
     """
 
-    def __init__(
-        self,
-        manifests,
-        num_frames,
-        frame_step,
-        resolution,
-        seed=0,
-        train=True,
-        weights=None,
-        num_classes=None,
-        fps=None,
-        clips_per_video=1,
-    ):
+    def __init__(self, manifests, num_frames, frame_step, resolution, seed=0, train=True, weights=None,
+                 num_classes=None, fps=None):  # fmt: skip
         if weights and len(weights) != len(manifests):
             raise ValueError(f"{len(manifests)} manifests but {len(weights)} weights")
         if weights and (min(weights) < 0 or not 0 < sum(weights) < math.inf):
@@ -200,10 +165,13 @@ class Manifest:
         if fps is not None and not 0 < fps < math.inf:
             raise ValueError(f"--fps {fps}: must be positive")
         paths, labels = zip(*(read_manifest(m, num_classes) for m in manifests), strict=True)
-        self.paths, self.labels = Paths([part for p in paths for part in p.parts]), np.concatenate(labels)
-        self.weights = np.array(weights) / sum(weights) if weights else None
+        self.paths = Paths(b"".join(p.text for p in paths), np.concatenate([p.lengths for p in paths]))
+        self.labels = np.concatenate(labels)
+        self.bounds = np.cumsum([0, *map(len, paths)])  # manifest m has the lines from bounds[m] to bounds[m + 1] - 1
+        self.shuffled, weights = not weights, weights or [len(p) for p in paths]
+        self.weights = np.array(weights) / sum(weights)
         self.num_frames, self.frame_step, self.fps, self.resolution = num_frames, frame_step, fps, resolution
-        self.seed, self.train, self.clips_per_video = seed, train, clips_per_video
+        self.seed, self.train, self.epoch, self.order = seed, train, None, None
 
     def __len__(self):
         return len(self.paths)
@@ -212,60 +180,52 @@ class Manifest:
         """The line of sample `number`, counted over all manifests."""
         if not self.train:
             return number
-        number //= self.clips_per_video
-        if self.weights is not None:
-            rng, ends = np.random.default_rng(seed_sequence("mixture", self.seed, number)), self.paths.ends
-            part = rng.choice(len(ends), p=self.weights)
-            return int(rng.integers(ends[part - 1] if part else 0, ends[part]))
+        if not self.shuffled:
+            return self.random_line("mixture", number)
         epoch, position = divmod(number, len(self))
-        return shuffled(position, len(self), self.seed, epoch)
+        if epoch != self.epoch:
+            rng = np.random.default_rng(seed_sequence("order", self.seed, epoch))
+            self.epoch, self.order = epoch, rng.permutation(len(self))
+        return int(self.order[position])
 
-    def replacement(self, number, attempt):
-        """The line that replaces sample `number` after `attempt` earlier replacements: that of a random sample.
-
-        Not the next line, because a missing folder is a block of unreadable lines.
-        """
-        video_number = number // self.clips_per_video  # the same for all clips of a video
-        return self.line(stream_seed("replacement", self.seed, video_number, attempt))
+    def random_line(self, purpose, *key):
+        """A random line of a manifest that is drawn by weight, which depends on (purpose, seed, key)."""
+        rng = np.random.default_rng(seed_sequence(purpose, self.seed, *key))
+        part = rng.choice(len(self.weights), p=self.weights)
+        return int(rng.integers(self.bounds[part], self.bounds[part + 1]))
 
     def lines(self, number):
-        """The line of sample `number`; for training, then those of its replacements, each line once."""
-        tried = {self.line(number)}
-        yield from tried
-        for attempt in range(MAX_REPLACEMENTS if self.train else 0):
-            line = self.replacement(number, attempt)
-            if line not in tried:
-                tried.add(line)
-                yield line
-            if len(tried) == len(self):
-                return
+        """The line of sample `number`; for training, then random ones, one of which replaces it if it is unreadable.
 
-    def samples(self, numbers):
-        """Samples of one video: [(clip (3, T, H, W) uint8, label, skipped, path), ...]."""
-        skipped = []
-        rngs = [np.random.default_rng(seed_sequence("crop", self.seed, number)) for number in numbers]
-        crops = [functools.partial(random_crop, rng) if self.train else center_crop for rng in rngs]
-        for line in self.lines(numbers[0]):
-            places = [rng.random() if self.train else 0.5 for rng in rngs]
+        The next line would be a bad replacement, because a missing folder is a block of unreadable lines.
+        """
+        tried = set()
+        for attempt in range(MAX_REPLACEMENTS if self.train else 1):
+            line = self.random_line("replacement", number, attempt) if attempt else self.line(number)
+            if line not in tried:
+                yield line
+            tried.add(line)
+
+    def sample(self, number):
+        """One sample: (clip (3, T, H, W) uint8, label, skipped, path)."""
+        skipped, rng = [], np.random.default_rng(seed_sequence("crop", self.seed, number))
+        crop = functools.partial(random_crop, rng) if self.train else center_crop
+        shape = self.num_frames, self.frame_step
+        for line in self.lines(number):
             note_reading(line)
+            path, place = self.paths[line], rng.random() if self.train else 0.5
             try:
-                clips = video.read_clips(
-                    self.paths[line], self.num_frames, self.frame_step, places, self.fps, crops, self.resolution
-                )
-                break
+                (clip,) = video.read_clips(path, *shape, [place], self.fps, [crop], self.resolution)
             except BadVideo as error:
                 skipped.append(str(error))
-        else:
-            raise BadVideo(skipped[-1])
-        flips = [self.train and rng.random() < 0.5 for rng in rngs]
-        clips = [clip.flip(3) if flip else clip for clip, flip in zip(clips, flips, strict=True)]
-        return [(clip.transpose(0, 1), int(self.labels[line]), skipped, self.paths[line]) for clip in clips]
+                continue
+            clip = clip.flip(3) if self.train and rng.random() < 0.5 else clip
+            return clip.transpose(0, 1), int(self.labels[line]), skipped, path
+        raise BadVideo(skipped[-1])
 
     def batch(self, numbers):
         """The `Batch` of the samples with these numbers."""
-        groups = itertools.groupby(numbers, lambda number: number // self.clips_per_video)
-        samples = [sample for _, group in groups for sample in self.samples(list(group))]
-        clips, labels, skipped, paths = zip(*samples, strict=True)
+        clips, labels, skipped, paths = zip(*map(self.sample, numbers), strict=True)
         num_replaced, skipped = sum(map(bool, skipped)), list(itertools.chain(*skipped))
         return Batch(torch.stack(clips), torch.tensor(labels).unsqueeze(1), skipped, num_replaced, list(paths))
 
@@ -290,170 +250,140 @@ class Synthetic:
 
 
 class LoaderFailed(RuntimeError):
-    """A worker process died or hangs; the message names the files that the workers were reading."""
+    """A worker process died or hangs; the message names the video that it was reading."""
 
 
-_DATASETS = weakref.WeakSet()  # of the loaders of this process
-
-
-class _Batches(torch.utils.data.Dataset):
-    """Lets DataLoader fetch a whole batch from a source with one call."""
-
-    def __init__(self, source, workers):
-        self.source = source
-        self.reading = torch.full((max(1, workers),), -1).share_memory_()  # the manifest line each worker is reading
-        _DATASETS.add(self)
-
-    def __getitems__(self, numbers):
-        batch = self.source.batch(numbers)
-        if torch.utils.data.get_worker_info():  # the training process would need that memory again at once
-            release_memory()
-        return batch
-
-
-def release_memory():
-    """Return freed memory to the system: glibc keeps fragments, and a worker would grow by megabytes per minute."""
-    if hasattr(LIBC, "malloc_trim"):
-        LIBC.malloc_trim(0)
+_reading = np.full(1, -1)  # the manifest line that is being read; in a worker process, memory shared with its parent
 
 
 def note_reading(line):
-    """In a worker, record the manifest line it is about to read, for `_failure`."""
-    worker = torch.utils.data.get_worker_info()
-    if worker:
-        worker.dataset.reading[worker.id] = line
+    """Note the manifest line that is about to be read. The error message names it if the worker dies."""
+    _reading[0] = line
 
 
-def _failure(error):
-    """One line for an error of DataLoader: what happened, and which files its workers were reading."""
-    reason = (str(error).strip().splitlines() or [f"a worker process died ({type(error).__name__})"])[-1]
-    files = [d.source.paths[line] for d in _DATASETS for line in d.reading.tolist() if line >= 0]
-    where = f"; its workers are reading {', '.join(files)}" if files else ""
-    return f"the loader failed: {reason}{where}"
+_Worker = collections.namedtuple("_Worker", "pid pipe reading")  # reading: its `_reading`, in shared memory
 
 
-def _is_dead_worker(error):
-    """Whether torch raised this error because a loader worker died or hangs."""
-    signs = ("timed out", "exited unexpectedly", "killed by signal")
-    message = str(error)
-    return isinstance(error, RuntimeError) and message.startswith("DataLoader ") and any(s in message for s in signs)
+def _start_worker(source, number_lists):
+    """Fork a process that makes these batches, at most two ahead of those that were received, until its pipe is closed.
 
-
-def _identity(batch):
-    return batch
-
-
-def _start_worker(_):
-    """Leave termination signals to the training process, which still needs its workers to finish the step."""
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-
-
-@atexit.register
-def end_workers():
-    """Kill the workers. At exit, Python would send them SIGTERM and wait, forever if one hangs."""
-    for worker in torch.multiprocessing.active_children():
-        worker.kill()
-
-
-_awaited = []  # the worker processes of the loader that the main thread is waiting for
-
-
-def _raise_if_worker_died(*_):
-    """SIGCHLD handler: raise a RuntimeError if a worker died, but only while waiting for its loader's next batch.
-
-    torch's own handler raises it anywhere in the main thread, for example in an `except` clause or during a save.
+    Clips are handed over in a memfd. torch's DataLoader takes /dev/shm, of which Docker gives only 64 MB.
     """
-    for worker in _awaited:
-        code = worker.exitcode  # None: alive, 0: finished
-        if code:
-            how = f"killed by signal {-code}" if code < 0 else f"exited unexpectedly with status {code}"
-            raise RuntimeError(f"DataLoader worker (pid {worker.pid}) {how}")
-
-
-def _await_batch(batches):
-    """The next batch of a DataLoader's iterator, None at the end. RuntimeError if a worker died since the last one."""
+    global _reading
+    reading, (ours, pipe) = np.frombuffer(mmap.mmap(-1, 8), np.int64), multiprocessing.Pipe()
+    reading[0] = -1
+    pid = os.fork()
+    if pid:
+        return _Worker(pid, ours, reading)
     try:
-        _awaited.extend(getattr(batches, "_workers", []))
-        _raise_if_worker_died()
-        return next(batches, None)
-    finally:
-        _awaited.clear()
-
-
-def clip_loader(source, batches, workers=0, pin_memory=False, timeout=0):
-    """Yield a `Batch` for each list of sample numbers in `batches`, made by worker processes.
-
-    LoaderFailed if a worker dies, or if a batch takes longer than `timeout` seconds (0: wait forever).
-    """
-    loader = torch.utils.data.DataLoader(
-        _Batches(source, workers),
-        batch_sampler=batches,
-        collate_fn=_identity,
-        num_workers=workers,
-        pin_memory=pin_memory,
-        timeout=timeout if workers else 0,
-        worker_init_fn=_start_worker,
-        multiprocessing_context="fork" if workers else None,
-    )
-    try:
-        loaded = iter(loader)  # starts the workers
-        if workers:
-            signal.signal(signal.SIGCHLD, _raise_if_worker_died)
+        _reading = reading
+        ours.close()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # a run that is stopped finishes its step first
+            signal.signal(number, signal.SIG_IGN)
+        torch.set_num_threads(1)
+        for count, numbers in enumerate(number_lists):
+            if count >= 2:
+                pipe.recv_bytes()  # another batch has been received
+            try:
+                batch = source.batch(numbers)
+            except BadVideo as error:
+                pipe.send(error)
+                continue
+            with open(os.memfd_create("clips"), "wb") as file:
+                file.write(batch.clips.contiguous().numpy())
+                file.flush()
+                pipe.send_bytes(pickle.dumps((batch._replace(clips=None), batch.clips.shape)))
+                multiprocessing.reduction.send_handle(pipe, file.fileno(), None)
+        pipe.send(None)
         while True:
-            started = time.perf_counter()
-            batch = _await_batch(loaded)
+            pipe.recv_bytes()
+    except (EOFError, ConnectionError):  # the pipe is closed
+        pass
+    except Exception:
+        traceback.print_exc()
+    finally:
+        os._exit(1)
+
+
+def _receive(worker, source):
+    """The next batch of a worker, None at the end. BadVideo; LoaderFailed if the worker has died or hangs."""
+    try:
+        if worker.pipe.poll(TIMEOUT):
+            found = worker.pipe.recv()
+            if isinstance(found, BadVideo):
+                raise found
+            if found:
+                batch, shape = found
+                file = multiprocessing.reduction.recv_handle(worker.pipe)
+                found = batch._replace(clips=torch.frombuffer(mmap.mmap(file, 0), dtype=torch.uint8).view(shape))
+                os.close(file)
+                worker.pipe.send_bytes(b"received")
+            return found
+        how = f"made no batch for {TIMEOUT} seconds"
+    except (EOFError, ConnectionError):
+        how = f"died (status or signal {os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT).si_status})"
+    where = f" while it read {source.paths[worker.reading[0]]}" if worker.reading[0] >= 0 else ""
+    raise LoaderFailed(f"the loader failed: a worker process {how}{where}")
+
+
+def _receive_all(source, number_lists, num_workers):
+    """The batches in order. Worker w of W makes every W-th batch, from the w-th on."""
+    workers = []
+    try:
+        for first in range(num_workers):
+            workers.append(_start_worker(source, itertools.islice(number_lists, first, None, num_workers)))
+        for worker in itertools.cycle(workers):
+            batch = _receive(worker, source)
             if batch is None:
                 return
-            yield batch._replace(waited=time.perf_counter() - started) if isinstance(batch, Batch) else batch
-    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
-        # A worker that dies while it hands over a tensor breaks the connection: EOFError, ConnectionResetError,
-        # FileNotFoundError, ... Exceptions that a living worker raises say so in their message.
-        raised_by_worker = not workers or "in DataLoader worker process" in str(error)
-        if raised_by_worker or (isinstance(error, RuntimeError) and not _is_dead_worker(error)):
-            raise
-        message = _failure(error)
-        end_workers()  # torch would wait for a hanging worker
-        raise LoaderFailed(message) from error
+            yield batch
+    finally:
+        for worker in workers:
+            worker.pipe.close()
+            os.kill(worker.pid, signal.SIGKILL)
+            os.waitpid(worker.pid, 0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the training data of a run
+def clip_loader(source, number_lists, workers=0):
+    """Yield a batch for each list of sample numbers, made by worker processes or, without any, by this one.
+
+    On a GPU, clips are in pinned memory. LoaderFailed if a worker dies or makes no batch for TIMEOUT seconds.
+    """
+    batches = _receive_all(source, number_lists, workers) if workers else map(source.batch, number_lists)
+    while True:
+        started = time.perf_counter()
+        batch = next(batches, None)
+        if batch is None:
+            return
+        if torch.cuda.is_initialized():
+            batch = batch._replace(clips=batch.clips.pin_memory())
+        yield batch._replace(waited=time.perf_counter() - started) if isinstance(batch, Batch) else batch
 
 
 def clip_source(args):
-    """The training data that the flags name. Ends the script if a manifest cannot be read."""
+    """The training data that the flags name. OSError or ValueError if the flags or a manifest are wrong."""
     seed = stream_seed("data", args.stage, args.seed)
     if not args.data:
-        if rank_and_world()[0] == 0:
-            print("no --data: training on the built-in synthetic videos")
         return Synthetic(args.num_frames, args.resolution, seed)
-    try:
-        return Manifest(
-            args.data,
-            args.num_frames,
-            args.frame_step,
-            args.resolution,
-            seed,
-            weights=args.data_weights,
-            fps=args.fps,
-        )
-    except (OSError, ValueError) as error:
-        fail(f"--data: {error}")
+    shape, options = (
+        (args.num_frames, args.frame_step, args.resolution),
+        {"weights": args.data_weights, "fps": args.fps},
+    )
+    return Manifest(args.data, *shape, seed, **options)
 
 
 def micro_batch_indices(args):
     """The micro-batches of a step that this process computes, numbered over all processes."""
-    rank, world = rank_and_world()
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     return range(rank, args.batch_size // args.micro_batch_size, world)
 
 
 def training_loader(source, args, start_step):
     """An iterator over the `Batch`es of this process from start_step to the end of the run."""
     size = args.micro_batch_size
-    numbers = (
-        range(first, first + size)
+    firsts = (
+        step * args.batch_size + micro * size
         for step in range(start_step, args.steps)
-        for first in (step * args.batch_size + g * size for g in micro_batch_indices(args))
+        for micro in micro_batch_indices(args)
     )
-    return clip_loader(source, numbers, args.workers, args.device == "cuda", timeout=600)
+    return clip_loader(source, (range(first, first + size) for first in firsts), args.workers)

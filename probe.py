@@ -381,7 +381,7 @@ class Features:
         """Load and encode each micro-batch: yield (tokens, labels)."""
         number_lists = [numbers.tolist() for numbers in micro_batches]
         consequence = "replaced by another" if self.source.train else "not used, a miss in validation"
-        for batch in data.clip_loader(self.source, number_lists, self.args.workers, self.args.device == "cuda"):
+        for batch in data.clip_loader(self.source, number_lists, self.args.workers):
             for reason in batch.skipped:
                 print(f"unreadable, {consequence}: {reason}", file=sys.stderr)
             yield self.encode(batch.clips), batch.labels.to(self.args.device)

@@ -16,9 +16,6 @@ ANGLES = 360  # angles at which `shape_outlines` gives the radius
 FLICKER, GRAIN = 0.1, 0.04  # largest change of brightness; standard deviation of the noise
 GRAIN_STARTS = 2**20  # number of offsets into the noise at which a frame's grain can begin
 
-# ---------------------------------------------------------------------------------------------------------------------
-# random numbers
-
 
 def uniforms(seed, numbers, count):
     """Independent uniform numbers in [0, 1): (B,) int64 sample numbers -> (B, count) float32.
@@ -46,20 +43,16 @@ def _shift_right(z, bits):
 
 
 class _Random:
-    """Scales prepared numbers in [0, 1), a tensor (B,) per draw."""
+    """Draws columns of `uniforms` one after the other, scaled to [low, high)."""
 
-    def __init__(self, numbers):
-        self.numbers = iter(numbers)
+    def __init__(self, *key):
+        self.columns = iter(uniforms(*key).unbind(1))
 
     def uniform(self, low, high):
-        return next(self.numbers) * (high - low) + low  # (B,)
+        return next(self.columns) * (high - low) + low  # (B,)
 
-    def uniforms(self, low, high, count):  # (B, count)
-        return torch.stack([next(self.numbers) for _ in range(count)], dim=1) * (high - low) + low
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# shapes
+    def uniforms(self, low, high, count):
+        return torch.stack([self.uniform(low, high) for _ in range(count)], dim=1)  # (B, count)
 
 
 def shape_outlines():
@@ -84,19 +77,6 @@ def shape_outlines():
     return outline * scale[:, None], hole * scale
 
 
-def _pixel_centers(size, device=None):
-    return (torch.arange(size, device=device) + 0.5) / size
-
-
-def _opacity(depth, size):
-    """Opacity at a signed distance inside an edge: 0 outside, 1 inside, a ramp of one pixel between."""
-    return (depth * size + 0.5).clamp(0, 1)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# clips
-
-
 def synthetic_clips(seed, numbers, num_frames, resolution):
     """Render the clips with these numbers: a bright textured shape that moves over a smooth moving background.
 
@@ -110,8 +90,8 @@ def synthetic_clips(seed, numbers, num_frames, resolution):
     the shape, independent of each other, as indices of MOTIONS and SHAPES.
     """
     T, S, device = num_frames, resolution, numbers.device
-    rng = _Random(uniforms(seed, numbers, 64 + T).unbind(1))
-    time, pixels = torch.linspace(0, 1, T, device=device), _pixel_centers(S, device)
+    rng, time = _Random(seed, numbers, 64 + T), torch.linspace(0, 1, T, device=device)
+    pixels = (torch.arange(S, device=device) + 0.5) / S
     motion, shape = rng.uniform(0, len(MOTIONS)).long(), rng.uniform(0, len(SHAPES)).long()
 
     color = rng.uniforms(0.2, 0.5, 3)
@@ -159,8 +139,9 @@ def _shape_opacity(x, y, radius, rotation, shape, pixels):
     distance = (dx.square() + dy.square()).sqrt()
     angle = ((torch.atan2(dy, dx) - rotation) * (ANGLES / TAU)).long() % ANGLES
     edge, hole = outlines.flatten()[shape * ANGLES + angle] * radius, holes[shape] * radius
-    opacity = _opacity(edge - distance, len(pixels)) * _opacity(distance - hole, len(pixels))
-    return opacity[:, None]
+    # Each edge is a ramp of one pixel.
+    outer, inner = ((depth * len(pixels) + 0.5).clamp(0, 1) for depth in (edge - distance, distance - hole))
+    return (outer * inner)[:, None]
 
 
 def _film(clips, rng, seed, numbers):
@@ -200,8 +181,8 @@ def synthetic_pair(seed, number, num_frames, resolution):
     """
     T, property = num_frames, PROPERTIES[number % len(PROPERTIES)]
     numbers = torch.tensor([number, number])  # two equal scenes, (2, 3, T, S, S)
-    rng = _Random(uniforms(seed, numbers, 64 + T).unbind(1))
-    time, pixels = torch.linspace(0, 1, T), _pixel_centers(resolution)
+    rng, time = _Random(seed, numbers, 64 + T), torch.linspace(0, 1, T)
+    pixels = (torch.arange(resolution) + 0.5) / resolution
     event = T // 3 + int(rng.uniform(0, T / 3)[0])
 
     color, still = rng.uniforms(0.2, 0.5, 3), torch.zeros(2, T)

@@ -40,7 +40,10 @@ def main():
     encoder_config = cli.encoder_config(args)
     teacher_id = None  # the teacher is part of this run
     training.setup(args, "ema", stage=2)
-    source = data.clip_source(args)
+    try:
+        source = data.clip_source(args)
+    except (OSError, ValueError) as error:
+        cli.fail(f"--data: {error}")
 
     with torch.device(args.device):
         student = Encoder(**encoder_config)

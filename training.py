@@ -100,6 +100,8 @@ def setup(args, kind, stage):
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(data.stream_seed("initialization", stage, args.seed))
     if rank == 0:
+        if not args.data:
+            print("no --data: training on the built-in synthetic videos")
         name = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads (no GPU is used)"
         print(f"running on {world} x {name}, {args.dtype}; batch of {args.batch_size} clips = {world} processes x "
               f"{clips // args.micro_batch_size} micro-batches x {args.micro_batch_size} clips; learning rate "
@@ -184,7 +186,6 @@ def _exception_hook(kind, error, traceback):
         sys.__excepthook__(kind, error, traceback)
         return
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr, flush=True)
-    data.end_workers()
     os._exit(2)
 
 

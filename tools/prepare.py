@@ -421,6 +421,14 @@ def print_counts(counts):
 # commands
 
 
+def save_manifest(path, lines):
+    """Write a list of (path, label) as a manifest. Ends the script if that fails."""
+    try:
+        write_manifest(path, lines)
+    except OSError as error:
+        fail(f"{path}: {error.strerror}")
+
+
 def write_dataset(args):
     """Write the manifests of one of DATASETS."""
     dataset = DATASETS[args.command]
@@ -443,7 +451,7 @@ def write_dataset(args):
             reasons = ", ".join(f"{count[name]:,} are {name}" for name in ("missing", "duplicate", "excluded"))
             fail(f"--videos {' '.join(args.videos)}: no {split} clips: of {count['annotated']:,} annotated, {reasons}")
     for split, lines in chosen.items():
-        write_manifest(args.out / f"{split}.csv", [(path, numbers[label]) for path, label in lines])
+        save_manifest(args.out / f"{split}.csv", [(path, numbers[label]) for path, label in lines])
     write_lines(args.out / "classes.txt", classes)
     print(f"{args.out / 'classes.txt'}: {len(classes)} classes" + (dataset.paper and f" (paper: {dataset.paper})"))
     print_counts(counts)
@@ -465,7 +473,7 @@ def panda70m(args):
     chosen = draw_evenly(strata, args.count, np.random.default_rng(args.seed))
     if not chosen:
         fail(f"--videos {' '.join(args.videos)}: none of the {count['annotated']:,} clips is there")
-    write_manifest(args.out / "train.csv", [(path, -1) for *_, path in sorted(chosen)])
+    save_manifest(args.out / "train.csv", [(path, -1) for *_, path in sorted(chosen)])
     print(f"clips found per second of duration, from {SHORTEST} s: " + ", ".join(f"{len(s):,}" for s in strata))
     print_counts({"train": count})
 
@@ -531,7 +539,7 @@ def v36m(args):
         joined.update(dict.fromkeys(paths, -1))
         added = len(joined) - before
         print(f"{manifest}: {added:,} videos, and {len(paths) - added:,} duplicates")
-    write_manifest(args.out / "train.csv", list(joined.items()))
+    save_manifest(args.out / "train.csv", list(joined.items()))
     print(f"the paper has {V36M_CLIPS:,}; to train on these: --data {args.out / 'train.csv'}")
 
 
@@ -575,7 +583,7 @@ def write_folder(args):
     classes = [label for label in labels if label]
     numbers = {"": -1, **{label: number for number, label in enumerate(classes)}}
     for name, members in splits.items():
-        write_manifest(args.out / f"{name}.csv", [(v.path, numbers[v.label]) for v in members])
+        save_manifest(args.out / f"{name}.csv", [(v.path, numbers[v.label]) for v in members])
     write_lines(args.out / "classes.txt", classes)
     sizes = {name: Counter(v.label for v in members).values() for name, members in splits.items()}
     ranges = " and ".join(f"{min(size):,} to {max(size):,} {name}" for name, size in sizes.items())
