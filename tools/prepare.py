@@ -23,6 +23,7 @@ classes in order, a list of `Sample`, and the files found. Its docstring is the 
 """
 
 import csv
+import functools
 import hashlib
 import inspect
 import json
@@ -575,7 +576,8 @@ def write_folder(args):
     labels = sorted({v.label for v in videos})
     split(videos, labels, args.val_fraction)  # to fail now rather than after decoding
     paths, log = [v.path for v in videos], args.out / "check.jsonl"
-    records = work_through(args, paths, lambda path: check_video(path, *CHECKED_CLIP), CHECKED_CLIP, log)
+    work = functools.partial(check_video, num_frames=CHECKED_CLIP[0], frame_step=CHECKED_CLIP[1])
+    records = work_through(args, paths, work, CHECKED_CLIP, log)
     print_bad(records, log)
     good = [v for v in videos if "error" not in records[v.path]]
     splits = split(good, labels, args.val_fraction)

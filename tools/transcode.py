@@ -9,6 +9,7 @@ object per line; a command that was interrupted continues from there.
 
 import contextlib
 import errno
+import functools
 import gc
 import inspect
 import itertools
@@ -20,10 +21,10 @@ import sys
 import time
 from collections import Counter
 from fractions import Fraction
-from multiprocessing.connection import wait
 from pathlib import Path
 
 import av
+import pebble
 from av.video.reformatter import ColorRange
 
 import video
@@ -43,61 +44,34 @@ FOLDER_RATE = Fraction(12)  # frames per second of the copy of a folder of image
 
 
 def in_processes(work, paths, num_workers, timeout):
-    """Yield (path, work(path)) for each path, in order of completion, from forked processes.
+    """Yield (path, work(path)) for each path, in order, from forked processes. work: a function that can be pickled.
 
     The result is {"error": reason} if the process died or took more than `timeout` seconds.
     """
     context = multiprocessing.get_context("fork")  # takes 10 ms; a new interpreter would import torch first
-    paths, busy = iter(paths), {}  # this end of a process's pipe: (process, path, deadline)
-
-    def start(path, pipe=None, process=None):
-        if pipe is None:
-            pipe, child_pipe = context.Pipe()
-            process = context.Process(target=_serve, args=(work, child_pipe, pipe), daemon=True)
-            process.start()
-            child_pipe.close()
-        pipe.send(path)
-        busy[pipe] = process, path, time.monotonic() + timeout
-
-    try:
-        for path in itertools.islice(paths, num_workers):
-            start(path)
-        while busy:
-            wait(list(busy), timeout=1)
-            for pipe, (process, path, deadline) in list(busy.items()):
-                usable = False
-                if pipe.poll():
+    with pebble.ProcessPool(num_workers, initializer=_start_worker, context=context) as pool:
+        try:
+            for start in range(0, len(paths), 10_000):
+                part = paths[start : start + 10_000]
+                results = pool.map(work, part, timeout=timeout).result()
+                for path in part:
                     try:
-                        result, usable = pipe.recv(), True
-                    except (EOFError, ConnectionResetError):
-                        process.join()
-                        code = process.exitcode
-                        cause = signal.Signals(-code).name if code < 0 else code
+                        result = next(results)
+                    except TimeoutError:
+                        result = {"error": f"not done after {timeout:g} s"}
+                    except pebble.ProcessExpired as error:
+                        cause = signal.Signals(-error.exitcode).name if error.exitcode < 0 else error.exitcode
                         result = {"error": f"the process that read it died ({cause})"}
-                elif time.monotonic() > deadline:
-                    process.kill()  # without waiting for its end, which a broken file system may delay
-                    result = {"error": f"not done after {timeout:g} s"}
-                else:
-                    continue
-                del busy[pipe]
-                for following in itertools.islice(paths, 1):
-                    start(following, *((pipe, process) if usable else ()))
-                yield path, result
-    finally:
-        for process, _, _ in busy.values():
-            process.kill()
-            process.join()
+                    yield path, result
+        finally:
+            pool.stop()
 
 
-def _serve(work, pipe, parent_pipe):
-    """The loop of a worker process, which ends with the parent. Signals are left to the parent."""
-    gc.freeze()  # never free the parent's objects here: a decoder's threads exist only in the parent
-    parent_pipe.close()
+def _start_worker():
+    """Leave signals to the parent, and never free its objects here: a decoder's threads exist only there."""
+    gc.freeze()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
-        while True:
-            pipe.send(work(pipe.recv()))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -219,7 +193,8 @@ def check(args, paths, labels):
     After Ctrl-C, the same command continues where it stopped.
     """
     log, settings = args.manifest.with_suffix(".check.jsonl"), [args.num_frames, args.frame_step]
-    records = work_through(args, paths, lambda path: check_video(path, *settings), settings, log)
+    work = functools.partial(check_video, num_frames=args.num_frames, frame_step=args.frame_step)
+    records = work_through(args, paths, work, settings, log)
     for key in ("codec", "pix_fmt", "fps", "width", "height"):
         values = Counter(str(record[key]) for record in records.values() if "error" not in record)
         print(f"{key}: " + ", ".join(f"{value} {count:,}" for value, count in values.most_common(8)))
@@ -321,7 +296,8 @@ def copy(args, paths, labels):
         fail(f"--out {args.out}: the copies would replace the originals there")
     settings = {"short_side": args.short_side, "crf": args.crf}
     log = args.out / f"{args.manifest.stem}.copy.jsonl"
-    records = work_through(args, paths, lambda x: copy_video(x, targets[x], **settings), settings, log, targets.get)
+    work = functools.partial(copy_into, folder=folder, out=args.out, **settings)
+    records = work_through(args, paths, work, settings, log, targets.get)
     for path, record in records.items():
         if "error" in record:  # a killed process leaves its file
             Path(targets[path] + ".tmp").unlink(missing_ok=True)
@@ -332,6 +308,11 @@ def copy(args, paths, labels):
     pairs = [pair for pair in zip(paths, labels, strict=True) if pair[0] in good]
     lines = [(os.path.relpath(targets[path], args.out), label) for path, label in pairs]
     write_manifest(args.out / args.manifest.name, lines)
+
+
+def copy_into(path, folder, out, **settings):
+    """`copy_video` to where a video of a manifest in `folder` belongs."""
+    return copy_video(path, copy_path(path, folder, out), **settings)
 
 
 def copy_path(path, folder, out):
