@@ -130,7 +130,7 @@ def check_mask_flags(args):
 def resolve_device(args):
     """Fill in --device and --dtype, in place, where the user left them to the machine.
 
-    Without bfloat16 units (V100, T4), torch emulates bfloat16, and attention materializes all scores: use float32.
+    Without bfloat16 units (V100, T4), torch emulates bfloat16, and attention materializes all scores.
     """
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if args.device == "cuda" and not torch.cuda.is_available():

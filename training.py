@@ -65,7 +65,8 @@ def setup(args, kind, stage):
     cli.resolve_device(args)
     gpu, cores, local = args.device == "cuda", len(os.sched_getaffinity(0)), launched("LOCAL_WORLD_SIZE", 1)
     args.kind, args.stage = kind, stage
-    args.compile = gpu if args.compile is None else args.compile
+    if args.compile is None:
+        args.compile = gpu
     if args.workers is None:
         args.workers = max(1, min(16, cores // local - 1)) if gpu else 1
     require_at_least(args, 1, "steps", "batch_size", "log_every", "frame_step")
@@ -73,7 +74,8 @@ def setup(args, kind, stage):
     cli.check_mask_flags(args)
     if args.lr is None:
         args.lr = PAPER_LR * math.sqrt(args.batch_size / flops.PAPER_BATCH)
-    args.start_lr = 0.32 * args.lr if args.start_lr is None else args.start_lr
+    if args.start_lr is None:
+        args.start_lr = 0.32 * args.lr
     if args.warmup_steps is None:
         args.warmup_steps = PAPER_WARMUP_STEPS if args.steps >= 2 * PAPER_WARMUP_STEPS else args.steps // 10
     if args.warmup_steps >= args.steps:
@@ -109,13 +111,11 @@ def setup(args, kind, stage):
 def compile_and_shard(network, args, sharded=True):
     """Prepare a network for training, in place: compile its blocks and shard them over the processes (FSDP2).
 
-    Parameters and gradients are float32; with --dtype bfloat16 both passes gather and compute in bfloat16. With
-    --replicate nothing is sharded, and `optimizer_step` averages the gradients.
+    Parameters and gradients are float32; with --dtype bfloat16 both passes gather and compute in bfloat16.
     """
     network.activation_checkpointing = args.activation_checkpointing
-    if args.compile:
-        for block in network.blocks:
-            block.compile()
+    for block in network.blocks if args.compile else ():
+        block.compile()
     if dist.is_initialized() and sharded and not args.replicate:
         dtype = torch.bfloat16 if args.dtype == "bfloat16" else None
         policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)  # RoPE tables stay float32
@@ -422,17 +422,13 @@ def finish(args, log, stop):
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_DFL)
     if rank_and_world()[0] == 0:
+        message = f"{args.kind} done: {args.steps} steps in {cli.duration(log.totals['seconds'])}, "
+        message += f"{log.totals['flops']:.3g} FLOPs; {args.out / 'checkpoint.pt'}"
         if stop:
-            print(f"{signal.Signals(stop).name}: saved and stopped; rerun the same command to continue", flush=True)
-        else:
-            time_taken, work = cli.duration(log.totals["seconds"]), f"{log.totals['flops']:.3g} FLOPs"
-            print(
-                f"{args.kind} done: {args.steps} steps in {time_taken}, {work}; {args.out / 'checkpoint.pt'}",
-                flush=True,
-            )
+            message = f"{signal.Signals(stop).name}: saved and stopped; rerun the same command to continue"
+        print(message, flush=True)
         if log.tensorboard:
             log.tensorboard.close()
-        log.lock.close()
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
@@ -500,9 +496,8 @@ def resume(args, networks, optimizer, log, teacher=None):
             _open_folder(args, log)
         if dist.is_initialized():
             dist.barrier()
-        folder = next(iter(_states(args)), None)
-        if folder:
-            start = _restore(args, folder, networks, optimizer, log, teacher)
+        if states := _states(args):
+            start = _restore(args, states[0], networks, optimizer, log, teacher)
         elif (args.out / "checkpoint.pt").exists():
             fail(f"{args.out} holds a checkpoint, but no state to continue from; --fresh starts over", agreed=True)
         elif rank == 0:
@@ -565,11 +560,9 @@ def _restore(args, folder, networks, optimizer, log, teacher):
     set_state_dict(modules, optimizer, model_state_dict=weights, optim_state_dict=moments)
     log.totals = record["totals"]
     if rank_and_world()[0] == 0:
-        lines = (
-            (args.out / "metrics.jsonl").read_text().splitlines()
-        )  # a killed process may leave later or unfinished ones
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-        write_lines(args.out / "metrics.jsonl", kept)
+        path = args.out / "metrics.jsonl"  # a killed process may leave lines of later steps, and an unfinished one
+        lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
+        write_lines(path, [line for line in lines if json.loads(line)["step"] <= step])
         now = plain_flags(args)
         flags = [name for name in now.keys() - {"fresh", "out", "teacher"} if record["args"].get(name) != now[name]]
         changed = f"; flags that changed: {', '.join(sorted(flags)).replace('_', '-')}" if flags else ""

@@ -126,7 +126,7 @@ def test_a_step_that_is_not_finite_changes_nothing(loss, gradient):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# targets and losses
+# the method, the student's teacher, and the baseline
 
 
 def test_pixel_targets_are_normalized_as_in_videomae():
@@ -181,24 +181,18 @@ def test_the_logged_loss_is_the_method(script, teacher, tmp_path):
 
 @every_script
 def test_every_parameter_learns(script, teacher, tmp_path):
-    run_script(script, *TINY, *extra_flags(script, teacher), "--out", tmp_path)
+    flags = [*TINY, *extra_flags(script, teacher), "--width", 64, "--predictor-width", 64, "--clip-grad", 10]
+    run_script(script, *flags, "--steps", 100, "--lr", 2e-3, "--out", tmp_path)
     checkpoint = load_checkpoint(tmp_path)
     torch.manual_seed(data.stream_seed("initialization", 1 if script is train_teacher else 2, 0))
-    encoder = Encoder(**checkpoint["model"]["encoder"])
-    predictor = Predictor(**checkpoint["model"]["predictor"])
+    encoder, predictor = Encoder(**checkpoint["model"]["encoder"]), Predictor(**checkpoint["model"]["predictor"])
     trained = checkpoint.get("student", checkpoint["encoder"])
     for initial, now in ((encoder, trained), (predictor, checkpoint["predictor"])):
         for name, p in initial.named_parameters():
             assert not torch.equal(p, now[name]), name
     assert all(tokens.any() for tokens in checkpoint["predictor"]["mask_tokens"])  # both masks contribute
-
-
-@pytest.mark.parametrize("script, factor", [(train_teacher, 0.9), (train_student, 0.85)])
-def test_a_short_run_learns(script, factor, teacher, tmp_path):
-    flags = ["--width", 64, "--predictor-width", 64, "--steps", 150, "--clip-grad", 10, "--lr", 2e-3]
-    run_script(script, *TINY, *extra_flags(script, teacher), *flags, "--out", tmp_path)
     losses = [loss for (loss,) in read_metrics(tmp_path, "loss")]
-    assert sum(losses[-10:]) / 10 < factor * losses[0]
+    assert script is train_ema_baseline or sum(losses[-10:]) / 10 < 0.93 * losses[0]
 
 
 @every_script
@@ -243,10 +237,6 @@ def test_a_step_does_not_wait_for_the_device():
     train_step(0)  # fills the cache of RoPE tables
     with NoTensorsFromPython():
         assert train_step(1).is_meta
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# teachers of students
 
 
 def test_a_student_shares_no_randomness_with_its_teacher(tmp_path):
@@ -294,10 +284,6 @@ def test_a_run_does_not_continue_with_another_teacher(teacher, student, tmp_path
     assert load_checkpoint(run)["step"] == 8
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the baseline
-
-
 @pytest.mark.parametrize("momentum", [0, 0.7, 1])
 def test_the_teacher_is_a_moving_average_of_the_student(momentum, tmp_path):
     flags = ["--steps", 3, "--snapshot-every", 1, "--seed", 5, "--ema-momentum", momentum]
@@ -330,15 +316,10 @@ def test_a_student_matches_the_baseline_while_their_teachers_are_the_same(moment
     assert [a == b for a, b in zip(student, baseline, strict=True)] == [True, kept, kept, kept, kept, kept]
 
 
-def training_loop(script):
-    """The lines of a script from its loop over steps to its end."""
-    source = inspect.getsource(script)
-    return source[source.index("    for step in range(") :].splitlines()
-
-
 def test_only_update_teacher_differs_in_the_loops_of_student_and_baseline():
-    diff = difflib.ndiff(training_loop(train_ema_baseline), training_loop(train_student))
-    changes = [line for line in diff if not line.startswith(" ")]
+    sources = [inspect.getsource(script) for script in (train_ema_baseline, train_student)]
+    loops = [source[source.index("    for step in range(") :].splitlines() for source in sources]
+    changes = [line for line in difflib.ndiff(*loops) if not line.startswith(" ")]
     assert len(changes) == 1 and changes[0].startswith("-         update_teacher("), changes
 
 
@@ -353,7 +334,7 @@ def test_the_diff_in_the_readme_is_up_to_date():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the run folder and the log
+# the run folder, the log, the same run again
 
 
 def test_contents_of_a_run_folder(teacher, student, ema):
@@ -413,18 +394,13 @@ def test_tensorboard(tmp_path, capfd, monkeypatch):
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     run_script(train_teacher, *TINY, "--tensorboard", "--out", tmp_path / "run")
     events = event_accumulator.EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
-    lines = read_metrics(tmp_path / "run")
-    for name in lines[0]:
-        values = [(event.step, event.value) for event in events.Scalars(name)]
-        assert values == [(line["step"], pytest.approx(line[name], rel=1e-6)) for line in lines]
+    assert [[event.step, pytest.approx(event.value)] for event in events.Scalars("loss")] == read_metrics(
+        tmp_path / "run", "step", "loss"
+    )
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     assert "pip install tensorboard" in refusal(
         capfd, train_teacher, *TINY, "--tensorboard", "--out", tmp_path / "other"
     )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the same run again
 
 
 def test_the_same_seed_gives_the_same_run(teacher, tmp_path):
@@ -456,21 +432,16 @@ def test_rerunning_a_finished_run_changes_nothing_and_fresh_moves_it_aside(teach
     assert losses[0] != losses[1] != losses[2]
 
 
-@pytest.mark.parametrize(
-    "script, flags, message",
-    [
-        (train_teacher, "--width 16", "another kind or model"),
-        (train_teacher, "--resolution 64", "another kind or model"),
-        (train_student, "--teacher {run}", "another kind or model"),
-        (train_ema_baseline, "", "another kind or model"),
-        (train_teacher, "--steps 3", "is already at step 6, beyond --steps 3"),
-    ],
-)
-def test_another_run_is_not_continued(script, flags, message, teacher, tmp_path, capfd):
+def test_another_run_is_not_continued(teacher, tmp_path, capfd):
     out = shutil.copytree(teacher, tmp_path / "run")
-    assert message in refusal(capfd, script, *TINY, "--out", out, *flags.format(run=out).split())
+    flags = [*TINY, "--out", out]
+    other = "holds a run of another kind or model"
+    assert other in refusal(capfd, train_teacher, *flags, "--width", 16)
+    assert other in refusal(capfd, train_teacher, *flags, "--resolution", 64)
+    assert other in refusal(capfd, train_student, *flags, "--teacher", out)
+    assert "is already at step 6, beyond --steps 3" in refusal(capfd, train_teacher, *flags, "--steps", 3)
     shutil.rmtree(out / "resume")
-    assert "but no state to continue from; --fresh" in refusal(capfd, train_teacher, *TINY, "--out", out)
+    assert "but no state to continue from; --fresh" in refusal(capfd, train_teacher, *flags)
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path, capfd):
@@ -500,10 +471,6 @@ def test_saving_by_the_clock(monkeypatch):
         assert training.agree_on_saving(step, args, log) == (saves, 0)
     os.kill(os.getpid(), signal.SIGUSR1)
     assert training.agree_on_saving(5, args, log) == (True, signal.SIGUSR1)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# options
 
 
 @pytest.mark.parametrize("mask", masking.STRATEGIES)
@@ -567,32 +534,20 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, capfd):
     assert read_metrics(tmp_path / "run", "step") == [[1]] and not (tmp_path / "run" / "checkpoint.pt").exists()
 
 
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        ("--warmup-steps 6", "--warmup-steps 6"),
-        ("--batch-size 0", "--batch-size"),
-        ("--micro-batch-size 3", "--micro-batch-size 3"),
-        ("--heads 3", "3 heads"),
-        ("--heads 0", "heads"),
-        ("--predictor-heads 3", "predictor: "),
-        ("--resolution 30", "30x30"),
-        ("--num-frames 3", "3 frames"),
-        ("--patch-size 0", "0x0 pixels"),
-        ("--resolution 8", "too small"),
-        ("--masks-per-clip 0", "--masks-per-clip 0"),
-        ("--target-fraction 0", "--target-fraction 0"),
-        ("--target-fraction 0.5 --mask-truncation raster", "raster does not"),
-        ("--save-minutes -1", "--save-minutes"),
-        ("--seed -1", "--seed"),
-        ("--model vit_x", "vit_x"),
-        ("--data nowhere.csv", "nowhere.csv"),
-        ("--data one.csv --frame-step 0", "--frame-step"),
-        ("--data one.csv --data-weights 1 2", "1 manifests but 2 weights"),
-        ("--data empty.csv", "names no videos"),
-        ("--out one.csv/run", "--out one.csv/run"),
-    ],
-)
+# Flags whose error names them, and others.
+INVALID = {flags: flags.split()[-2] for flags in (
+    "--warmup-steps 6", "--batch-size 0", "--micro-batch-size 3", "--masks-per-clip 0", "--target-fraction 0",
+    "--save-minutes -1", "--seed -1", "--model vit_x", "--data nowhere.csv", "--data one.csv --frame-step 0",
+    "--out one.csv/run",
+)} | {
+    "--heads 3": "3 heads", "--heads 0": "heads", "--predictor-heads 3": "predictor: ", "--resolution 30": "30x30",
+    "--num-frames 3": "3 frames", "--patch-size 0": "0x0 pixels", "--resolution 8": "too small",
+    "--target-fraction 0.5 --mask-truncation raster": "raster does not",
+    "--data one.csv --data-weights 1 2": "1 manifests but 2 weights", "--data empty.csv": "names no videos",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("flags, message", INVALID.items())
 def test_invalid_flags_are_one_line_errors(flags, message, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     write_image(torch.zeros(3, 20, 20, dtype=torch.uint8), "x.png")
