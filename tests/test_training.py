@@ -97,17 +97,16 @@ def test_biases_norms_and_mask_tokens_have_no_weight_decay():
         assert settings[p] == (expected, 4.125e-4, (0.9, 0.95)), name
 
 
-def linear_with_gradients(value):
-    """A linear layer whose gradients all have this value."""
+def linear_with_gradients():
+    """A linear layer whose gradients are all 1."""
     module = torch.nn.Linear(3, 3)
-    for p in module.parameters():
-        p.grad = torch.full_like(p, value)
+    module(torch.ones(1, 3)).sum().backward()
     return module
 
 
 def test_the_global_gradient_norm_is_clipped():
     """AdamW's step does not depend on the gradients' scale, so check its running average of the gradients."""
-    args, modules = parsed_flags(80_000, "--clip-grad", "0.5"), [linear_with_gradients(1.0) for _ in range(2)]
+    args, modules = parsed_flags(80_000, "--clip-grad", "0.5"), [linear_with_gradients(), linear_with_gradients()]
     optimizer = training.make_optimizer(modules, args)
     assert training.optimizer_step(optimizer, torch.tensor(0.0), args)[1].item() == pytest.approx(math.sqrt(24))
     clipped = torch.cat([state["exp_avg"].flatten() for state in optimizer.state.values()]) / 0.1
@@ -116,7 +115,7 @@ def test_the_global_gradient_norm_is_clipped():
 
 @pytest.mark.parametrize("loss, gradient", [("nan", 1), ("inf", 1), (0, "nan"), (0, "inf")])
 def test_a_step_that_is_not_finite_changes_nothing(loss, gradient):
-    module, args = linear_with_gradients(1.0), parsed_flags(80_000)
+    module, args = linear_with_gradients(), parsed_flags(80_000)
     before = {name: x.clone() for name, x in module.state_dict().items()}
     optimizer = training.make_optimizer([module], args)
     module.bias.grad[1] = float(gradient)
@@ -139,10 +138,6 @@ def test_pixel_targets_are_normalized_as_in_videomae():
         mean = cube.sum(1, keepdim=True) / 128
         std = ((cube - mean).square().sum(1, keepdim=True) / 127).sqrt()
         torch.testing.assert_close(targets[b, n].double(), ((cube - mean) / (std + 1e-6)).flatten(), **CLOSE)
-    faint = clips * 1e-6  # so that the 1e-6 in the denominator matters
-    std = faint[:, :, :2, :8, :8].flatten(2).std(2)
-    targets = train_teacher.pixel_targets(faint, 2, 8)[:, 0].view(2, 3, -1)
-    torch.testing.assert_close(targets.std(2), std / (std + 1e-6), **CLOSE)
 
 
 @every_script
@@ -371,13 +366,6 @@ def test_a_log_line(teacher):
     assert sorted(lines, key=lambda line: (line["seconds"], line["flops"])) == lines
 
 
-def test_the_loss_of_a_log_line_is_the_mean_since_the_last_one(teacher, tmp_path):
-    run_script(train_teacher, *TINY, "--log-every", 4, "--out", tmp_path)
-    step_losses = [loss for (loss,) in read_metrics(teacher, "loss")]
-    losses = [loss for (loss,) in read_metrics(tmp_path, "loss")]
-    assert losses == pytest.approx([sum(step_losses[:4]) / 4, sum(step_losses[4:]) / 2])
-
-
 def test_collapse_metrics():
     """Standard deviation and RankMe; the rank only every 100 steps."""
     flat_vectors, random = torch.ones(2, 400, 16) * torch.arange(16), torch.randn(2, 400, 16)
@@ -390,17 +378,17 @@ def test_collapse_metrics():
     assert training.collapse_metrics(flat_vectors, random, step=100).keys() == {"prediction_std", "target_std"}
 
 
-def test_tensorboard(tmp_path, capfd, monkeypatch):
+def test_tensorboard_and_the_loss_of_a_log_line(teacher, tmp_path, capfd, monkeypatch):
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    run_script(train_teacher, *TINY, "--tensorboard", "--out", tmp_path / "run")
+    flags = [*TINY, "--log-every", 4, "--tensorboard"]
+    run_script(train_teacher, *flags, "--out", tmp_path / "run")
+    of_steps = [loss for (loss,) in read_metrics(teacher, "loss")]
+    means = [[4, pytest.approx(sum(of_steps[:4]) / 4)], [6, pytest.approx(sum(of_steps[4:]) / 2)]]
+    assert read_metrics(tmp_path / "run", "step", "loss") == means  # of the steps since the last line
     events = event_accumulator.EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
-    assert [[event.step, pytest.approx(event.value)] for event in events.Scalars("loss")] == read_metrics(
-        tmp_path / "run", "step", "loss"
-    )
+    assert [[event.step, event.value] for event in events.Scalars("loss")] == means
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    assert "pip install tensorboard" in refusal(
-        capfd, train_teacher, *TINY, "--tensorboard", "--out", tmp_path / "other"
-    )
+    assert "pip install tensorboard" in refusal(capfd, train_teacher, *flags, "--out", tmp_path / "other")
 
 
 def test_the_same_seed_gives_the_same_run(teacher, tmp_path):
@@ -444,23 +432,19 @@ def test_another_run_is_not_continued(teacher, tmp_path, capfd):
     assert "but no state to continue from; --fresh" in refusal(capfd, train_teacher, *flags)
 
 
-def test_two_runs_do_not_share_a_folder(tmp_path, capfd):
-    lock = training._lock(tmp_path)
-    for flags in ([], ["--fresh"]):
-        error = refusal(capfd, train_teacher, *TINY, "--out", tmp_path, *flags)
-        assert f"{tmp_path} is in use by another run (process {os.getpid()} on {platform.node()})" in error
+def test_two_runs_do_not_share_a_folder(tmp_path, capfd, monkeypatch):
+    lock, flags = training._lock(tmp_path), [*TINY, "--steps", 3, "--out", tmp_path]
+    in_use = f"{tmp_path} is in use by another run (process {os.getpid()} on {platform.node()})"
+    assert in_use in refusal(capfd, train_teacher, *flags)
+    assert in_use in refusal(capfd, train_teacher, *flags, "--fresh")
     lock.close()
-    run_script(train_teacher, *TINY, "--steps", 3, "--out", tmp_path)
 
-
-def test_a_file_system_without_locks(tmp_path, capfd, monkeypatch):
     def flock(*_):
         raise OSError(38, "Function not implemented")
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    run_script(train_teacher, *TINY, "--steps", 3, "--out", tmp_path)
+    run_script(train_teacher, *flags)
     assert "cannot be locked (Function not implemented)" in capfd.readouterr().out
-    assert load_checkpoint(tmp_path)["step"] == 3
 
 
 def test_saving_by_the_clock(monkeypatch):
@@ -474,17 +458,13 @@ def test_saving_by_the_clock(monkeypatch):
 
 
 @pytest.mark.parametrize("mask", masking.STRATEGIES)
-def test_every_masking_strategy_trains(mask, tmp_path):
+def test_every_masking_strategy_trains_also_in_bfloat16(mask, tmp_path):
     flags = ["--mask", mask, "--mask-truncation", "raster", "--resolution", "16", "--patch-size", "2"]
-    run_script(train_teacher, *TINY, *flags, "--steps", 3, "--out", tmp_path)
-    tokens = load_checkpoint(tmp_path)["predictor"]["mask_tokens"]
+    run_script(train_teacher, *TINY, *flags, "--dtype", "bfloat16", "--steps", 3, "--out", tmp_path)
+    checkpoint = load_checkpoint(tmp_path)
+    tokens = checkpoint["predictor"]["mask_tokens"]
     assert len(tokens) == masking.STRATEGIES[mask].num_masks and (tokens.abs().max(1).values > 0).all()
-
-
-def test_bfloat16_keeps_float32_weights(tmp_path):
-    run_script(train_teacher, *TINY, "--dtype", "bfloat16", "--out", tmp_path)
-    assert all(x.dtype == torch.float32 for x in load_checkpoint(tmp_path)["encoder"].values())
-    assert all(math.isfinite(loss) for (loss,) in read_metrics(tmp_path, "loss"))
+    assert all(x.dtype == torch.float32 for x in checkpoint["encoder"].values())
 
 
 def test_default_workers_and_a_warning_if_there_are_too_few_cores(monkeypatch, capfd):
@@ -492,10 +472,6 @@ def test_default_workers_and_a_warning_if_there_are_too_few_cores(monkeypatch, c
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
     training.setup(args, "teacher", stage=1)
     assert "1 processes with 4 loader workers each share 2 cores" in capfd.readouterr().out
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# unreadable videos and users' mistakes
 
 
 @pytest.mark.parametrize("bad, fails", [(1, False), (2, True)])
