@@ -197,15 +197,14 @@ def init_weights(module, width, blocks):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the three networks
+# the two networks
 
 
 class Encoder(nn.Module):
     """Video ViT without class token and absolute positions (paper appendix B, V-JEPA 2).
 
-    encoder(clips)                      normalized clips (B, 3, T, H, W) -> tokens (B, N, D)
-    encoder(clips, context_ids)         encodes only the tokens context_ids (B, K) -> (B, K, D)
-    encoder.intermediate(clips, [6, 12])  tokens after blocks 6 and 12 -> [(B, N, D), (B, N, D)]
+    encoder(clips)               normalized clips (B, 3, T, H, W) -> tokens (B, N, D)
+    encoder(clips, context_ids)  encodes only the tokens context_ids (B, K) -> (B, K, D)
 
     Clips may be of another size than in training, if they divide into tubelets; ValueError if not. `num_frames` and
     `resolution` only record what the encoder was trained on.
@@ -232,26 +231,13 @@ class Encoder(nn.Module):
         """Token grid (time, rows, columns) of clips (B, 3, T, H, W)."""
         return token_grid(clips.shape, self.tubelet_size, self.patch_size)
 
-    def embed(self, clips, context_ids=None):
-        """(token embeddings (B, K or N, D), their RoPE)."""
+    def forward(self, clips, context_ids=None):
         x = tubelets(clips, self.tubelet_size, self.patch_size)
         if context_ids is not None:
             x = gather(x, context_ids)
         x = self.patch_embed(x).clone()  # not a view, or torch.compile (up to 2.14) compiles the first block twice
-        return x, rope_at(context_ids, self.grid(clips), self.head_dim, x.device)
-
-    def forward(self, clips, context_ids=None):
-        return self.norm(run_blocks(self, *self.embed(clips, context_ids)))
-
-    def intermediate(self, clips, layers):
-        """Tokens after the blocks `layers` (1 is the first), each through the final norm as in V-JEPA 2's probes."""
-        x, rope = self.embed(clips)
-        outputs = []
-        for number, block in enumerate(self.blocks, start=1):
-            x = block(x, rope)
-            if number in layers:
-                outputs.append(self.norm(x))
-        return outputs
+        rope = rope_at(context_ids, self.grid(clips), self.head_dim, x.device)
+        return self.norm(run_blocks(self, x, rope))
 
 
 class Predictor(nn.Module):
@@ -287,61 +273,6 @@ class Predictor(nn.Module):
         rope = rope_at(torch.cat((context_ids, target_ids), dim=1), grid, self.head_dim, x.device)
         x = run_blocks(self, x, rope)
         return self.proj(self.norm(x[:, context_ids.shape[1] :]))
-
-
-class CrossAttention(nn.Module):
-    """V-JEPA 2's pooler: x = q + attention(q, LN(tokens)), without output projection, then x = x + MLP(LN(x))."""
-
-    def __init__(self, width, heads, mlp_ratio=4.0, eps=1e-5):
-        super().__init__()
-        if heads < 1 or width % heads:
-            raise ValueError(f"width {width} does not divide into {heads} heads")
-        self.heads = heads
-        self.norm1 = nn.LayerNorm(width, eps=eps)
-        self.q = nn.Linear(width, width)
-        self.kv = nn.Linear(width, 2 * width)
-        self.norm2 = nn.LayerNorm(width, eps=eps)
-        self.mlp = MLP(width, round(width * mlp_ratio))
-
-    def forward(self, query, tokens):
-        """query (1, 1, D), the same for all clips; tokens (B, N, D) -> (B, 1, D).
-
-        No token needs its own key or value: q . (W_k x) = (W_k' q) . x, and sum a_n (W_v x_n) = W_v (sum a_n x_n).
-        This is what makes it cheap to train many probes at once.
-        """
-        x = self.norm1(tokens)
-        W_k, W_v = self.kv.weight.view(2, self.heads, -1, x.shape[-1])  # (h, d, D) each
-        q = self.q(query).view(self.heads, 1, -1)
-        keys = (q @ W_k).squeeze(1) / math.sqrt(q.shape[-1])  # (h, D); the bias of k adds the same to all scores
-        attention = (x @ keys.mT).softmax(1)  # (B, N, h)
-        pooled = (attention.mT @ x).transpose(0, 1)  # (h, B, D)
-        values = (pooled @ W_v.mT).transpose(0, 1).flatten(1)  # (B, D)
-        x = query + (values + self.kv.bias.chunk(2)[1]).unsqueeze(1)
-        return x + self.mlp(self.norm2(x))
-
-
-class AttentiveProbe(nn.Module):
-    """Classifier of frozen features: depth - 1 self-attention blocks, cross-attention from one query, a linear layer.
-
-    Paper appendix D and V-JEPA 2 use a depth of 4. tokens (B, N, D) -> logits (B, num_classes)
-    """
-
-    def __init__(self, width, num_classes, depth=4, heads=16, eps=1e-5):
-        super().__init__()
-        self.blocks = nn.ModuleList(Block(width, heads, eps=eps) for _ in range(depth - 1))
-        self.query = nn.Parameter(torch.zeros(1, 1, width))
-        self.cross = CrossAttention(width, heads, eps=eps)
-        self.linear = nn.Linear(width, num_classes)
-        init_weights(self, width, self.blocks)
-        nn.init.trunc_normal_(self.query, std=init_std(width))
-        with torch.no_grad():
-            self.cross.mlp.fc2.weight.div_(math.sqrt(2 * max(1, depth - 1)))  # as V-JEPA 2's pooler counts
-
-    def forward(self, tokens):
-        for block in self.blocks:
-            tokens = block(tokens)
-        pooled = self.cross(self.query, tokens)
-        return self.linear(pooled.squeeze(1))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

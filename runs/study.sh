@@ -10,6 +10,7 @@
 #   split     6. the student deserves most of the steps
 #   students  7. larger students of the same teacher are better
 #   cheaper   two masks per teacher pass and half of the targets, and the recipe at equal FLOPs
+#   labels    claims 1 and 2 with 100, 350 and 2,000 labels
 #
 # Runs JOBS (2) processes at a time; on two cores, part salt takes 50 minutes, the others 15 to 60. Writes a figure and a
 # table for each claim to out/study. The same command continues where it stopped. docs/replication.md has the results.
@@ -62,6 +63,14 @@ END
 untrained() { # folder, seed
     probe "$OUT/salt/seed$2/student" "$1/seed$2/probe" "$2" --untrained
 }
+all_probes() { # folder, seed, labels, EMA run: probe every encoder of claims 1 and 2
+    local more=(--train-clips "$3" --seeds 3) run="$OUT/salt/seed$2"
+    probe "$run/student" "$1/seed$2/probe" "$2" --untrained "${more[@]}"
+    probe "$run/teacher" "$1/seed$2/probe-teacher" "$2" "${more[@]}"
+    probe "$run/student" "$1/seed$2/probe-student" "$2" "${more[@]}"
+    probe "$4" "$1/seed$2/probe-ema" "$2" "${more[@]}"
+    probe "$4" "$1/seed$2/probe-online" "$2" --weights student "${more[@]}"
+}
 course() { # folder, seed: probe the snapshots of a student
     for checkpoint in "$OUT/salt/seed$2"/student/checkpoint-*.pt; do
         probe "$checkpoint" "$1/seed$2/$(basename "$checkpoint" .pt)" "$2"
@@ -96,6 +105,17 @@ ema() {
     for seed in 1 2 3 4; do queue ema_run "$OUT/ema/$best" "$seed" "$steps" "$best"; done
     finish_all
     compare ema "$OUT/salt" "$OUT"/ema/*
+}
+
+labels() {
+    ema
+    for seed in 0 1 2 3 4; do
+        for clips in 100 350 2000; do
+            queue all_probes "$OUT/labels/$clips" "$seed" "$clips" "$OUT/ema/$best/seed$seed/ema"
+        done
+    done
+    finish_all
+    python -m tools.analyze labels "$OUT/labels" --save "$OUT/labels.png"
 }
 
 loss() {
@@ -181,10 +201,10 @@ cheaper() {
 }
 
 parts=("$@")
-[ $# -gt 0 ] || parts=(salt ema sizes masks split students cheaper loss)
+[ $# -gt 0 ] || parts=(salt ema sizes masks split students cheaper loss labels)
 for part in "${parts[@]}"; do
     case $part in
-    salt | ema | loss | sizes | masks | split | students | cheaper) "$part" ;;
+    salt | ema | loss | sizes | masks | split | students | cheaper | labels) "$part" ;;
     *) echo "$part: not a part; the first lines of this script list them" >&2 && exit 2 ;;
     esac
 done

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from conftest import randomize
 
 import model
-from model import SIZES, AttentiveProbe, Encoder, Predictor, gather, init_std, rotate, tubelets, untubelets
+from model import SIZES, Encoder, Predictor, gather, init_std, rotate, tubelets, untubelets
 
 CLOSE = dict(atol=1e-5, rtol=1e-5)
 
@@ -232,38 +232,6 @@ def norm(x, layer, eps):
     return F.layer_norm(x, x.shape[-1:], layer.weight, layer.bias, eps)
 
 
-@torch.no_grad()
-def test_probe_pools_without_output_projection():
-    # A probe of depth 1, the cross-attention block and the linear layer, computed by hand with two heads of 8 channels.
-    probe = randomize(AttentiveProbe(16, 5, depth=1, heads=2))
-    tokens, c = torch.randn(3, 7, 16) * 1e-2, probe.cross  # small, so that a wrong eps (1e-6) would show
-    query = probe.query[0, 0]
-    normed = norm(tokens, c.norm1, 1e-5)
-    q = c.q.weight @ query + c.q.bias
-    k, v = (normed @ c.kv.weight[part].T + c.kv.bias[part] for part in (slice(0, 16), slice(16, 32)))
-    heads = []
-    for channels in (slice(0, 8), slice(8, 16)):
-        attention = (k[..., channels] @ q[channels] / math.sqrt(8)).softmax(-1)  # (B, N)
-        heads.append((attention[..., None] * v[..., channels]).sum(1))
-    x = query + torch.cat(heads, dim=-1)
-    y = F.gelu(norm(x, c.norm2, 1e-5) @ c.mlp.fc1.weight.T + c.mlp.fc1.bias)
-    x = x + y @ c.mlp.fc2.weight.T + c.mlp.fc2.bias
-    expected = x @ probe.linear.weight.T + probe.linear.bias
-    torch.testing.assert_close(probe(tokens), expected, **CLOSE)
-    assert not any("proj" in name for name, _ in c.named_parameters())
-
-
-def test_probe_shape_parameters_and_gradients():
-    probe = AttentiveProbe(32, 7, depth=4, heads=4)
-    tokens = torch.randn(2, 9, 32)
-    assert len(probe.blocks) == 3 and probe(tokens).shape == (2, 7)
-    order = torch.randperm(9)  # the probe has no positions
-    torch.testing.assert_close(probe(tokens[:, order]), probe(tokens), **CLOSE)
-    assert probe.blocks[0].norm1.eps == probe.cross.norm1.eps == probe.cross.norm2.eps == 1e-5
-    randomize(probe)(tokens).square().sum().backward()
-    assert not without_gradient(probe)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # initialization
 
@@ -277,7 +245,6 @@ def assert_std(weight, std):
 def test_networks_of_the_papers_widths_start_as_v_jepa_2(width):
     torch.manual_seed(0)
     assert_std(Encoder(width, 1, 16).patch_embed.weight, 0.02)
-    assert_std(AttentiveProbe(width, 10, depth=1, heads=16).cross.kv.weight, 0.02)
     assert_std(Predictor(width, 16, depth=1).embed.weight, 0.02)  # the predictor is 384 wide
 
 
@@ -285,7 +252,6 @@ def test_narrow_networks_start_with_larger_weights():
     torch.manual_seed(0)
     assert_std(Encoder(96, 1, 2).patch_embed.weight, 0.08)
     assert_std(Predictor(1024, 16, width=256, depth=1, heads=4).embed.weight, 0.045)
-    assert_std(AttentiveProbe(96, 10, depth=1, heads=4).cross.kv.weight, 0.08)
     assert_std(Encoder(16, 1, 2).patch_embed.weight, 0.08)
 
 
@@ -304,12 +270,6 @@ def test_deeper_residual_branches_start_smaller():
     assert_std(Encoder(128, 1, 2).patch_embed.weight, std)
     assert_std(network.embed.weight, std)
     assert_std(network.proj.weight, std)
-    probe = AttentiveProbe(128, 10, depth=3, heads=2)
-    assert_std(probe.blocks[1].attn.proj.weight, std / 2)
-    assert_std(probe.cross.mlp.fc2.weight, std / math.sqrt(4))  # V-JEPA 2 counts from depth - 1
-    assert_std(AttentiveProbe(128, 10, depth=1, heads=2).cross.mlp.fc2.weight, std / math.sqrt(2))
-    assert_std(probe.cross.kv.weight, std)
-    assert probe.query.abs().max() > 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 import argparse
 import collections
-import itertools
 import json
 import math
 import re
@@ -11,55 +10,352 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, flat, refusal, run_script, write_image, write_video
+from conftest import (
+    TINY,
+    flat,
+    frame_numbers,
+    numbered,
+    randomize,
+    refusal,
+    run_script,
+    write_image,
+    write_video,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
-import features
 import probe
-import train_ema_baseline
 import train_student
 from cli import interval95
-from model import AttentiveProbe, load_checkpoint, load_encoder
+from model import Encoder, init_std, load_checkpoint, load_encoder
+from probe import AttentiveProbe
 from training import generator
 
 QUICK = shlex.split("--epochs 1 --batch-size 16 --probe-heads 2 --probe-depth 2 --workers 0 --device cpu")
 SYNTHETIC = shlex.split("--train-clips 24 --val-clips 20")
+TASK = probe.Task("own", 1, 4)
 
 
-class FixedTokens:
-    """Made-up tokens (M, N, D) or (M, V, N, D) with labels (M, L), in place of `features.Tokens`."""
+# ---------------------------------------------------------------------------------------------------------------------
+# the network
 
-    def __init__(self, args, tokens, labels, readable=None):
-        self.args, self.labels, self.stopwatch = args, labels, features.Stopwatch()
-        self.tokens = tokens if tokens.dim() == 4 else tokens[:, None]
-        self.readable = torch.ones(len(tokens), dtype=torch.bool) if readable is None else readable
-        self.source, self.shape = FixedSource(tokens), tokens.shape[-2:]
 
-    def read(self, batches):
-        for numbers in batches:
-            yield [features.TokenBatch(numbers, self.tokens[numbers], self.labels[numbers], self.readable[numbers])]
+def norm(x, layer):
+    x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+    return x * layer.weight + layer.bias
+
+
+@torch.no_grad()
+def test_probe_pools_without_output_projection():
+    """A probe of depth 1, the cross-attention block and the linear layer, by hand with two heads of 8 channels."""
+    network = randomize(AttentiveProbe(16, 5, depth=1, heads=2))
+    tokens, c = torch.randn(3, 7, 16) * 1e-2, network.cross  # small, so that a wrong eps (1e-6) would show
+    query, normed = network.query[0, 0], norm(tokens, c.norm1)
+    q = c.q.weight @ query + c.q.bias
+    k, v = (normed @ c.kv.weight[part].T + c.kv.bias[part] for part in (slice(0, 16), slice(16, 32)))
+    heads = []
+    for channels in (slice(0, 8), slice(8, 16)):
+        attention = (k[..., channels] @ q[channels] / math.sqrt(8)).softmax(-1)  # (B, N)
+        heads.append((attention[..., None] * v[..., channels]).sum(1))
+    x = query + torch.cat(heads, dim=-1)
+    x = x + F.gelu(norm(x, c.norm2) @ c.mlp.fc1.weight.T + c.mlp.fc1.bias) @ c.mlp.fc2.weight.T + c.mlp.fc2.bias
+    expected = x @ network.linear.weight.T + network.linear.bias
+    torch.testing.assert_close(network(tokens), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_shape_initial_weights_and_gradients_of_the_probe():
+    torch.manual_seed(0)
+    network, tokens, std = AttentiveProbe(128, 7, depth=3, heads=4), torch.randn(2, 9, 128), init_std(128)
+    assert len(network.blocks) == 2 and network(tokens).shape == (2, 7)
+    torch.testing.assert_close(network(tokens.flip(1)), network(tokens), atol=1e-5, rtol=1e-5)  # no positions
+    pooler = network.cross
+    for weight, expected in ((pooler.kv.weight, std), (network.blocks[1].attn.proj.weight, std / 2),
+                             (pooler.mlp.fc2.weight, std / math.sqrt(4))):  # fmt: skip
+        assert weight.std().item() == pytest.approx(expected, rel=0.05)  # V-JEPA 2 counts blocks from depth - 1
+    assert network.query.abs().max() > 0
+    randomize(network)(tokens).square().sum().backward()
+    assert all(p.grad.abs().max() > 0 for p in network.parameters())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# augmentation
+
+
+@pytest.fixture(scope="module")
+def clip():
+    return torch.randint(0, 256, (4, 3, 40, 56), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def test_randomness_depends_only_on_the_key(clip):
+    """Neither on torch's global generator, which stays untouched, nor on earlier calls."""
+    keys = [(0, number, segment) for number in range(20) for segment in range(2)]
+    torch.manual_seed(5)
+    first = [(probe.random_crop(key, 90, 120), probe.augment(key, clip)) for key in keys]
+    undisturbed = torch.rand(3)
+    second = [(probe.random_crop(key, 90, 120), probe.augment(key, clip)) for key in reversed(keys)][::-1]
+    assert all(a[0] == b[0] and torch.equal(a[1], b[1]) for a, b in zip(first, second, strict=True))
+    assert len({box for box, _ in first}) == 40
+    assert len({out.numpy().tobytes() for _, out in first}) > 20  # some are not changed
+    torch.manual_seed(5)
+    assert torch.equal(torch.rand(3), undisturbed)
+
+
+def test_crops():
+    """Areas of 8% to 100% of the frame, aspect ratios of 3/4 to 4/3, anywhere in the frame."""
+    boxes = torch.tensor([probe.random_crop((0, number, 0), 200, 240) for number in range(1000)]).double()
+    top, left, h, w = boxes.T
+    assert (top >= 0).all() and (left >= 0).all() and (top + h <= 200).all() and (left + w <= 240).all()
+    area, aspect = h * w / (200 * 240), w / h
+    assert 0.075 < area.min() < 0.1 and 0.9 < area.max() <= 1 and 0.4 < area.mean() < 0.55
+    assert 0.73 < aspect.min() < 0.77 and 1.3 < aspect.max() < 1.36
+
+
+def test_operations(clip, monkeypatch):
+    """Four operations, each with probability 1/2; timm's at magnitude 7 of 10 ("inc1"), as far as torchvision has."""
+    counts, used = collections.Counter(), []
+    randaugment = probe.RANDAUGMENT
+    monkeypatch.setattr(probe, "RANDAUGMENT", lambda clip: used.append(1) or clip)
+    for number in range(1000):
+        used.clear()
+        probe.augment((0, number, 0), clip)
+        counts[len(used)] += 1
+    for count, probability in enumerate((1 / 16, 4 / 16, 6 / 16, 4 / 16, 1 / 16)):
+        assert counts[count] / 1000 == pytest.approx(probability, abs=0.05)
+    space = randaugment._AUGMENTATION_SPACE
+    values = {name: magnitudes(randaugment.num_magnitude_bins, 100, 100) for name, (magnitudes, _) in space.items()}
+    values = {name: None if value is None else float(value[randaugment.magnitude]) for name, value in values.items()}
+    enhance = dict.fromkeys(("Brightness", "Color", "Contrast", "Sharpness"), 0.63)
+    shift = {"ShearX": 0.21, "ShearY": 0.21, "Rotate": 21, "TranslateX": 0.7 * 45.3, "TranslateY": 0.7 * 45.3}
+    expected = {**enhance, **shift, "Posterize": 5, "Solarize": 0.3}
+    assert {name: values[name] for name in expected} == pytest.approx(expected, rel=1e-3)
+    assert values.keys() - expected.keys() == {"Identity", "AutoContrast", "Equalize"}
+
+
+def test_random_erasing(clip, monkeypatch):
+    """One clip in four gets a box of 2% to 33% of its area in ImageNet's mean color, the same in all frames."""
+    monkeypatch.setattr(probe, "RANDAUGMENT", lambda clip: clip)
+    bright, shares = torch.full_like(clip, 255), []
+    for number in range(400):
+        out = probe.augment((0, number, 0), bright)
+        erased = (out != bright).any(1)
+        assert torch.equal(erased, erased[:1].expand_as(erased))
+        if erased.any():
+            pixels = data.normalize(out.transpose(0, 1)[None], "cpu")[0].transpose(0, 1).movedim(1, -1)[erased]
+            assert pixels.abs().max() < 0.01
+            shares.append(erased[0].float().mean())
+    assert 70 <= len(shares) <= 130 and (bright == 255).all()  # not in place
+    assert 0.01 < min(shares) < 0.05 and 0.28 < max(shares) < 0.36
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# videos
+
+
+def make_args(**changes):
+    """The flags that sources, features and probes use."""
+    common = dict(
+        checkpoint=None, weights="encoder", untrained=False, seed=0, num_frames=4, frame_step=1, resolution=32,
+        fps=None, num_classes=2, segments=1, views=1, augment="none", single_frame=False, workers=0, device="cpu",
+        dtype="float32", lr=[1e-3], weight_decay=[0.01], batch_size=32, epochs=3, probe_depth=2, probe_heads=2,
+    )  # fmt: skip
+    return argparse.Namespace(**{**common, **changes})
+
+
+@pytest.fixture(scope="module")
+def long_video(tmp_path_factory):
+    """25 fps, 80 frames of 32 x 96: the left third carries the frame number, the middle is gray, the right bright."""
+    folder = tmp_path_factory.mktemp("long")
+    wide = [np.concatenate([numbered(n), flat(100), flat(200)], axis=1) for n in range(80)]
+    write_video(folder / "a.mp4", wide)
+    (folder / "list.csv").write_text("a.mp4 1\n")
+    return [folder / "list.csv"]
+
+
+def test_segments_and_views(long_video, teacher):
+    """Middle clips of each share of the length, crops from left to right; a view joins its segments' tokens."""
+    args, encoder = make_args(segments=4, views=3), load_encoder(teacher)
+    val = probe.Videos(long_video, args, train=False)
+    views = val.batch([0]).clips[0]
+    assert views.shape == (3, 4, 3, 4, 32, 32)
+    for segment, clip in enumerate(views[0]):
+        first = round((segment + 0.5) / 4 * (80 - 4))
+        assert frame_numbers(clip.transpose(0, 1))[0] in (first - 1, first, first + 1)
+    assert (views[1].float() - 100).abs().mean() < 6 and (views[2].float() - 200).abs().mean() < 6
+    ((numbers, tokens, labels),) = probe.Features(args, encoder, val).read([torch.arange(1)])
+    clips = data.normalize(views.flatten(0, 1), "cpu")
+    torch.testing.assert_close(tokens[0], encoder(clips).unflatten(0, (3, 4)).flatten(1, 2))
+    assert numbers.tolist() == [0] and labels.tolist() == [[1]]
+    train = probe.Videos(long_video, args, train=True)  # without augmentation, only the middle one of the views
+    assert train.views == 1 and torch.equal(train.batch([0]).clips[0], views[1:2])
+
+
+def test_a_single_view_is_seven_eighths_of_the_short_side(tmp_path):
+    """V-JEPA 2 scales the short side to 256 and takes the center 224 x 224. Three views take the whole short side."""
+    image = torch.zeros(3, 64, 96, dtype=torch.uint8)
+    image[:, 4:60, 20:76] = 255
+    write_image(image, tmp_path / "a.png")
+    (tmp_path / "m.csv").write_text("a.png 0\n")
+    sources = (probe.Videos([tmp_path / "m.csv"], make_args(views=views), train=False) for views in (1, 3))
+    one, three = (source.batch([0]).clips[0] for source in sources)
+    assert (one > 240).all()
+    middle = three[1].float()
+    assert middle[..., 16, 16].min() > 240 and max(middle[..., 0, :].max(), middle[..., 0].max()) < 130
+
+
+def test_segments_are_augmented_and_placed_each_by_itself(long_video, monkeypatch):
+    """Position, crop and RandAugment of each clip depend on its sample number and segment, not on the batch."""
+    read, places = probe.video.read_clips, []
+    monkeypatch.setattr(probe.video, "read_clips", lambda *args: places.append(args[3]) or read(*args))
+    train = probe.Videos(long_video, make_args(segments=3, augment="vjepa2"), train=True)
+    clips = train.batch(range(6)).clips
+    assert clips.shape == (6, 1, 3, 3, 4, 32, 32) and clips.dtype == torch.uint8
+    assert len({clip.numpy().tobytes() for clip in clips.flatten(0, 2)}) >= 15  # some crops are flat
+    for n, found in enumerate(places):
+        offsets = np.random.default_rng(data.seed_sequence("segment", 0, n)).random(3)
+        assert found == pytest.approx((np.arange(3) + offsets) / 3)
+    assert torch.equal(train.batch([5, 2]).clips, clips[[5, 2]])
+    monkeypatch.setattr(probe, "augment", lambda key, clip: clip)
+    assert not torch.equal(train.batch(range(6)).clips, clips)
+
+
+def test_unreadable_videos_of_a_source(tmp_path):
+    """Augmented training replaces them, if need be many times. Else their clips are black and their label is -1."""
+    write_image(torch.full((3, 32, 32), 200, dtype=torch.uint8), tmp_path / "a.png")
+    (tmp_path / "m.csv").write_text("a.png 0\n" + "".join(f"missing{n}.mp4 1\n" for n in range(20)))
+    args = make_args(num_frames=2, views=2)
+    batch = probe.Videos([tmp_path / "m.csv"], args, train=False).batch([0, 1])
+    assert batch.labels.tolist() == [[0], [-1]] and len(batch.skipped) == 1 and "missing0.mp4" in batch.skipped[0]
+    assert batch.clips.shape == (2, 2, 1, 3, 2, 32, 32) and (batch.clips[0] > 190).all() and (batch.clips[1] == 0).all()
+    batch = probe.Videos([tmp_path / "m.csv"], make_args(num_frames=2, augment="vjepa2"), train=True).batch(range(21))
+    assert (batch.labels == 0).all() and set(batch.names) == {str(tmp_path / "a.png")} and len(batch.skipped) >= 20
+
+
+def test_training_and_validation_clips_differ(teacher):
+    """And no training run sees any of them."""
+    args = probe_args("--task", "synthetic-shape", "--checkpoint", teacher)
+    train, val, tasks = probe.open_task(args, load_encoder(teacher))
+    assert (len(train), len(val), tasks) == (4000, 1000, [("synthetic-shape", 1, 6)])
+    numbers = list(range(30))
+    sets = [source.batch(numbers).clips for source in (train, val, data.Synthetic(4, 32, 0), data.Synthetic(4, 32, 1))]
+    assert len({clip.numpy().tobytes() for clips in sets for clip in clips}) == 120
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# frozen features
+
+
+def test_untrained_encoder(teacher):
+    """Its weights depend on --seed only."""
+    trained = probe.open_encoder(make_args(checkpoint=teacher))[0]
+    encoders = [probe.open_encoder(make_args(checkpoint=teacher, untrained=True, seed=s))[0] for s in (0, 0, 1)]
+    x = torch.randn(1, 3, 4, 32, 32)
+    assert torch.equal(trained(x), load_encoder(teacher)(x)) and torch.equal(encoders[0](x), encoders[1](x))
+    for a, b in ((trained, encoders[0]), (encoders[1], encoders[2])):
+        assert not torch.allclose(a(x), b(x), atol=1e-3)
+    assert not any(e.training or any(p.requires_grad for p in e.parameters()) for e in (trained, encoders[0]))
+
+
+def test_weights_of_an_ema_run(ema, tmp_path, capfd):
+    """Its encoder is the EMA teacher; its student is probed only on request, and named."""
+    x, checkpoint = torch.randn(1, 3, 4, 32, 32), load_checkpoint(ema)
+    for weights in ("encoder", "student"):
+        encoder = Encoder(**checkpoint["model"]["encoder"])
+        encoder.load_state_dict(checkpoint[weights])
+        loaded, step = probe.open_encoder(make_args(checkpoint=ema, weights=weights))
+        assert torch.equal(loaded(x), encoder(x)) and step == checkpoint["step"] == 6
+    flags = (*SYNTHETIC, "--task", "synthetic-shape", "--checkpoint", ema, "--weights", "student", "--out", tmp_path)
+    run_script(probe, *QUICK, *flags)
+    assert results(tmp_path)["weights"] == "student" and results(tmp_path)["checkpoint"] == str(ema)
+    assert f"{ema} (student) synthetic-shape: top-1" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("single_frame", [False, True])
+def test_single_frame(single_frame, teacher):
+    """With --single-frame, the encoder sees only the middle frame, at all times."""
+    args = make_args(num_frames=6, resolution=16, single_frame=single_frame)
+    encoder, seen = load_encoder(teacher), []
+    encoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    source = probe.BuiltInVideos(6, 16, length=20)
+    read = list(probe.Features(args, encoder, source).read([torch.arange(16), torch.arange(16, 20)]))
+    assert [len(numbers) for numbers, _, _ in read] == [16, 4]
+    clips, expected = torch.cat(seen), data.normalize(source.batch(range(20)).clips[:, 0, 0], "cpu")
+    if single_frame:
+        expected = expected[:, :, 3:4].expand(-1, -1, 6, -1, -1)
+    torch.testing.assert_close(clips, expected)
+
+
+def test_kept_features(teacher, monkeypatch):
+    """Encoded once, in small parts; `read` then yields the same as before, in any order."""
+    monkeypatch.setattr(probe, "TOKENS_AT_ONCE", 100)  # 3 videos of 32 tokens
+    encoded, encode = [], probe.Features.encode
+    monkeypatch.setattr(probe.Features, "encode", lambda self, x: encoded.append(len(x)) or encode(self, x))
+    features = probe.Features(make_args(), load_encoder(teacher), probe.BuiltInVideos(4, 32, length=10))
+    order = [torch.tensor([7, 2, 9]), torch.tensor([0, 1])]
+    fresh = list(features.read(order))
+    features.keep("training")
+    kept = list(features.read(order))
+    assert encoded == [3, 2, 3, 3, 3, 1] and len(fresh) == len(kept) == 2
+    for a, b in zip(fresh, kept, strict=True):
+        assert torch.equal(a[0], b[0]) and torch.equal(a[2], b[2])
+        torch.testing.assert_close(a[1], b[1])
+
+
+def test_wide_encoders_get_fewer_tokens_at_once(teacher):
+    encoder, source = load_encoder(teacher), probe.BuiltInVideos(4, 32, length=10)
+    assert probe.Features(make_args(), encoder, source).videos_at_once == 3125
+    encoder.width = 2048
+    assert probe.Features(make_args(), encoder, source).videos_at_once == 1562
+
+
+def test_standardize(teacher):
+    """With the moments as its scale, `read` yields tokens of zero mean and unit variance per channel."""
+
+    def read():
+        return torch.cat([tokens for _, tokens, _ in features.read([torch.arange(50)])]).flatten(0, 2)
+
+    source = probe.BuiltInVideos(4, 32, length=50)
+    features = probe.Features(make_args(), randomize(load_encoder(teacher)), source)
+    x = read()
+    features.scale = probe.moments(features, torch.arange(50))
+    torch.testing.assert_close(features.scale, torch.stack((x.mean(0), x.std(0))))
+    torch.testing.assert_close(read().mean(0), torch.zeros(32), atol=1e-4, rtol=0)
+    torch.testing.assert_close(read().std(0), torch.ones(32), atol=1e-4, rtol=0)
+
+
+class FixedFeatures(probe.Features):
+    """Made-up tokens (M, N, D) or (M, V, N, D) with labels (M, L) in place of an encoder's."""
+
+    def __init__(self, args, tokens, labels, videos_at_once=1000):
+        self.args, self.source, self.scale, self.videos_at_once = args, FixedSource(tokens), None, videos_at_once
+        self.kept = tokens if tokens.dim() == 4 else tokens[:, None], labels
+        self.shape = self.kept[0].shape[1:]
 
 
 class FixedSource(list):
     train = False
 
 
-def make_args(**changes):
-    common = dict(lr=[1e-3], weight_decay=[0.01], batch_size=32, epochs=3, probe_depth=2, probe_heads=2, knn=None,
-                  device="cpu", dtype="float32")  # fmt: skip
-    return argparse.Namespace(**{**common, **changes})
+def test_unreadable_videos_do_not_count_in_the_moments():
+    tokens, labels = torch.randn(40, 3, 8), torch.zeros(40, 1, dtype=torch.long)
+    tokens[7], labels[7] = 1000, -1
+    mean, std = probe.moments(FixedFeatures(make_args(), tokens, labels), torch.arange(40))
+    rest = torch.cat([tokens[:7], tokens[8:]]).flatten(0, 1)
+    torch.testing.assert_close(torch.stack((mean, std)), torch.stack((rest.mean(0), rest.std(0))))
 
 
-def learn(args, tokens, labels, folder, classes=4, column=1, seed=0):
-    """The probes after training on made-up tokens."""
-    probes = probe.make_probes(args, tokens.shape[-1], classes, seed)
-    source = FixedTokens(args, tokens, labels)
-    for _ in probe.train_probes(args, probes, source, column, seed, folder / "resume.pt", "key"):
-        pass
+# ---------------------------------------------------------------------------------------------------------------------
+# training and predictions
+
+
+def learn(args, tokens, labels, folder, seed=0, **options):
+    """The probes after training on made-up tokens, for the second of the labels."""
+    args.out = folder
+    probes = probe.make_probes(args, tokens.shape[-1], 4, seed)
+    probe.train_probes(args, probes, FixedFeatures(args, tokens, labels, **options), TASK, seed, "key")
     return probes
 
 
@@ -72,9 +368,9 @@ def test_probe_learns_what_is_there(separable, tmp_path):
         tokens[torch.arange(900), torch.randint(0, 6, (900,), generator=rng)] += 10 * torch.eye(4, 16)[labels[:, 1]]
     args = make_args(lr=[3e-3], epochs=15)
     probes = learn(args, tokens[:600], labels[:600], tmp_path)
-    found = probe.predict_with_probes(args, probes, FixedTokens(args, tokens[600:], labels[600:]), 1)
-    assert torch.equal(found.labels, labels[600:, 1]) and found.readable.all()
-    accuracy = (found.top5[:, 0, 0] == found.labels).float().mean()
+    top5, found = probe.predict(args, probes, FixedFeatures(args, tokens[600:], labels[600:]), TASK)
+    assert torch.equal(found, labels[600:, 1])
+    accuracy = (top5[:, 0, 0] == found).float().mean()
     if separable:
         assert accuracy > 0.98  # random numbers depend on the version of torch
     else:
@@ -83,11 +379,15 @@ def test_probe_learns_what_is_there(separable, tmp_path):
 
 @pytest.mark.parametrize("depth", [1, 3])
 def test_probes_of_a_grid_learn_as_if_alone(depth, tmp_path):
-    """For all pairs of lr and weight decay: the same as a single probe with torch's AdamW and cosine schedule."""
+    """For all pairs of lr and weight decay: the same as a single probe with torch's AdamW and cosine schedule.
+
+    Batches in several micro-batches; an unreadable video, label -1, trains nothing.
+    """
     rng = torch.Generator().manual_seed(0)
     tokens, labels = torch.randn(70, 5, 16, generator=rng) * 2 + 1, torch.randint(0, 4, (70, 2), generator=rng)
+    labels[3] = -1
     args = make_args(lr=[5e-3, 1e-3], weight_decay=[0.8, 0.1, 0.01], probe_depth=depth, probe_heads=4)
-    probes = learn(args, tokens, labels, tmp_path, seed=7)
+    probes = learn(args, tokens, labels, tmp_path, seed=7, videos_at_once=10)
     settings = [(lr, decay) for lr in args.lr for decay in args.weight_decay]
     assert len(probes) == 6
     for (lr, decay), (trained, _) in zip(settings, probes, strict=True):
@@ -97,7 +397,9 @@ def test_probes_of_a_grid_learn_as_if_alone(depth, tmp_path):
         cosine = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (1 + math.cos(math.pi * step / 9)) / 2)
         for epoch in range(3):
             for ids in torch.randperm(70, generator=generator("probe order", 7, epoch)).split(32):
-                F.cross_entropy(alone(tokens[ids]), labels[ids, 1]).backward()
+                readable = ids[ids != 3]
+                loss = F.cross_entropy(alone(tokens[readable]), labels[readable, 1]) * len(readable) / len(ids)
+                loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()
                 cosine.step()
@@ -107,201 +409,26 @@ def test_probes_of_a_grid_learn_as_if_alone(depth, tmp_path):
         torch.testing.assert_close(trained(tokens), alone(tokens), atol=1e-3, rtol=0)
 
 
-def test_micro_batches_add_up(tmp_path):
-    """A batch read in several micro-batches trains the same probe."""
-    rng = torch.Generator().manual_seed(0)
-    tokens, labels = torch.randn(70, 5, 16, generator=rng), torch.randint(0, 4, (70, 2), generator=rng)
-    args, source = make_args(probe_depth=1), FixedTokens(make_args(), tokens, labels)
-    read, weights = source.read, []
-
-    def read_in_parts(batches):
-        for numbers in batches:
-            yield itertools.chain(*read(numbers.split(10)))
-
-    for i, how in enumerate((read, read_in_parts)):
-        source.read, probes = how, probe.make_probes(args, 16, 4, 0)
-        losses = list(probe.train_probes(args, probes, source, 1, 0, tmp_path / f"{i}.pt", ""))
-        weights.append((probes[0][0].linear.weight, losses[-1][2]))
-    torch.testing.assert_close(weights[0], weights[1], atol=1e-5, rtol=0)
-
-
 def test_views_are_averaged_as_probabilities():
     """One view is certain of class 0, two are fairly sure of 1: mean logits say 0, mean probabilities say 1."""
-    args, source = make_args(), FixedTokens(make_args(), torch.zeros(1, 3, 1, 3), torch.zeros(1, 1, dtype=torch.long))
-    source.tokens[0, :, 0] = torch.tensor([[12.0, 0, 0], [0, 2, 0], [0, 2, 0]])
-    found = probe.predict_with_probes(args, [(lambda x: x[:, 0], None)], source, 0)
-    assert found.top5[0, 0].tolist() == [1, 0, 2, -1, -1]
-    assert found.labels.tolist() == [0] and found.readable.tolist() == [True]
-
-
-def test_predictions_of_unreadable_videos():
-    """An unreadable video keeps its label but gets no predicted class."""
-    scores, labels = torch.eye(6) * 0.5 + torch.arange(6) * 0.01, torch.arange(6)[:, None]
-    readable = torch.arange(6) != 4
-    source = FixedTokens(make_args(), scores[:, None], labels, readable)
-    found = probe.predict(source, 0, 1, lambda x: x[:, 0, 0][None])
-    assert torch.equal(found.labels, labels[:, 0]) and torch.equal(found.readable, readable)
-    assert found.top5[:, 0, 0].tolist() == [0, 1, 2, 3, -1, 5] and found.top5[4, 0].tolist() == [-1] * 5
-    assert found.top5[0, 0].tolist() == [0, 5, 4, 3, 2]
+    views = torch.tensor([[12.0, 0, 0], [0, 2, 0], [0, 2, 0]])
+    features = FixedFeatures(make_args(), views[None, :, None], torch.zeros(1, 1, dtype=torch.long))
+    top5, labels = probe.predict(make_args(), [(lambda x: x[:, 0], None)], features, probe.Task("own", 0, 3))
+    assert top5[0, 0].tolist() == [1, 0, 2] and labels.tolist() == [0]
 
 
 def test_summary():
-    """Two seeds of two probes on four videos of three classes: each seed's best probe counts."""
-    right = torch.tensor([[[1, 1, 1, 0], [1, 0, 0, 0]], [[1, 0, 0, 0], [1, 1, 0, 0]]])  # (seeds, P, M)
-    label = torch.tensor([0, 1, 1, 0])
-    top = torch.where(right == 1, label, 2)
-    top5 = F.pad(top[..., None], (0, 4), value=-1).transpose(1, 2)  # (seeds, M, P, 5)
-    predictions = [probe.Predictions(seed, label, torch.ones(4, dtype=torch.bool)) for seed in top5]
-    args = make_args(lr=[1e-2, 1e-3])
-    one, confusion = probe.summarize(args, predictions, 3)
-    assert one["top1_per_seed"] == [75, 50] and one["top1"] == 62.5 and one["median"] == (50 + 37.5) / 2
+    """Two seeds of two probes on five videos of three classes: each seed's best probe counts. One is unreadable."""
+    right = torch.tensor([[[1, 1, 1, 0, 0], [1, 0, 0, 0, 0]], [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0]]])  # (seeds, P, M)
+    labels = torch.tensor([0, 1, 1, 0, -1])
+    top = torch.where(right == 1, labels, 2)[..., None].transpose(1, 2)  # (seeds, M, P, 1)
+    one = probe.summarize(make_args(lr=[1e-2, 1e-3]), [(seed, labels) for seed in top], 3)
+    assert one["top1_per_seed"] == pytest.approx([60, 40]) and one["top1"] == 50 and one["median"] == 35
     assert [setting["lr"] for setting in one["best"]] == [1e-2, 1e-3] and one["top5"] is None
-    assert [p["top1"] for p in one["probes"]] == [50, 37.5] and one["probes"][1]["lr"] == 1e-3
-    assert confusion.tolist() == [[2, 0, 2], [0, 3, 1], [0, 0, 0]] and one["per_class"] == [50, 75, None]
-    assert one["interval95"] == interval95(2.5, 4) and one["chance"] == pytest.approx(100 / 3)
-
-
-def test_learning_rate_goes_to_zero(monkeypatch, tmp_path):
-    rates = []
-    step = torch.optim.AdamW.step
-
-    def watched(self, *args):
-        rates.append(self.param_groups[0]["lr"])
-        return step(self, *args)
-
-    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
-    learn(make_args(epochs=5, batch_size=64), torch.randn(70, 2, 8), torch.zeros(70, 2, dtype=torch.long), tmp_path)
-    assert rates == pytest.approx([1e-3 * (1 + math.cos(math.pi * i / 10)) / 2 for i in range(10)])
-
-
-@pytest.mark.parametrize("same", [True, False])
-def test_resumes_after_the_epoch(same, tmp_path):
-    """Bit for bit the result of an uninterrupted run; the state of another run is not used."""
-    rng = torch.Generator().manual_seed(0)
-    tokens, labels = torch.randn(70, 3, 8, generator=rng), torch.randint(0, 4, (70, 2), generator=rng)
-    args, file, weights = make_args(probe_depth=1, lr=[1e-2, 1e-3]), tmp_path / "resume.pt", []
-    uninterrupted, first = tmp_path / "uninterrupted.pt", "this" if same else "other"
-    for path, stop_at, key in ((uninterrupted, None, "this"), (file, 2, first), (file, None, "this")):
-        probes, epochs = probe.make_probes(args, 8, 4, 0), []
-        source = FixedTokens(args, tokens, labels)
-        for epoch, step, _ in probe.train_probes(args, probes, source, 1, 0, path, key):
-            if epoch == stop_at and step == 2:
-                break
-            epochs.append(epoch)
-        weights.append(([p.linear.weight.clone() for p, _ in probes], epochs))
-    for complete, stopped, resumed in zip(*(found for found, _ in weights), strict=True):
-        assert torch.equal(complete, resumed) and not torch.equal(complete, stopped)
-    assert weights[2][1] == ([2] * 3 if same else [0] * 3 + [1] * 3 + [2] * 3)
-
-
-def test_nearest_neighbors():
-    """One near neighbor outweighs two farther ones: weights are exp(cosine / 0.07), cosines of mean tokens."""
-
-    def at(degrees):
-        return [math.cos(math.radians(degrees)), math.sin(math.radians(degrees))]
-
-    args = make_args(knn=3)
-    train = torch.tensor([at(0), at(40), at(41), at(180)])[:, None].expand(-1, 2, -1) * torch.tensor([0.5, 7])[:, None]
-    train = FixedTokens(args, train * torch.tensor([[[1.0]], [[5]], [[9]], [[1]]]), torch.tensor([[1], [2], [2], [0]]))
-    val = FixedTokens(args, torch.tensor([[at(2)], [at(39)]]), torch.tensor([[1], [0]]))
-    found = probe.predict_with_neighbors(args, train, val, probe.Task("own", 0, 4)).top5
-    assert found[:, 0, 0].tolist() == [1, 2] and found[:, 0, 1].tolist() == [2, 1]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the script
-
-
-def results(out):
-    return json.loads((out / "results.json").read_text())
-
-
-@pytest.fixture(scope="module")
-def probed(student, tmp_path_factory):
-    out = tmp_path_factory.mktemp("probe")
-    tasks = ("--task", "synthetic-motion", "synthetic-shape")
-    run_script(probe, *QUICK, *SYNTHETIC, *tasks, "--checkpoint", student, "--out", out, "--seeds", 2)
-    return out
-
-
-def test_synthetic_tasks(probed, student):
-    record = results(probed)
-    assert record["checkpoint"] == str(student) and record["weights"] == "encoder" and record["seconds"] > 0
-    assert record["args"]["epochs"] == 1 and record["args"]["train_clips"] == 24
-    assert list(record["tasks"]) == ["synthetic-motion", "synthetic-shape"]
-    for (_, found), classes in zip(record["tasks"].items(), (8, 6), strict=True):
-        assert found["num_val"] == 20 and found["chance"] == pytest.approx(100 / classes)
-        assert len(found["top1_per_seed"]) == 2
-        assert all(5 * round(x / 5) == pytest.approx(x, abs=1e-4) for x in found["top1_per_seed"])  # 20 clips
-        assert found["top1"] == pytest.approx(sum(found["top1_per_seed"]) / 2)
-        assert found["spread"] == pytest.approx(torch.tensor(found["top1_per_seed"]).std().item())
-        low, high = found["interval95"]
-        assert 0 <= low <= found["top1"] <= high <= 100
-
-
-@pytest.mark.parametrize("flags", [["--untrained"], ["--standardize"], ["--dtype", "bfloat16"], ["--resolution", "48"]])
-def test_flags_of_the_probe(flags, teacher, tmp_path, capfd):
-    run = ["--task", "synthetic-shape", "--checkpoint", teacher / "checkpoint.pt"]
-    run_script(probe, *QUICK, *SYNTHETIC, *run, "--out", tmp_path, *flags)
-    record = results(tmp_path)
-    assert record["tasks"]["synthetic-shape"]["spread"] is None
-    assert record["weights"] == ("untrained" if "--untrained" in flags else "encoder")
-    assert "chance 16.7, 20 videos" in capfd.readouterr().out
-
-
-def probe_args(*flags):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["probe.py", *map(str, flags)])
-        return probe.parse_args()
-
-
-def test_seed_of_the_probe(probed, student, tmp_path, capfd):
-    """--seed is the first repetition's: the second of two repetitions is the one that --seed 1 trains."""
-    tasks = ("--task", "synthetic-motion", "synthetic-shape")
-    run_script(probe, *QUICK, *SYNTHETIC, *tasks, "--checkpoint", student, "--out", tmp_path, "--seed", 1)
-    assert "seed 1 epoch 1/1" in capfd.readouterr().out and results(tmp_path)["args"]["seed"] == 1
-    for task, found in results(tmp_path)["tasks"].items():
-        assert found["top1_per_seed"] == results(probed)["tasks"][task]["top1_per_seed"][1:]
-
-
-def test_seeds_differ_in_initialization_and_order(student, tmp_path, monkeypatch):
-    """Three repetitions from --seed 5 have the seeds 5, 6 and 7."""
-    firsts = []
-
-    def watched(args, probes, tokens, column, order, *rest):
-        firsts.append((probes[0][0].linear.weight.clone(), order))
-        yield torch.zeros(())
-
-    monkeypatch.setattr(probe, "train_epoch", watched)
-    flags = [*QUICK, *SYNTHETIC, "--task", "synthetic-shape", "--checkpoint", student, "--out", tmp_path]
-    for seeds in (("--seed", 5, "--seeds", 3), ("--seed", 6)):
-        run_script(probe, *flags, *seeds)
-    for a, b in ((0, 1), (1, 2), (0, 2)):
-        assert not any(torch.equal(x, y) for x, y in zip(firsts[a], firsts[b], strict=True))
-    assert all(torch.equal(x, y) for x, y in zip(firsts[1], firsts[3], strict=True))
-
-
-@pytest.fixture(scope="module")
-def ema(tmp_path_factory):
-    out = tmp_path_factory.mktemp("runs") / "ema"
-    run_script(train_ema_baseline, *TINY, "--ema-momentum", 0.5, "--out", out)
-    return out
-
-
-def test_weights_of_an_ema_run(ema, tmp_path, capfd):
-    """Its student is probed only on request, and named."""
-    task = ("--task", "synthetic-shape", "--checkpoint", ema)
-    for flags, part in (((), "encoder"), (("--weights", "encoder"), "encoder"), (("--weights", "student"), "student")):
-        run_script(probe, *QUICK, *SYNTHETIC, *task, *flags, "--out", tmp_path)
-        assert results(tmp_path)["weights"] == part and results(tmp_path)["checkpoint"] == str(ema)
-        assert (f"{ema} (student) synthetic-shape: top-1" in capfd.readouterr().out) == (part == "student")
-
-
-def test_other_runs_hold_no_student(teacher, student, tmp_path, capfd):
-    for run in (teacher, student):
-        flags = ("--task", "synthetic-shape", "--checkpoint", run, "--weights", "student", "--out", tmp_path / "out")
-        assert f"{run} holds no student" in refusal(capfd, probe, *QUICK, *SYNTHETIC, *flags)
-    assert not (tmp_path / "out").exists()
+    assert [p["top1"] for p in one["probes"]] == pytest.approx([40, 30]) and one["probes"][1]["lr"] == 1e-3
+    assert one["interval95"] == pytest.approx(interval95(2.5, 5)) and one["chance"] == pytest.approx(100 / 3)
+    assert one["num_val"] == 5 and one["unreadable"] == 1
+    assert "1 unreadable counted as misses" in probe.describe(one)
 
 
 @pytest.mark.parametrize("depth", [1, 2])
@@ -320,32 +447,72 @@ def test_bfloat16_means_bfloat16(depth, teacher, tmp_path):
             return function(*inputs, **(kwargs or {}))
 
     args = probe_args(*QUICK, *SYNTHETIC, "--task", "synthetic-shape", "--checkpoint", teacher, "--dtype", "bfloat16",
-                      "--probe-depth", depth)  # fmt: skip
-    encoder, _ = features.load(args)
-    train, _, _ = probe.open_task(args, encoder)
-    tokens = features.Tokens(args, encoder, train, features.Stopwatch())
-    probes = probe.make_probes(args, tokens.shape[1], 6, 0)
-    batch = train.batch(range(24))
+                      "--probe-depth", depth, "--out", tmp_path)  # fmt: skip
+    encoder, _ = probe.open_encoder(args)
+    train, _, tasks = probe.open_task(args, encoder)
+    batch, probes = train.batch(range(24)), probe.make_probes(args, encoder.width, 6, 0)
     with Watch():
-        source = FixedTokens(args, tokens.encode(batch.clips), batch.labels)
-        for _ in probe.train_probes(args, probes, source, 1, 0, tmp_path / "resume.pt", ""):
-            pass
-    assert (
-        source.tokens.dtype == torch.bfloat16
-        and {"mm", "addmm"} <= seen.keys()  # backward, forward
-        and all(dtypes == {torch.bfloat16} for dtypes in seen.values())
-    ), seen
-    assert {p.dtype for one, _ in probes for p in one.parameters()} == {torch.float32}
+        tokens = probe.Features(args, encoder, train).encode(batch.clips)
+        probe.train_probes(args, probes, FixedFeatures(args, tokens, batch.labels), tasks[0], 0, "")
+    assert tokens.dtype == torch.bfloat16 and {"mm", "addmm"} <= seen.keys()  # backward, forward
+    assert all(dtypes == {torch.bfloat16} for dtypes in seen.values()), seen
+    assert {p.dtype for network, _ in probes for p in network.parameters()} == {torch.float32}
 
 
-def test_training_and_validation_clips_differ(teacher):
-    """And no training run sees any of them."""
-    args = probe_args("--task", "synthetic-shape", "--checkpoint", teacher)
-    train, val, tasks = probe.open_task(args, load_encoder(teacher))
-    assert (len(train), len(val), tasks) == (4000, 1000, [("synthetic-shape", 1, 6)])
-    numbers = list(range(30))
-    sets = [source.batch(numbers).clips for source in (train, val, data.Synthetic(4, 32, 0), data.Synthetic(4, 32, 1))]
-    assert len({clip.numpy().tobytes() for clips in sets for clip in clips}) == 120
+# ---------------------------------------------------------------------------------------------------------------------
+# the script
+
+
+def results(out):
+    return json.loads((out / "results.json").read_text())
+
+
+def probe_args(*flags):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["probe.py", *map(str, flags)])
+        return probe.parse_args()
+
+
+def test_synthetic_tasks_and_seeds(student, tmp_path, capfd):
+    """--seed is the first repetition's: the second of two repetitions is the one that --seed 1 trains."""
+    flags = (*QUICK, *SYNTHETIC, "--task", "synthetic-motion", "synthetic-shape", "--checkpoint", student)
+    run_script(probe, *flags, "--out", tmp_path / "two", "--seeds", 2)
+    run_script(probe, *flags, "--out", tmp_path / "one", "--seed", 1)
+    assert "seed 1 epoch 1/1" in capfd.readouterr().out
+    record, one = results(tmp_path / "two"), results(tmp_path / "one")
+    assert record["checkpoint"] == str(student) and record["weights"] == "encoder" and record["step"] == 6
+    assert record["args"]["epochs"] == 1 and record["args"]["train_clips"] == 24
+    assert list(record["tasks"]) == ["synthetic-motion", "synthetic-shape"]
+    for (name, found), classes in zip(record["tasks"].items(), (8, 6), strict=True):
+        first, second = found["top1_per_seed"]
+        assert one["tasks"][name]["top1_per_seed"] == [second] and one["tasks"][name]["spread"] is None
+        assert found["num_val"] == 20 and found["chance"] == pytest.approx(100 / classes)
+        assert 5 * round(first / 5) == pytest.approx(first, abs=1e-4)  # 20 clips
+        assert found["top1"] == pytest.approx((first + second) / 2)
+        assert found["spread"] == pytest.approx(torch.tensor([first, second]).std().item())
+        low, high = found["interval95"]
+        assert 0 <= low <= found["top1"] <= high <= 100
+
+
+@pytest.mark.parametrize("flags", [["--untrained"], ["--standardize"], ["--dtype", "bfloat16"], ["--resolution", "48"]])
+def test_flags_of_the_probe(flags, teacher, tmp_path, capfd):
+    run = ["--task", "synthetic-shape", "--checkpoint", teacher / "checkpoint.pt"]
+    run_script(probe, *QUICK, *SYNTHETIC, *run, "--out", tmp_path, *flags)
+    assert results(tmp_path)["weights"] == ("untrained" if "--untrained" in flags else "encoder")
+    assert "chance 16.7, 20 videos" in capfd.readouterr().out
+
+
+def test_seeds_differ_in_initialization_and_order(student, tmp_path, monkeypatch):
+    firsts = []
+
+    def watched(args, probes, features, column, order, *rest):
+        firsts.append((probes[0][0].linear.weight.clone(), order))
+        yield torch.zeros(())
+
+    monkeypatch.setattr(probe, "train_epoch", watched)
+    flags = [*QUICK, *SYNTHETIC, "--task", "synthetic-shape", "--checkpoint", student, "--out", tmp_path]
+    run_script(probe, *flags, "--seed", 5, "--seeds", 2)
+    assert not any(torch.equal(x, y) for x, y in zip(*firsts, strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -371,11 +538,26 @@ def own_task(folder, classes=2, val="val.csv"):
     return "--train-data", folder / "train.csv", "--val-data", folder / val, "--num-classes", classes
 
 
-def test_own_task(dark_or_bright, teacher, tmp_path):
-    flags = [*QUICK, "--checkpoint", teacher, "--out", tmp_path, "--epochs", 8, "--lr", "3e-3", "--standardize"]
-    run_script(probe, *flags, *own_task(dark_or_bright))
-    found = results(tmp_path)["tasks"][dark_or_bright.name]
-    assert found["top1"] == 100 and found["chance"] == 50 and found["num_val"] == 8
+@pytest.mark.parametrize("workers", [0, 1])
+def test_own_task_with_unreadable_videos(workers, dark_or_bright, teacher, tmp_path, capfd):
+    """They are named; a training video is replaced by another one, a validation video counts as a miss."""
+    folder = shutil.copytree(dark_or_bright, tmp_path / "data")
+    for name in ("3.png", "20.mp4"):
+        (folder / name).write_bytes(b"")
+    flags = [*QUICK, "--checkpoint", teacher, "--out", tmp_path / "out", "--epochs", 8, "--lr", "3e-3", "--standardize"]
+    run_script(probe, *flags, *own_task(folder), "--workers", workers)
+    found, said = results(tmp_path / "out")["tasks"]["data"], capfd.readouterr()
+    assert found["num_val"] == 8 and found["unreadable"] == 1 and found["top1"] == 87.5 and found["chance"] == 50
+    assert "3.png: " in said.err and "20.mp4: " in said.err and "1 unreadable counted as misses" in said.out
+
+
+@pytest.mark.parametrize("split, message", [("train", "missing"), ("val", "no validation video can be read")])
+def test_only_unreadable_videos(split, message, dark_or_bright, teacher, tmp_path, capfd):
+    folder = shutil.copytree(dark_or_bright, tmp_path / "data")
+    (folder / f"{split}.csv").write_text("".join(f"missing{n}.mp4 1\n" for n in range(20)))
+    with pytest.raises(SystemExit):
+        run_script(probe, *QUICK, "--checkpoint", teacher, "--out", tmp_path / "out", *own_task(folder))
+    assert message in capfd.readouterr().err.splitlines()[-1]
 
 
 def test_named_task(dark_or_bright, teacher, tmp_path, monkeypatch, capfd):
@@ -392,32 +574,6 @@ def test_named_task(dark_or_bright, teacher, tmp_path, monkeypatch, capfd):
     assert results(tmp_path / "out")["tasks"]["jester"]["chance"] == pytest.approx(100 / 27)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_unreadable_videos(workers, dark_or_bright, teacher, tmp_path, capfd):
-    """A training video is replaced by another one and reported; a validation video ends the evaluation."""
-    folder = shutil.copytree(dark_or_bright, tmp_path / "data")
-    flags = [*QUICK, "--checkpoint", teacher, "--out", tmp_path / "out", "--workers", workers]
-    (folder / "3.png").write_bytes(b"")
-    run_script(probe, *flags, *own_task(folder))
-    assert "3.png: " in capfd.readouterr().err
-    (folder / "20.mp4").write_bytes(b"")
-    shutil.rmtree(tmp_path / "out")
-    error = refusal(capfd, probe, *flags, *own_task(folder))
-    assert f"{folder / '20.mp4'}: " in error and not (tmp_path / "out").exists()
-
-
-def test_skip_bad_counts_a_miss(dark_or_bright, teacher, tmp_path, capfd):
-    folder = shutil.copytree(dark_or_bright, tmp_path / "data")
-    (folder / "20.mp4").write_bytes(b"")
-    flags = [*QUICK, "--checkpoint", teacher, "--out", tmp_path / "out", "--epochs", 8, "--lr", "3e-3", "--standardize"]
-    run_script(probe, *flags, *own_task(folder), "--skip-bad")
-    found = results(tmp_path / "out")["tasks"]["data"]
-    assert found["num_val"] == 8 and found["unreadable"] == 1 and found["top1"] == 87.5
-    assert found["per_class"] == [75, 100]
-    said = capfd.readouterr()
-    assert "20.mp4" in said.err and "1 unreadable counted as misses" in said.out
-
-
 def test_resume_key_identifies_the_run(dark_or_bright, teacher, tmp_path):
     """It changes with flags, weights, labels and step, but not with what a restarted run may change."""
     folder = shutil.copytree(dark_or_bright, tmp_path / "data")
@@ -425,24 +581,21 @@ def test_resume_key_identifies_the_run(dark_or_bright, teacher, tmp_path):
 
     def key(*more, step_offset=0):
         args = probe_args(*flags, *more)
-        encoder, step = features.load(args)
+        encoder, step = probe.open_encoder(args)
         probe.open_task(args, encoder)
         return probe.resume_key(args, encoder, step + step_offset)
 
     first = key()
-    assert key("--workers", 3, "--out", tmp_path / "x", "--seeds", 2, "--skip-bad") == first
+    assert key("--workers", 3, "--out", tmp_path / "x", "--seeds", 2) == first
     assert key("--checkpoint", teacher / "checkpoint.pt") == first
-    changes = [("--lr", 1e-2), ("--untrained",), ("--frame-step", 1), ("--batch-size", 8), ("--flip",),
-               ("--num-classes", 3), ("--augment", "none"), ("--augment", "pretrain"), ("--standardize",),
-               ("--dtype", "bfloat16"), ("--layers", 1), ("--layers", 1, "--combine", "mean"),
-               ("--untrained", "--seed", 1)]  # fmt: skip
+    changes = [("--lr", 1e-2), ("--untrained",), ("--frame-step", 1), ("--batch-size", 8), ("--num-classes", 3),
+               ("--augment", "none"), ("--standardize",), ("--dtype", "bfloat16"), ("--untrained", "--seed", 1),
+               ("--single-frame",), ("--segments", 2)]  # fmt: skip
     keys = {first, key(step_offset=1), *(key(*change) for change in changes)}
     lines = (folder / "train.csv").read_text().splitlines(keepends=True)
-    (folder / "train.csv").write_text("".join(lines[1:]))
-    keys.add(key())
     (folder / "train.csv").write_text("".join([lines[0].replace(" 0", " 1"), *lines[1:]]))
     keys.add(key())
-    assert len(keys) == len(changes) + 4
+    assert len(keys) == len(changes) + 3
 
 
 @pytest.mark.parametrize("same", [True, False])
@@ -451,64 +604,46 @@ def test_resumed_script(same, dark_or_bright, teacher, tmp_path, monkeypatch, ca
     flags = [*QUICK, "--checkpoint", teacher, *own_task(dark_or_bright), "--epochs", 3]
     lr = ["--lr", "1e-3"] if same else ["--lr", "2e-3"]
     run_script(probe, *flags, *lr, "--out", tmp_path / "uninterrupted")
+    weights = []
     with monkeypatch.context() as patch:
         epoch = probe.train_epoch
 
-        def dies_in_the_third_epoch(args, probes, tokens, column, order, first_step, num_steps):
+        def dies_in_the_third_epoch(args, probes, features, column, order, first_step, num_steps):
             if first_step == 2:
                 raise RuntimeError("killed")
-            return epoch(args, probes, tokens, column, order, first_step, num_steps)
+            return epoch(args, probes, features, column, order, first_step, num_steps)
 
         patch.setattr(probe, "train_epoch", dies_in_the_third_epoch)
         with pytest.raises(RuntimeError, match="killed"):
             run_script(probe, *flags, "--lr", "1e-3", "--out", tmp_path / "resumed")
     capfd.readouterr()
-    run_script(probe, *flags, *lr, "--out", tmp_path / "resumed")
-    said = capfd.readouterr().out
-    assert ("continuing after epoch 2" in said) == same
+    predict = probe.predict
+    monkeypatch.setattr(probe, "predict", lambda *args: weights.append(args[1][0][0]) or predict(*args))
+    for name in ("resumed", "again"):  # the second one without interruption
+        run_script(probe, *flags, *lr, "--out", tmp_path / name)
+    assert ("continuing after epoch 2" in capfd.readouterr().out) == same
+    assert torch.equal(weights[0].linear.weight, weights[1].linear.weight)
     assert results(tmp_path / "resumed")["tasks"] == results(tmp_path / "uninterrupted")["tasks"]
     assert not list((tmp_path / "resumed").glob("resume-*.pt"))
-
-
-def test_step_of_the_checkpoint_is_that_of_the_probed_weights(teacher, tmp_path, monkeypatch):
-    """Even if the training run saves again meanwhile."""
-    run = shutil.copytree(teacher, tmp_path / "run")
-    summarize = probe.summarize
-
-    def training_continues(*args):
-        torch.save(load_checkpoint(run) | {"step": 1000}, run / "checkpoint.pt")
-        return summarize(*args)
-
-    monkeypatch.setattr(probe, "summarize", training_continues)
-    flags = [*QUICK, *SYNTHETIC, "--task", "synthetic-shape", "--checkpoint", run, "--out", tmp_path / "out"]
-    run_script(probe, *flags)
-    assert results(tmp_path / "out")["step"] == 6
 
 
 def test_features_that_never_change_are_computed_once(dark_or_bright, teacher, tmp_path, monkeypatch):
     """With two segments and three views, too; the probes are the same as without keeping features."""
     flags = [*QUICK, "--checkpoint", teacher, *own_task(dark_or_bright), "--augment", "none", "--epochs", "2",
              "--seeds", "2", "--segments", "2", "--views", "3", "--standardize", "--batch-size", "24"]  # fmt: skip
-    encode, encoded = features.Tokens.encode, collections.Counter()
+    encode, encoded = probe.Features.encode, collections.Counter()
 
-    def counted(tokens, clips):
-        encoded[tokens.source.views] += len(clips)  # one view of training videos, three of validation videos
-        return encode(tokens, clips)
+    def counted(features, clips):
+        encoded[features.source.views] += len(clips)  # one view of training videos, three of validation videos
+        return encode(features, clips)
 
-    monkeypatch.setattr(features.Tokens, "encode", counted)
+    monkeypatch.setattr(probe.Features, "encode", counted)
     run_script(probe, *flags, "--out", tmp_path / "kept")
-    num_train, num_val = (len((dark_or_bright / f"{split}.csv").read_text().splitlines()) for split in ("train", "val"))
-    assert encoded == {1: num_train, 3: num_val}
-    monkeypatch.setattr(features, "KEPT_BYTES", 0)
+    assert encoded == {1: 16, 3: 8}
+    monkeypatch.setattr(probe, "KEPT_BYTES", 0)
     run_script(probe, *flags, "--out", tmp_path / "not-kept")
-    assert encoded == {1: num_train * (1 + 1 + 2 * 2), 3: num_val * (1 + 2)}  # 1 to standardize, 2 epochs x 2 seeds
+    assert encoded == {1: 16 * (1 + 1 + 2 * 2), 3: 8 * (1 + 2)}  # 1 to standardize, 2 epochs x 2 seeds
     assert results(tmp_path / "kept")["tasks"] == results(tmp_path / "not-kept")["tasks"]
-
-
-def test_knn(dark_or_bright, teacher, tmp_path):
-    run_script(probe, *QUICK, "--checkpoint", teacher, "--out", tmp_path, "--knn", 3, *own_task(dark_or_bright))
-    found = results(tmp_path)["tasks"][dark_or_bright.name]
-    assert found["top1"] == 100 and found["best"] == [{"k": 3}]
 
 
 @pytest.mark.slow
@@ -531,7 +666,6 @@ def test_three_processes_seven_videos(augment, dark_or_bright, teacher, tmp_path
     assert one == three and one["num_val"] == 7
     losses = [re.findall(r"step 4/4  loss ([0-9.]+)", text) for text in (capfd.readouterr().out, done.stdout)]
     assert losses[0] == losses[1] and len(losses[0]) == 1  # the last step's; others appear every 30 seconds
-    assert (tmp_path / "three" / f"confusion-{dark_or_bright.name}.png").stat().st_size > 1000
 
 
 @pytest.mark.parametrize("task, protocol", [
@@ -539,66 +673,12 @@ def test_three_processes_seven_videos(augment, dark_or_bright, teacher, tmp_path
     ("diving48", (48, 16, 2, 4, 3, 128, 1)), ("jester", (27, 16, 2, 4, 3, 128, 1)),
     ("ucf101", (101, 16, 4, 5, 3, 128, 1)), ("hmdb51", (51, 16, 2, 10, 3, 128, 1)),
     ("imagenet1k", (1000, 16, 4, 1, 3, 1024, 1)), ("k400 --fast", (400, 16, 4, 1, 1, 256, 1)),
-    ("ssv2 --fast", (174, 16, 4, 1, 1, 256, 1)),
     ("jester --views 2 --lr 1 2 --weight-decay 3", (27, 16, 2, 4, 2, 128, 2)),
 ])  # fmt: skip
 def test_protocols(task, protocol):
     args = probe_args("--task", *task.split())
     found = args.num_classes, args.num_frames, args.frame_step, args.segments, args.views, args.batch_size
-    assert (*found, len(args.lr) * len(args.weight_decay)) == protocol
-
-
-@pytest.mark.parametrize(
-    "flags, augment, flip",
-    [
-        ("--task k400", "vjepa2", False),
-        ("--task ssv2 --fast", "vjepa2", False),
-        ("--train-data a --val-data b --num-classes 2", "vjepa2", False),
-        ("--task k400 --flip", "vjepa2", True),
-        ("--task k400 --augment pretrain", "pretrain", True),
-        ("--task k400 --augment pretrain --no-flip", "pretrain", False),
-        ("--task ssv2 --augment pretrain", "pretrain", False),
-        ("--task jester --augment pretrain --flip", "pretrain", True),
-        ("--train-data a --val-data b --num-classes 2 --augment pretrain", "pretrain", True),
-        ("--task coin --augment none", "none", False),
-        ("--task synthetic-shape", "none", False),
-    ],
-)
-def test_augmentation_of_the_protocols(flags, augment, flip):
-    """V-JEPA 2's augmentation without flips is the default; that of pretraining flips where labels allow it."""
-    args = probe_args(*flags.split())
-    assert (args.augment, args.flip) == (augment, flip)
-
-
-@pytest.mark.parametrize("augment, clips", [("none", 16 + 8 * 3), ("vjepa2", 16 * 3 + 8 * 3)])
-def test_clips_encoded_with_three_views(augment, clips, dark_or_bright, teacher, tmp_path, monkeypatch):
-    """Training encodes one view: without augmentation only once for 3 epochs, and not the leftmost but the centered."""
-    encoded, encode = [], features.Tokens.encode
-
-    def count(self, clips):
-        encoded.append(clips.shape[:3].numel())
-        return encode(self, clips)
-
-    monkeypatch.setattr(features.Tokens, "encode", count)
-    flags = [*QUICK, "--checkpoint", teacher, "--out", tmp_path, "--epochs", 3, *own_task(dark_or_bright)]
-    run_script(probe, *flags, "--views", 3, "--augment", augment)
-    assert sum(encoded) == clips
-
-
-@pytest.mark.parametrize("flags, views", [((), 1), (("--knn", 1), 3)])
-def test_training_views_without_augmentation(flags, views, dark_or_bright, teacher):
-    """Probes train on the middle one of three validation views; nearest neighbors average all of them."""
-    flags = [*flags, "--checkpoint", teacher, *own_task(dark_or_bright, val="train.csv"), "--views", 3]
-    train, val, _ = probe.open_task(probe_args(*flags, "--augment", "none"), load_encoder(teacher))
-    clips = val.batch([1]).clips
-    assert torch.equal(train.batch([1]).clips, clips[:, 1:2] if views == 1 else clips)
-
-
-def test_only_unreadable_training_videos(dark_or_bright, teacher, tmp_path, capfd):
-    folder = shutil.copytree(dark_or_bright, tmp_path / "data")
-    (folder / "train.csv").write_text("".join(f"missing{n}.mp4 1\n" for n in range(20)))
-    error = refusal(capfd, probe, *QUICK, "--checkpoint", teacher, "--out", tmp_path / "out", *own_task(folder))
-    assert "missing" in error
+    assert (*found, len(args.lr) * len(args.weight_decay)) == protocol and args.augment == "vjepa2"
 
 
 @pytest.mark.parametrize(
@@ -614,34 +694,25 @@ def test_only_unreadable_training_videos(dark_or_bright, teacher, tmp_path, capf
         ("--train-data DIR/train.csv --val-data DIR/val.csv --num-classes 1", "train.csv line 2: a label from 0 to 0"),
         ("--train-data DIR/train.csv --val-data DIR/nowhere.csv --num-classes 2", "nowhere.csv"),
         ("--task synthetic-shape --checkpoint nowhere", "no checkpoint at nowhere"),
+        ("--task synthetic-shape --checkpoint HF", "python -m tools.convert from-hf"),
+        ("--task synthetic-shape --checkpoint STUDENT --weights student", "holds no student"),
         ("--task synthetic-shape --probe-heads 3", "--probe-heads: "),
         ("--task synthetic-shape --probe-heads 3 --probe-depth 1", "--probe-heads: "),
         ("--task synthetic-shape --untrained --weights student", "--weights student"),
         ("--task synthetic-shape --views 3", "--views"),
-        ("--task synthetic-shape --augment vjepa2", "--augment vjepa2"),
-        ("--task synthetic-shape --flip", "--flip"),
-        ("--task synthetic-shape --layers 0", "--layers"),
-        ("--task synthetic-shape --layers 1 2", "--layers"),
-        ("--task synthetic-shape --knn 0", "--knn 0"),
-        ("--task synthetic-shape --knn 25", "24 training videos"),
-        ("--task synthetic-shape --probe-heads 0", "--probe-heads"),
-        ("--task synthetic-shape --probe-depth 0", "--probe-depth"),
+        ("--task synthetic-shape --augment vjepa2", "--augment"),
         ("--task synthetic-shape --resolution 30", "30x30"),
         ("--task synthetic-shape --num-frames 3", "3 frames"),
         ("--task synthetic-shape --epochs 0", "--epochs"),
-        ("--task synthetic-shape --batch-size 0", "--batch-size"),
-        ("--task synthetic-shape --val-clips 0", "--val-clips"),
-        ("--task synthetic-shape --seeds 0", "--seeds"),
         ("--task synthetic-shape --seed -1", "--seed"),
-        ("--task synthetic-shape --workers -1", "--workers"),
-        ("--task synthetic-shape --weights predictor", "--weights"),
         ("--task synthetic-shape --out DIR/train.csv/x", "--out "),
     ],
 )
-def test_wrong_flags_end_in_one_line(flags, message, dark_or_bright, teacher, tmp_path, capfd):
-    flags = flags.replace("DIR", str(dark_or_bright)).split()
-    message = message.replace("DIR", str(dark_or_bright))
-    assert message in refusal(capfd, probe, *QUICK, *SYNTHETIC, "--checkpoint", teacher, "--out", tmp_path, *flags)
+def test_wrong_flags_end_in_one_line(flags, message, dark_or_bright, student, teacher, tmp_path, capfd):
+    (tmp_path / "config.json").write_text("{}")  # like a Hugging Face folder
+    flags = flags.replace("DIR", str(dark_or_bright)).replace("STUDENT", str(student)).replace("HF", str(tmp_path))
+    flags = [*QUICK, *SYNTHETIC, "--checkpoint", teacher, "--out", tmp_path / "out", *flags.split()]
+    assert message in refusal(capfd, probe, *flags)
 
 
 def test_probe_of_a_student_taught_by_a_student(student, tmp_path):
