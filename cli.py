@@ -69,21 +69,17 @@ def training_flags(description, out, steps):
     flag("--frame-step", type=int, default=4, help="video frames from one clip frame to the next (table 5)")
     flag("--fps", type=float, help="clip frames per second of video, by time stamps; replaces --frame-step")
     flag("--max-bad", type=float, default=0.05, help="end the run if more than this fraction of videos is unreadable")
-    flag("--workers", type=int, help="loader processes per training process; default: 1 per core, up to 16, on a GPU; "
-         "1 on the CPU")  # fmt: skip
+    flag("--workers", type=int, help="loaders per training process; default: 1 per core, up to 16 on a GPU, 1 on a CPU")
     flag("--mask", choices=masking.STRATEGIES, default="multiblock", help="masking strategy (section 5.2)")
-    flag("--mask-truncation", choices=("random", "raster"), default="random", help="which tokens to drop so that all "
-         "clips keep equally many; raster is V-JEPA's, for comparison: slower to compile (masking.py)")  # fmt: skip
-    flag("--masks-per-clip", type=int, default=1, help="masks of each type per clip and teacher pass; 2 with half the "
-         "--batch-size learns from as many masks for half of the teacher's FLOPs")  # fmt: skip
+    flag("--mask-truncation", choices=("random", "raster"), default="random", help="tokens to drop; raster: V-JEPA's")
+    flag("--masks-per-clip", type=int, default=1, help="masks of each type per clip and teacher pass")
     flag("--target-fraction", type=float, default=1.0, help="fraction of the targets to predict, chosen at random")
 
     flag = parser.add_argument_group("optimization").add_argument
     flag("--steps", type=int, default=steps, help="optimizer steps of the whole run")
     flag("--batch-size", type=int, default=3072, help="clips per step, over all processes (table 5)")
     flag("--micro-batch-size", type=int, help="clips per process and forward pass; default: the largest divisor <= 24")
-    flag("--lr", type=float, help="after warm-up; default: 6.25e-4 * sqrt(batch size / 3072), from table 5 and "
-         "the square-root rule for Adam (Malladi et al., 2022)")  # fmt: skip
+    flag("--lr", type=float, help="after warm-up; default: 6.25e-4 * sqrt(batch size / 3072), from table 5")
     flag("--start-lr", type=float, help="learning rate at step 0; default 0.32 times --lr (table 5: 2e-4)")
     flag("--final-lr", type=float, default=1e-6, help="learning rate at the last step (table 5)")
     flag("--warmup-steps", type=int, help="default: 10,000 (table 5), or a tenth of a run of less than 20,000 steps")
@@ -96,12 +92,10 @@ def training_flags(description, out, steps):
     flag("--device", choices=("cpu", "cuda"), help="default: cuda if there is a GPU")
     flag("--dtype", choices=("float32", "bfloat16"), help="of the forward pass; default: bfloat16 on a GPU")
     flag("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the blocks; default: only on a GPU")
-    flag("--activation-checkpointing", action=argparse.BooleanOptionalAction, default=False,
-         help="recompute each block in the backward pass: less memory, a third more FLOPs")  # fmt: skip
-    flag("--replicate", dest="parallel", action="store_const", const="replicate", default="shard",
-         help="keep all weights in every process; default: shard them over all processes")  # fmt: skip
-    flag("--hybrid", dest="parallel", action="store_const", const="hybrid", default="shard",
-         help="shard within a node, replicate across nodes")  # fmt: skip
+    flag(
+        "--activation-checkpointing", action="store_true", help="recompute activations: less memory, a third more FLOPs"
+    )
+    flag("--replicate", action="store_true", help="keep all weights in every process; default: shard them (FSDP2)")
 
     flag = parser.add_argument_group("output").add_argument
     flag("--out", type=Path, default=Path(out), help="run folder; the run in it, if any, is continued")
@@ -121,7 +115,7 @@ def require_at_least(args, minimum, *names):
 
 
 def check_mask_flags(args):
-    """End the script if the masking flags make no sense, or if the token grid is too small for the masks."""
+    """End the script if the masking flags do not fit together or the token grid is too small for the masks."""
     require_at_least(args, 1, "masks_per_clip")
     if not 0 < args.target_fraction <= 1:
         fail(f"--target-fraction {args.target_fraction}: must be more than 0 and at most 1")
@@ -136,7 +130,7 @@ def check_mask_flags(args):
 def resolve_device(args):
     """Fill in --device and --dtype, in place, where the user left them to the machine.
 
-    Without bfloat16 units (V100, T4), torch emulates bfloat16, and attention materializes all scores: use float32.
+    Without bfloat16 units (V100, T4), torch emulates bfloat16, and attention materializes all scores.
     """
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -162,9 +156,8 @@ def launched(name, default):
     found = [x for x, value in values.items() if value]
     if not found:
         return default
-    if len(found) < len(values) or not all(value.isdecimal() for value in values.values()):
-        text = " ".join(f"{x}={value or ''}" for x, value in values.items())
-        print(f"the environment has {text}: start with torchrun, or unset {', '.join(found)}", file=sys.stderr)
+    if len(found) < len(values):
+        print(f"only {', '.join(found)} is set: start with torchrun, or unset {', '.join(found)}", file=sys.stderr)
         sys.exit(2)
     return int(values[name])
 
@@ -181,9 +174,8 @@ def clip_grid(args):
 
 def encoder_config(args):
     """Keyword arguments of `Encoder`: --model and its overrides. Ends the script if the numbers do not fit together."""
-    config = dict(SIZES[args.model])
-    config.update({k: getattr(args, k) for k in ("width", "depth", "heads") if getattr(args, k) is not None})
-    config.update({k: getattr(args, k) for k in ("num_frames", "resolution", "patch_size", "tubelet_size")})
+    names = ("width", "depth", "heads", "num_frames", "resolution", "patch_size", "tubelet_size")
+    config = SIZES[args.model] | {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     try:
         clip_grid(args)
         with torch.device("meta"):
@@ -194,10 +186,7 @@ def encoder_config(args):
 
 
 def predictor_config(args, in_width, out_width, model=None):
-    """Keyword arguments of `Predictor`: the default of `model` (--model) and the overrides of the flags.
-
-    Ends the script if the numbers do not fit together.
-    """
+    """Keyword arguments of `Predictor`, likewise; the defaults are those of `model` (default: --model)."""
     config = dict(in_width=in_width, out_width=out_width, num_mask_tokens=masking.STRATEGIES[args.mask].num_masks)
     for name, default in PREDICTORS[model or args.model].items():
         override = getattr(args, f"predictor_{name}")
@@ -219,21 +208,18 @@ class Progress:
 
     def __init__(self, silent=False):
         self.silent, self.terminal = silent, sys.stdout.isatty()
-        self.started = time.monotonic()
-        self.shown = self.started
+        self.started = self.shown = time.monotonic()
 
-    def due(self, last=False, now=None):
+    def due(self, last=False):
         """Whether `show` would show a text now; to ask where the text is expensive."""
-        now = time.monotonic() if now is None else now
-        return not self.silent and (last or now > self.shown + (1 if self.terminal else 30))
+        return not self.silent and (last or time.monotonic() > self.shown + (1 if self.terminal else 30))
 
     def show(self, text, last=False):
         """Show a text if it is time to. The last one is always shown."""
-        now = time.monotonic()
-        if not self.due(last, now):
-            return
-        self.shown = now
-        print(f"\r\x1b[K{text}" if self.terminal else text, end="" if self.terminal and not last else "\n", flush=True)
+        if self.due(last):
+            self.shown = time.monotonic()
+            start, end = ("\r\x1b[K", "\n" if last else "") if self.terminal else ("", "\n")
+            print(f"{start}{text}", end=end, flush=True)
 
     def clear(self):
         """Clear the line, in a terminal."""
@@ -280,10 +266,4 @@ def write_atomically(path, write):
 
 def plain_flags(args):
     """The flags as values that JSON and `torch.load(weights_only=True)` can hold."""
-
-    def plain(value):
-        if isinstance(value, Path):
-            return str(value)
-        return list(value) if isinstance(value, tuple) else value
-
-    return {name: plain(value) for name, value in vars(args).items()}
+    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}

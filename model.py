@@ -47,13 +47,11 @@ PREDICTORS["vit_s"] = dict(width=384, depth=6, heads=6)
 def token_grid(clip_shape, tubelet_size, patch_size):
     """The token grid (time, rows, columns) of a clip of shape (..., T, H, W); ValueError if it does not divide."""
     T, H, W = clip_shape[-3:]
+    tubelet = f"tubelets of {tubelet_size} frames of {patch_size}x{patch_size} pixels"
     if min(tubelet_size, patch_size) < 1:
-        raise ValueError(f"tubelets of {tubelet_size} frames of {patch_size}x{patch_size} pixels: both are at least 1")
+        raise ValueError(f"{tubelet}: both are at least 1")
     if T % tubelet_size or H % patch_size or W % patch_size or 0 in (T, H, W):
-        raise ValueError(
-            f"a clip of {T} frames of {H}x{W} pixels does not divide into tubelets of "
-            f"{tubelet_size} frames of {patch_size}x{patch_size} pixels"
-        )
+        raise ValueError(f"a clip of {T} frames of {H}x{W} pixels does not divide into {tubelet}")
     return T // tubelet_size, H // patch_size, W // patch_size
 
 
@@ -170,9 +168,11 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-def apply_block(block, x, rope, checkpointed):
-    """block(x, rope). If `checkpointed`, recompute its activations in the backward pass instead of storing them."""
-    return checkpoint(block, x, rope, use_reentrant=False) if checkpointed else block(x, rope)
+def run_blocks(network, x, rope):
+    """Apply the blocks of a network; with activation checkpointing the backward pass recomputes their activations."""
+    for block in network.blocks:
+        x = checkpoint(block, x, rope, use_reentrant=False) if network.activation_checkpointing else block(x, rope)
+    return x
 
 
 def init_std(width):
@@ -237,9 +237,7 @@ class Encoder(nn.Module):
             x = gather(x, context_ids)
         x = self.patch_embed(x).clone()  # not a view, or torch.compile (up to 2.14) compiles the first block twice
         rope = rope_at(context_ids, self.grid(clips), self.head_dim, x.device)
-        for block in self.blocks:
-            x = apply_block(block, x, rope, self.activation_checkpointing)
-        return self.norm(x)
+        return self.norm(run_blocks(self, x, rope))
 
 
 class Predictor(nn.Module):
@@ -273,8 +271,7 @@ class Predictor(nn.Module):
         x = torch.cat((x, mask_token), dim=1)
         # V-JEPA 2 sorts the tokens by position here. Attention does not depend on their order, so we do not.
         rope = rope_at(torch.cat((context_ids, target_ids), dim=1), grid, self.head_dim, x.device)
-        for block in self.blocks:
-            x = apply_block(block, x, rope, self.activation_checkpointing)
+        x = run_blocks(self, x, rope)
         return self.proj(self.norm(x[:, context_ids.shape[1] :]))
 
 
@@ -288,14 +285,12 @@ def load_checkpoint(path):
     """Read a checkpoint.pt, or the one in a run folder, as a dictionary of plain tensors and values, on the CPU.
 
     Keys: format; kind: "teacher", "student", "ema", or "vjepa2" if converted; step; model: {"encoder": config,
-    "predictor": config}; encoder and predictor: state dicts; encoder_is: the kind again; args; stage: 1 for a V-Pixel
-    teacher, else 1 more than its teacher's; teacher: None, or the path, step and sha256 of a student's teacher. An EMA
-    run and a converted V-JEPA 2 file also have student.
+    "predictor": config}; encoder and predictor: state dicts; args; stage: 1 for a V-Pixel teacher, else 1 more than its
+    teacher's; teacher: None, or the path, step and sha256 of a student's teacher. An EMA run and a converted V-JEPA 2
+    file also have student.
     FileNotFoundError if there is no such file; ValueError if it is damaged or of another format.
     """
-    file = Path(path)
-    if file.is_dir():
-        file = file / "checkpoint.pt"
+    file = Path(path, "checkpoint.pt") if Path(path).is_dir() else Path(path)
     if not file.is_file():
         raise FileNotFoundError(f"no checkpoint at {file}")
     try:
@@ -308,7 +303,7 @@ def load_checkpoint(path):
 
 
 def build(cls, config, weights):
-    """cls(**config) with these weights; ValueError naming every tensor that is missing, unexpected or misshapen."""
+    """cls(**config) with these weights. ValueError if they do not fit: see `check_state_dict`."""
     with torch.device("meta"):
         module = cls(**config)
     check_state_dict(module.state_dict(), weights, cls.__name__)
@@ -317,7 +312,7 @@ def build(cls, config, weights):
 
 
 def check_state_dict(expected, weights, name):
-    """ValueError naming every tensor of `weights` that is missing, unexpected or of another shape than expected."""
+    """ValueError if tensors are missing, unexpected or of another shape than expected. It names the first five."""
     problems = [f"missing {k}" for k in expected if k not in weights]
     problems += [f"unexpected {k}" for k in weights if k not in expected]
     problems += [
@@ -326,7 +321,8 @@ def check_state_dict(expected, weights, name):
         if k in weights and weights[k].shape != tensor.shape
     ]
     if problems:
-        raise ValueError(f"weights do not fit {name}: " + "; ".join(problems))
+        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ValueError(f"weights do not fit {name}: {'; '.join(problems[:5])}{more}")
 
 
 def fingerprint(weights):
@@ -340,7 +336,7 @@ def fingerprint(weights):
 
 
 def load_teacher_of(student, path):
-    """Load the checkpoint of a student's teacher. student: its checkpoint. path: run folder or checkpoint file.
+    """Load the teacher, a run folder or checkpoint file, of a student, a loaded checkpoint.
 
     ValueError if its weights are not those that the student was trained with. Errors otherwise: `load_checkpoint`'s.
     """

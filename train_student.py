@@ -51,7 +51,6 @@ def main():
     parser = cli.training_flags(__doc__, out="out/student", steps=160_000)
     flag = parser.add_argument_group("teacher").add_argument
     flag("--teacher", required=True, metavar="RUN|FILE", help="stage-1 or stage-2 checkpoint")
-    flag("--shard-teacher", action="store_true", help="shard the teacher too; default: a whole copy in each process")
     args = parser.parse_args()
     encoder_config = cli.encoder_config(args)
     teacher, teacher_id = load_teacher(args)
@@ -66,7 +65,7 @@ def main():
         predictor = Predictor(**cli.predictor_config(args, student.width, teacher.width))
     teacher = teacher.to(args.device, getattr(torch, args.dtype))
     networks = {"encoder": student, "predictor": predictor}
-    training.compile_and_shard(teacher, args, sharded=args.shard_teacher)
+    training.compile_and_shard(teacher, args, sharded=False)  # each process has a whole copy
     for network in (student, predictor):
         training.compile_and_shard(network, args)
     optimizer = training.make_optimizer([student, predictor], args)

@@ -8,17 +8,17 @@ A run folder (--out) holds args.json (flags, model, versions), metrics.jsonl (on
 (what `model.load_checkpoint` reads) and resume/ (the newest states to continue from).
 """
 
+import collections
 import fcntl
-import functools
 import itertools
 import json
 import math
 import os
 import platform
+import re
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -33,20 +33,18 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
+    get_state_dict,
+    set_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.nn.attention import SDPBackend
 
 import cli
 import data
 import flops
 import model
-from cli import fail, launched, plain_flags, rank_and_world, require_at_least, write_atomically
+from cli import fail, launched, plain_flags, rank_and_world, require_at_least, write_atomically, write_lines
 from video import BadVideo
 
 PAPER_LR, PAPER_WARMUP_STEPS = 6.25e-4, 10_000  # table 5
@@ -67,26 +65,27 @@ def setup(args, kind, stage):
     cli.resolve_device(args)
     gpu, cores, local = args.device == "cuda", len(os.sched_getaffinity(0)), launched("LOCAL_WORLD_SIZE", 1)
     args.kind, args.stage = kind, stage
-    args.compile = gpu if args.compile is None else args.compile
+    if args.compile is None:
+        args.compile = gpu
     if args.workers is None:
         args.workers = max(1, min(16, cores // local - 1)) if gpu else 1
-    if args.steps < 1 or args.batch_size < 1 or args.batch_size % world:
-        fail(f"--steps and --batch-size must be at least 1, and --batch-size divisible by the {world} processes")
-    require_at_least(args, 1, "log_every", "frame_step")
+    require_at_least(args, 1, "steps", "batch_size", "log_every", "frame_step")
     require_at_least(args, 0, "seed", "workers", "snapshot_every", "save_minutes")
     cli.check_mask_flags(args)
     if args.lr is None:
         args.lr = PAPER_LR * math.sqrt(args.batch_size / flops.PAPER_BATCH)
-    args.start_lr = 0.32 * args.lr if args.start_lr is None else args.start_lr
+    if args.start_lr is None:
+        args.start_lr = 0.32 * args.lr
     if args.warmup_steps is None:
         args.warmup_steps = PAPER_WARMUP_STEPS if args.steps >= 2 * PAPER_WARMUP_STEPS else args.steps // 10
     if args.warmup_steps >= args.steps:
         fail(f"--warmup-steps {args.warmup_steps} leaves nothing of --steps {args.steps}; a tenth of it is usual")
     clips = args.batch_size // world  # per process and step
     if args.micro_batch_size is None:
-        args.micro_batch_size = cli.default_micro_batch_size(clips)
-    if args.micro_batch_size < 1 or clips % args.micro_batch_size:
-        fail(f"--micro-batch-size {args.micro_batch_size} does not divide {args.batch_size} clips / {world} processes")
+        args.micro_batch_size = cli.default_micro_batch_size(clips or 1)
+    if args.micro_batch_size < 1 or args.batch_size % (world * args.micro_batch_size):
+        fail(f"--batch-size {args.batch_size} is not divisible by {world} processes times --micro-batch-size "
+             f"{args.micro_batch_size}")  # fmt: skip
     if world > 1:
         if gpu:
             torch.cuda.set_device(launched("LOCAL_RANK", 0))
@@ -111,32 +110,19 @@ def setup(args, kind, stage):
                   "more (SLURM: --cpus-per-task), or lower --workers")  # fmt: skip
 
 
-@functools.cache
-def _mesh(device, hybrid):
-    """The device mesh of all networks: all processes, or with --hybrid (nodes, processes of a node)."""
-    world, local = dist.get_world_size(), launched("LOCAL_WORLD_SIZE", 1)
-    if not hybrid:
-        return init_device_mesh(device, (world,))
-    return init_device_mesh(device, (world // local, local), mesh_dim_names=("replicate", "shard"))
-
-
 def compile_and_shard(network, args, sharded=True):
     """Prepare a network for training, in place: compile its blocks and shard them over the processes (FSDP2).
 
-    By default parameters and optimizer state are sharded over all processes, with --hybrid over those of a node.
-    Parameters and gradients are float32; with --dtype bfloat16 both passes gather and compute in bfloat16. With
-    --replicate every process keeps everything, and `optimizer_step` averages the gradients.
+    Parameters and gradients are float32; with --dtype bfloat16 both passes gather and compute in bfloat16.
     """
     network.activation_checkpointing = args.activation_checkpointing
-    if args.compile:
-        for block in network.blocks:
-            block.compile()
-    if dist.is_initialized() and sharded and args.parallel != "replicate":
-        policy = MixedPrecisionPolicy(cast_forward_inputs=False)  # keeps the RoPE tables in float32
-        if args.dtype == "bfloat16":
-            policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    for block in network.blocks if args.compile else ():
+        block.compile()
+    if dist.is_initialized() and sharded and not args.replicate:
+        dtype = torch.bfloat16 if args.dtype == "bfloat16" else None
+        policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)  # RoPE tables stay float32
         frozen = not any(p.requires_grad for p in network.parameters())
-        mesh = _mesh(args.device, args.parallel == "hybrid")
+        mesh = init_device_mesh(args.device, (dist.get_world_size(),))
         for module in (*network.blocks, network):
             fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=frozen)
         if frozen:
@@ -155,9 +141,8 @@ def _forget_forward(network, *_):
 def sync_gradients(networks, last):
     """Tell FSDP whether this is the step's last micro-batch, the only one that reduces gradients.
 
-    Until then each process accumulates its own gradients and keeps the weights it has gathered. A step then gathers
-    weights twice and reduces gradients twice (once per mask), instead of four times and twice per micro-batch. The
-    price is memory for unsharded weights (in --dtype) and gradients (float32).
+    Until then each process accumulates its own gradients and keeps the weights it has gathered: less communication,
+    for the memory of unsharded weights (in --dtype) and gradients (float32).
     """
     for network in networks.values():
         if isinstance(network, FSDPModule):
@@ -165,16 +150,17 @@ def sync_gradients(networks, last):
             network.set_reshard_after_backward(last)
 
 
+LOST_PEER = re.compile("closed by peer|reset by peer|broken pipe|remote process exited|timed out waiting for|"
+                       "collective operation timeout|timeout at nccl work", re.IGNORECASE)  # fmt: skip
+
+
 def _lost_a_process(error):
     """Whether an error only says that another process of the run is gone."""
-    signs = ("closed by peer", "reset by peer", "broken pipe", "remote process exited", "timed out waiting for",
-             "collective operation timeout", "timeout at nccl work")  # fmt: skip
-    kinds = RuntimeError | dcp.api.CheckpointException
-    return isinstance(error, kinds) and any(sign in str(error).lower() for sign in signs)
+    return isinstance(error, RuntimeError | dcp.api.CheckpointException) and LOST_PEER.search(str(error))
 
 
 def _exception_hook(kind, error, traceback):
-    """Report unreadable data, a dead loader worker or a lost peer in one line; anything else with its traceback."""
+    """Report unreadable data, a dead loader worker or a lost process in one line; all else with its traceback."""
     last_line = (str(error).strip().splitlines() or [kind.__name__])[-1]  # a worker's traceback comes before it
     if isinstance(error, BadVideo):
         message = f"unreadable, and no other video to replace it: {last_line}"
@@ -183,8 +169,7 @@ def _exception_hook(kind, error, traceback):
     elif _lost_a_process(error):
         message = f"process {rank_and_world()[0]} ends: it lost another process, whose message says why ({last_line})"
     else:
-        sys.__excepthook__(kind, error, traceback)
-        return
+        return sys.__excepthook__(kind, error, traceback)
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr, flush=True)
     os._exit(2)
 
@@ -236,13 +221,11 @@ def set_schedules(optimizer, step, args):
             group["weight_decay"] = weight_decay(step, args)
 
 
-def _average_gradients(params):
-    """Average the gradients over all processes, in place, in a single all-reduce: faster for small networks."""
-    mean = torch.cat([p.grad.flatten() for p in params])
-    dist.all_reduce(mean)
-    mean /= dist.get_world_size()
-    for p, part in zip(params, mean.split([p.numel() for p in params]), strict=True):
-        p.grad.copy_(part.view_as(p))
+def all_reduce(tensor, op=dist.ReduceOp.SUM):
+    """Reduce a tensor over all processes, if there are several, in place. Returns it."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor, op)
+    return tensor
 
 
 def optimizer_step(optimizer, loss, args):
@@ -252,13 +235,14 @@ def optimizer_step(optimizer, loss, args):
     global gradient norm before clipping, both as tensors: nothing here waits for the device.
     """
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    if dist.is_initialized() and args.parallel == "replicate":
-        _average_gradients(params)
+    world = rank_and_world()[1]
+    if world > 1 and args.replicate:  # a single all-reduce: faster for small networks
+        mean = all_reduce(torch.cat([p.grad.flatten() for p in params])) / world
+        for p, part in zip(params, mean.split([p.numel() for p in params]), strict=True):
+            p.grad.copy_(part.view_as(p))
     norm = torch.nn.utils.get_total_norm([p.grad for p in params])
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-    if dist.is_initialized():
-        dist.all_reduce(loss)
-        loss /= dist.get_world_size()
+    loss = all_reduce(loss) / world
     torch.nn.utils.clip_grads_with_norm_(params, args.clip_grad, norm)
     # Fused AdamW skips the step where found_inf is 1. Gradient scalers use the same mechanism.
     optimizer.found_inf = (~torch.isfinite(loss + norm)).float()
@@ -284,11 +268,10 @@ class Log:
     """
 
     def __init__(self, args, networks, teacher=None):
-        self.args, self.device = args, torch.device(args.device)
+        self.args = args
         self.model = {name: networks[name].config for name in ("encoder", "predictor")}
         self.teacher = teacher and teacher.config
         self.tokens = math.prod(cli.clip_grid(args))
-        self.micro_batches = len(data.micro_batch_indices(args))
         self.totals = dict(seconds=0.0, flops=0.0, clips=0, bad_videos=0)  # since the run began, over all processes
         self.reported, self.tensorboard, self.saved_at = set(), None, time.monotonic()
         self.start()
@@ -296,23 +279,21 @@ class Log:
     def start(self):
         """Start to count for the next line."""
         self.started, self.waited, self.steps, self.names = time.perf_counter(), 0.0, [], []
-        keys = "clips flops bad_videos context_kept context_lost target_kept target_lost"
-        self.sums = dict.fromkeys(keys.split(), 0)  # of this process
+        self.sums = collections.Counter()  # of this process
 
     def count(self, batch, masks):
         """Count a micro-batch: its clips, tokens and FLOPs. Report unreadable videos, each once."""
         counts = [(mask.context_ids.shape[1], mask.target_ids.shape[1]) for mask in masks]
         clips = len(batch.clips)
-        found = {
-            "clips": clips,
-            "flops": clips * flops.step_flops(*self.model.values(), counts, self.teacher, self.tokens),
-            "bad_videos": batch.num_replaced,
-            "context_kept": clips * sum(context for context, _ in counts),
-            "context_lost": sum(mask.context_lost.sum().item() for mask in masks),
-            "target_kept": clips * sum(target for _, target in counts),
-            "target_lost": sum(mask.target_lost.sum().item() for mask in masks),
-        }
-        self.sums = {name: self.sums[name] + value for name, value in found.items()}
+        self.sums.update(  # adds to each
+            clips=clips,
+            flops=clips * flops.step_flops(*self.model.values(), counts, self.teacher, self.tokens),
+            bad_videos=batch.num_replaced,
+            context_kept=clips * sum(context for context, _ in counts),
+            context_lost=sum(mask.context_lost.sum().item() for mask in masks),
+            target_kept=clips * sum(target for _, target in counts),
+            target_lost=sum(mask.target_lost.sum().item() for mask in masks),
+        )
         self.waited += batch.waited
         self.names += batch.names
         for reason in sorted(set(batch.skipped) - self.reported):
@@ -330,18 +311,42 @@ class Log:
 
         Ends the run if a step was not finite, or if too many videos are unreadable. All processes must call it.
         """
-        args, step = self.args, self.steps[-1][0]
-        losses, grad_norms = self._read_steps()
-        line = {"step": step + 1, "loss": sum(losses) / len(losses), "grad_norm": grad_norms[-1]}
-        line |= {"lr": learning_rate(step, args), "weight_decay": weight_decay(step, args)}
-        line |= {name: float(value) for name, value in metrics.items()} | self._usage()
-        left = (args.steps - step - 1) * (time.perf_counter() - self.started) / len(losses)
-        self.start()
+        args, (rank, world) = self.args, rank_and_world()
+        values = torch.stack([tensor for _, tensor, _ in self.steps]).double().tolist()
+        for (step, _, names), (loss, norm) in zip(self.steps, values, strict=True):  # leaves the last step's
+            lr = learning_rate(step, args)
+            if not math.isfinite(loss + norm):
+                fail(f"step {step + 1}: loss {loss:.4g}, gradient norm {norm:.4g}, lr {lr:.3g}; the weights were not "
+                     "updated and the last checkpoint is kept; a lower --lr may help. Clips of process "
+                     f"{rank}: {', '.join(names)}")  # fmt: skip
+        sums = all_reduce(torch.tensor(list(self.sums.values()), dtype=torch.float64)).tolist()
+        memory = all_reduce(torch.tensor(peak_memory(torch.device(args.device))), dist.ReduceOp.MAX)
+        seconds = time.perf_counter() - self.started
+        sums = dict(zip(self.sums, sums, strict=True)) | {"seconds": seconds}
+        self.totals = {name: total + type(total)(sums[name]) for name, total in self.totals.items()}
         clips, bad = self.totals["clips"], self.totals["bad_videos"]
         if clips >= 100 and bad > args.max_bad * clips:
             limit = f"--max-bad {args.max_bad:.0%}"
             fail(f"{bad} of {clips} samples are unreadable, more than {limit}: check --data", agreed=True)
-        if rank_and_world()[0] > 0:
+        line = {
+            "step": step + 1,
+            "loss": sum(loss for loss, _ in values) / len(values),
+            "grad_norm": norm,
+            "lr": lr,
+            "weight_decay": weight_decay(step, args),
+            **{name: float(value) for name, value in metrics.items()},
+            "clips_per_s": sums["clips"] / seconds,
+            "data_wait": self.waited / seconds,  # of this process
+            "seconds": self.totals["seconds"],
+            "flops": self.totals["flops"],  # executed
+            "tflops_per_process": sums["flops"] / seconds / world / 1e12,
+            "peak_memory_gib": memory.item() / 2**30,
+            **{name: sums[name] / sums["clips"] for name in sums if name.endswith(("kept", "lost"))},  # of all masks
+            "bad_videos": bad,
+        }
+        left = (args.steps - step - 1) * seconds / len(values)
+        self.start()
+        if rank > 0:
             return
         try:
             with open(args.out / "metrics.jsonl", "a") as file:
@@ -350,49 +355,9 @@ class Log:
             fail(f"{args.out / 'metrics.jsonl'}: {error.strerror}")
         for name, value in line.items() if self.tensorboard else ():
             self.tensorboard.add_scalar(name, value, step + 1)
-        print(
-            f"{args.kind} {step + 1}/{args.steps}  loss {line['loss']:.4f}  lr {line['lr']:.1e}  grad "
-            f"{line['grad_norm']:.3f}  {line['clips_per_s']:.0f} clips/s  waiting for data {line['data_wait']:.0%}  "
-            f"{cli.duration(left)} left",
-            flush=True,
-        )
-
-    def _read_steps(self):
-        """Losses and gradient norms since the last line. Ends the run if one of them is not finite."""
-        values = torch.stack([tensor for _, tensor, _ in self.steps]).double().tolist()
-        for (step, _, names), (loss, norm) in zip(self.steps, values, strict=True):
-            if not math.isfinite(loss + norm):
-                fail(
-                    f"step {step + 1}: loss {loss:.4g}, gradient norm {norm:.4g}, lr "
-                    f"{learning_rate(step, self.args):.3g}; the weights were not updated and the last checkpoint is "
-                    f"kept; a lower --lr may help. Clips of process {rank_and_world()[0]}: {', '.join(names)}"
-                )
-        return zip(*values, strict=True)
-
-    def _usage(self):
-        """Speed, cost, tokens and unreadable videos since the last line, over all processes."""
-        sums = torch.tensor(list(self.sums.values()), dtype=torch.float64)
-        memory = torch.tensor(peak_memory(self.device))
-        if dist.is_initialized():
-            dist.all_reduce(sums)
-            dist.all_reduce(memory, dist.ReduceOp.MAX)
-        sums, seconds = dict(zip(self.sums, sums.tolist(), strict=True)), time.perf_counter() - self.started
-        clips = sums["clips"]
-        self.totals["seconds"] += seconds
-        self.totals["flops"] += sums["flops"]
-        self.totals["clips"] += int(clips)
-        self.totals["bad_videos"] += int(sums["bad_videos"])
-        return {
-            "clips_per_s": clips / seconds,
-            "tokens_per_s": clips / seconds * self.tokens,
-            "data_wait": self.waited / seconds,  # of this process
-            "seconds": self.totals["seconds"],
-            "flops": self.totals["flops"],  # executed
-            "tflops_per_process": sums["flops"] / seconds / rank_and_world()[1] / 1e12,
-            "peak_memory_gib": memory.item() / 2**30,
-            **{name: sums[name] / clips for name in sums if name.endswith(("kept", "lost"))},  # per clip, all masks
-            "bad_videos": self.totals["bad_videos"],
-        }
+        print(f"{args.kind} {step + 1}/{args.steps}  loss {line['loss']:.4f}  lr {lr:.1e}  grad {norm:.3f}  "
+              f"{line['clips_per_s']:.0f} clips/s  waiting for data {line['data_wait']:.0%}  "
+              f"{cli.duration(left)} left", flush=True)  # fmt: skip
 
 
 def collapse_metrics(predicted, target, step):
@@ -428,7 +393,7 @@ def peak_memory(device):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# when to save and stop
+# stopping, saving and resuming
 
 STOP_SIGNALS = signal.SIGTERM, signal.SIGUSR1, signal.SIGINT
 _received = []  # signals, by this process
@@ -447,10 +412,8 @@ def agree_on_saving(step, args, log):
     """
     overdue = time.monotonic() - log.saved_at >= 60 * args.save_minutes
     wanted = torch.tensor([max(_received, default=0), overdue])  # on the CPU, so that nothing waits for the GPU
-    if dist.is_initialized():
-        dist.all_reduce(wanted, dist.ReduceOp.MAX)
-    stop, overdue = wanted.tolist()
-    return bool(stop or overdue) or step + 1 == args.steps or due(step, args.snapshot_every), stop
+    stop, overdue = all_reduce(wanted, dist.ReduceOp.MAX).tolist()
+    return bool(stop or overdue or step + 1 == args.steps or due(step, args.snapshot_every)), stop
 
 
 def finish(args, log, stop):
@@ -460,27 +423,18 @@ def finish(args, log, stop):
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_DFL)
     if rank_and_world()[0] == 0:
+        message = f"{args.kind} done: {args.steps} steps in {cli.duration(log.totals['seconds'])}, "
+        message += f"{log.totals['flops']:.3g} FLOPs; {args.out / 'checkpoint.pt'}"
         if stop:
-            name = signal.Signals(stop).name
-            print(f"{name}: saved and stopped; rerun the same command to continue", flush=True)
-        else:
-            print(
-                f"{args.kind} done: {args.steps} steps in {cli.duration(log.totals['seconds'])}, "
-                f"{log.totals['flops']:.3g} FLOPs; {args.out / 'checkpoint.pt'}",
-                flush=True,
-            )
+            message = f"{signal.Signals(stop).name}: saved and stopped; rerun the same command to continue"
+        print(message, flush=True)
         if log.tensorboard:
             log.tensorboard.close()
-        log.lock.close()
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
     if stop:
         sys.exit(128 + stop)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# saving and resuming
 
 
 def save(args, step, networks, optimizer, log, teacher=None):
@@ -490,18 +444,13 @@ def save(args, step, networks, optimizer, log, teacher=None):
     that they are complete or absent. teacher: the identity of a frozen teacher (`train_student.load_teacher`).
     """
     folder = args.out / "resume" / f"step-{step:08}"
-    temporary, rank = folder.with_suffix(".tmp"), rank_and_world()[0]
-    record = {"step": step, "kind": args.kind, "model": log.model, "args": plain_flags(args), "totals": log.totals}
+    temporary = folder.with_suffix(".tmp")
     try:
-        if rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir()
-        if dist.is_initialized():
-            dist.barrier()
-        dcp.save(_state(networks, optimizer), checkpoint_id=temporary)  # each process writes its shards
-        if rank == 0:
-            (temporary / "run.json").write_text(json.dumps(record | {"teacher": teacher}))
-            shutil.rmtree(folder, ignore_errors=True)
+        weights, moments = get_state_dict(nn.ModuleDict(networks), optimizer)
+        dcp.save({"networks": weights, "optimizer": moments["state"]}, checkpoint_id=temporary)  # each process's shards
+        if rank_and_world()[0] == 0:
+            record = _record(args, step, log, teacher) | {"totals": log.totals}
+            (temporary / "run.json").write_text(json.dumps(record))
             temporary.rename(folder)
             for old in _states(args)[STATES_KEPT:]:
                 shutil.rmtree(old)
@@ -515,32 +464,21 @@ def save(args, step, networks, optimizer, log, teacher=None):
     log.saved_at = time.monotonic()
 
 
+def _record(args, step, log, teacher):
+    """What a state and a checkpoint say about the run."""
+    record = {"format": model.CHECKPOINT_FORMAT, "kind": args.kind, "step": step, "model": log.model}
+    return record | {"args": plain_flags(args), "stage": args.stage, "teacher": teacher}
+
+
 def _write_checkpoint(args, step, networks, log, teacher):
     """Write checkpoint.pt, and before it checkpoint-N.pt if --snapshot-every asks for one."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = {name: get_model_state_dict(network, options=options) for name, network in networks.items()}
-    checkpoint = {
-        "format": model.CHECKPOINT_FORMAT,
-        "kind": args.kind,
-        "step": step,
-        "model": log.model,
-        "encoder_is": args.kind,
-        **weights,
-        "args": plain_flags(args),
-        "stage": args.stage,
-        "teacher": teacher,
-    }
+    checkpoint = _record(args, step, log, teacher) | weights
     snapshot = [f"checkpoint-{step:06}.pt"] if due(step - 1, args.snapshot_every) else []
     if rank_and_world()[0] == 0:
         for name in (*snapshot, "checkpoint.pt"):
             write_atomically(args.out / name, lambda path: torch.save(checkpoint, path))
-
-
-def _state(networks, optimizer):
-    """The sharded tensors of the networks and of the optimizer, for torch.distributed.checkpoint."""
-    networks = nn.ModuleDict(networks)
-    optimizer = get_optimizer_state_dict(networks, optimizer)["state"]
-    return {"networks": get_model_state_dict(networks), "optimizer": optimizer}
 
 
 def _states(args):
@@ -559,17 +497,20 @@ def resume(args, networks, optimizer, log, teacher=None):
             _open_folder(args, log)
         if dist.is_initialized():
             dist.barrier()
-        folder = next(iter(_states(args)), None)
-        if folder:
-            start = _restore(args, folder, networks, optimizer, log, teacher)
+        if states := _states(args):
+            start = _restore(args, states[0], networks, optimizer, log, teacher)
         elif (args.out / "checkpoint.pt").exists():
             fail(f"{args.out} holds a checkpoint, but no state to continue from; --fresh starts over", agreed=True)
         elif rank == 0:
             _describe(args, networks, log)
         if args.tensorboard and rank == 0:
-            log.tensorboard = _open_tensorboard(args, start)
+            from torch.utils.tensorboard import SummaryWriter
+
+            log.tensorboard = SummaryWriter(args.out / "tensorboard", purge_step=start + 1)
     except OSError as error:
         fail(f"--out {args.out}: {error.strerror}")
+    except ImportError:
+        fail("--tensorboard needs a package: pip install tensorboard")
     log.start()
     return start
 
@@ -590,17 +531,15 @@ def _open_folder(args, log):
 def _lock(folder):
     """Keep other runs out of a folder while this process lives. Returns the lock, an open file."""
     folder.mkdir(parents=True, exist_ok=True)
-    lock = open(folder / "lock", "a+")  # noqa: SIM115
+    path = folder / "lock"
+    lock = open(path, "a")  # noqa: SIM115
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        lock.seek(0)
-        fail(f"{folder} is in use by another run ({lock.read()}); choose another --out")
+        fail(f"{folder} is in use by another run ({path.read_text()}); choose another --out")
     except OSError as error:  # some Lustre and NFS mounts have no locks
         print(f"{folder} cannot be locked ({error.strerror}): do not start two runs in it")
-    lock.truncate(0)
-    lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-    lock.flush()
+    path.write_text(f"process {os.getpid()} on {platform.node()}")
     return lock
 
 
@@ -611,92 +550,43 @@ def _restore(args, folder, networks, optimizer, log, teacher):
     if record["kind"] != args.kind or record["model"] != log.model:
         fail(f"{args.out} holds a run of another kind or model; choose another --out, or --fresh", agreed=True)
     if teacher and teacher["sha256"] != earlier["sha256"]:
-        fail(
-            f"{args.out} was trained with another teacher: {earlier['path']} at step {earlier['step']}, now "
-            f"{teacher['path']} at step {teacher['step']}; restore that teacher, or start over with --fresh",
-            agreed=True,
-        )
+        before, now = (f"{one['path']} at step {one['step']}" for one in (earlier, teacher))
+        message = f"{args.out} was trained with another teacher: {before}, now {now}"
+        fail(f"{message}; restore that teacher, or start over with --fresh", agreed=True)
     if step > args.steps:
         fail(f"{args.out} is already at step {step}, beyond --steps {args.steps}", agreed=True)
-    state = _state(networks, optimizer)
-    try:
-        dcp.load(state, checkpoint_id=folder)
-    except dcp.api.CheckpointException as error:
-        reason = str(error).strip().splitlines()[-1]
-        fail(f"{folder} is damaged; delete it to continue from the state before it, if there is one: {reason}")
     modules = nn.ModuleDict(networks)
-    set_model_state_dict(modules, state["networks"])
-    groups = get_optimizer_state_dict(modules, optimizer)["param_groups"]
-    set_optimizer_state_dict(modules, optimizer, {"state": state["optimizer"], "param_groups": groups})
+    weights, moments = get_state_dict(modules, optimizer)
+    dcp.load({"networks": weights, "optimizer": moments["state"]}, checkpoint_id=folder)  # in place
+    set_state_dict(modules, optimizer, model_state_dict=weights, optim_state_dict=moments)
     log.totals = record["totals"]
     if rank_and_world()[0] == 0:
-        _drop_later_lines(args.out / "metrics.jsonl", step)
-        _announce_resume(args, step, record["args"])
+        path = args.out / "metrics.jsonl"  # a killed process may leave lines of later steps, and an unfinished one
+        lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
+        write_lines(path, [line for line in lines if json.loads(line)["step"] <= step])
+        now = plain_flags(args)
+        flags = [name for name in now.keys() - {"fresh", "out", "teacher"} if record["args"].get(name) != now[name]]
+        changed = f"; flags that changed: {', '.join(sorted(flags)).replace('_', '-')}" if flags else ""
+        print(f"continuing {args.out} at step {step} of {args.steps}{changed}")
     checkpoint = args.out / "checkpoint.pt"  # missing or older if the run was killed after it had written the state
     if not checkpoint.exists() or model.load_checkpoint(checkpoint)["step"] != step:
         _write_checkpoint(args, step, networks, log, teacher)
     return step
 
 
-def _drop_later_lines(path, step):
-    """Drop the lines of a log after a step, and an unfinished last line, which a killed process may leave."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-    write_atomically(path, lambda temporary: temporary.write_text("".join(line + "\n" for line in kept)))
-
-
-def _announce_resume(args, step, earlier_args):
-    print(f"continuing {args.out} at step {step} of {args.steps}")
-    changed = [
-        name
-        for name, value in plain_flags(args).items()
-        if name not in ("fresh", "out", "teacher") and earlier_args.get(name) != value
-    ]
-    if changed:
-        print("  flags that changed: " + ", ".join("--" + name.replace("_", "-") for name in changed))
-
-
 def _describe(args, networks, log):
-    """Write args.json and an empty log. Print what is trained, and which kernels compute attention."""
+    """Write args.json and an empty log, and print what is trained."""
+    git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty=+", "--abbrev=40"]  # +: files differ
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
     record = {
         "kind": args.kind,
         "args": plain_flags(args),
         "model": log.model,
         "world_size": rank_and_world()[1],
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "av": av.__version__},
-        "git_commit": _git_commit(),
+        "git_commit": commit or None,
     }
-    write_atomically(args.out / "args.json", lambda path: path.write_text(json.dumps(record, indent=2) + "\n"))
-    (args.out / "metrics.jsonl").write_text("")
-    size = {name: sum(p.numel() for p in networks[name].parameters()) / 1e6 for name in log.model}
-    kernels = {name: attention_kernel(networks[name], log.tokens, args) for name in log.model}
-    print(
-        f"{args.kind}: encoder of {size['encoder']:.2f}M parameters, predictor of {size['predictor']:.2f}M; "
-        f"attention by {kernels['encoder']} and {kernels['predictor']}; {args.steps} steps into {args.out}",
-        flush=True,
-    )
-
-
-def attention_kernel(network, tokens, args):
-    """The name of the kernel that scaled_dot_product_attention takes for a network's training on so many tokens."""
-    dtype = torch.float32 if args.device == "cpu" else getattr(torch, args.dtype)  # see `model.attend`
-    heads, head_dim = network.config["heads"], network.head_dim
-    q = torch.empty(1, heads, tokens, head_dim, device=args.device, dtype=dtype, requires_grad=True)
-    return SDPBackend(torch._fused_sdp_choice(q, q, q)).name  # torch.nn.attention has no public question
-
-
-def _open_tensorboard(args, start):
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        fail("--tensorboard needs a package: pip install tensorboard")
-    return SummaryWriter(args.out / "tensorboard", purge_step=start + 1)
-
-
-def _git_commit():
-    """The commit of this code, with a "+" if files differ from it; None outside a git checkout."""
-    try:
-        describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--abbrev=40"]
-        return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
+    write_lines(args.out / "args.json", [json.dumps(record, indent=2)])
+    write_lines(args.out / "metrics.jsonl", [])
+    sizes = (f"{name} of {sum(p.numel() for p in networks[name].parameters()) / 1e6:.2f}M" for name in log.model)
+    print(f"{args.kind}: {', '.join(sizes)} parameters; {args.steps} steps into {args.out}", flush=True)

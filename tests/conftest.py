@@ -194,8 +194,3 @@ def same_checkpoints(a, b):
     a, b = load_checkpoint(a), load_checkpoint(b)
     networks = {"encoder", "predictor", "student"} & a.keys()
     return a["step"] == b["step"] and a.keys() == b.keys() and all(same_tensors(a[name], b[name]) for name in networks)
-
-
-def truncate(path, size=3000):
-    """Cut a file to its first `size` bytes."""
-    path.write_bytes(path.read_bytes()[:size])

@@ -27,7 +27,6 @@ from conftest import (
     TINY,
     extra_flags,
     read_metrics,
-    refusal,
     same_checkpoints,
     saved_states,
     write_image,
@@ -59,11 +58,10 @@ def free_port():
         return s.getsockname()[1]
 
 
-def run_process(rank, world, nodes, port, script, flags, patch):
+def run_process(rank, world, port, script, flags, patch):
     """Do what torchrun does in each process: call patch(rank), then the script's main()."""
-    local = world // nodes
-    variables = dict(RANK=rank, LOCAL_RANK=rank % local, WORLD_SIZE=world, LOCAL_WORLD_SIZE=local,
-                     MASTER_ADDR="localhost", MASTER_PORT=port)  # fmt: skip
+    variables = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world, LOCAL_WORLD_SIZE=world, MASTER_ADDR="localhost",
+                     MASTER_PORT=port)  # fmt: skip
     os.environ.update({name: str(value) for name, value in variables.items()})
     out = flags[flags.index("--out") + 1]
     for number, name in ((1, "out"), (2, "err")):
@@ -78,10 +76,9 @@ def run_process(rank, world, nodes, port, script, flags, patch):
         sys.exit(1)
 
 
-def start(world, script, *flags, patch=None, nodes=1):
+def start(world, script, *flags, patch=None):
     """Start the processes of a run. Each calls patch(rank) first. Process N prints to OUT.N.out and OUT.N.err."""
-    port, flags = free_port(), [str(flag) for flag in flags]
-    args = (world, nodes, port, script.__name__, flags, patch)
+    args = (world, free_port(), script.__name__, [str(flag) for flag in flags], patch)
     processes = [SERVER.Process(target=run_process, args=(rank, *args)) for rank in range(world)]
     for process in processes:
         process.start()
@@ -101,9 +98,9 @@ def wait(processes, seconds=120):
     return codes
 
 
-def train(world, script, *flags, out, code=0, **rest):
+def train(world, script, *flags, out, code=0, patch=None):
     """Run a script that must end with exit status `code`. Returns its folder."""
-    codes = wait(start(world, script, *flags, "--out", out, **rest))
+    codes = wait(start(world, script, *flags, "--out", out, patch=patch))
     assert codes == [code] * world, "".join(printed(out, rank) for rank in range(world))
     return out
 
@@ -135,7 +132,7 @@ def assert_close_runs(a, b):
 
 
 def at_call(ranks, function, call, action, after, rank):
-    """In the processes `ranks`, call action() before, or after, the call-th call of a function, "module.name"."""
+    """In the processes `ranks`, do action before, or after, the call-th call of a function, "module.name"."""
     if rank not in ranks:
         return
     owner, name = function.rsplit(".", 1)
@@ -145,29 +142,23 @@ def at_call(ranks, function, call, action, after, rank):
     def patched(*args, **kwargs):
         due = next(calls) == call
         if due and not after:
-            action()
+            action(*args)
         result = original(*args, **kwargs)
         if due and after:
-            action()
+            action(*args)
         return result
 
     setattr(owner, name, patched)
 
 
-def send_signal(number):
-    os.kill(os.getpid(), number)
+def send_signal(number, times, *_):
+    for _ in range(times):
+        os.kill(os.getpid(), number)
 
 
-def limit_files(size):
+def limit_files(size, *_):
     """Limit files to so many bytes: writing more fails as on a full disk."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-
-
-def wait_for(path):
-    """Create PATH.waits, and go on when `path` exists."""
-    Path(f"{path}.waits").touch()
-    while not path.exists():
-        time.sleep(0.05)
 
 
 def patch(ranks, function, call, action, *args, after=False):
@@ -177,21 +168,15 @@ def patch(ranks, function, call, action, *args, after=False):
 
 def kill(ranks, function, call, after=False):
     """A patch that kills the processes `ranks` at the call-th call of a function."""
-    return patch(ranks, function, call, send_signal, signal.SIGKILL, after=after)
+    return patch(ranks, function, call, send_signal, signal.SIGKILL, 1, after=after)
 
 
-def break_step(how, rank):
-    """Make the loss or the gradients of step 3 in process 1 not finite."""
-    original, calls = training.optimizer_step, itertools.count(1)
+def break_loss(optimizer, loss, args):
+    loss.mul_(float("nan"))
 
-    def optimizer_step(optimizer, loss, args):
-        if rank == 1 and next(calls) == 3:
-            if how == "gradients":
-                optimizer.param_groups[0]["params"][0].grad.mul_(float("nan"))
-            loss = loss * float(how) if how != "gradients" else loss
-        return original(optimizer, loss, args)
 
-    training.optimizer_step = optimizer_step
+def break_gradients(optimizer, loss, args):
+    optimizer.param_groups[0]["params"][0].grad.mul_(float("nan"))
 
 
 def check_sharding(fractions, rank):
@@ -207,8 +192,6 @@ def check_sharding(fractions, rank):
             sizes = [(p.numel(), local(p).numel()) for p in network.parameters()]
             assert all(part == whole * fraction for whole, part in sizes if whole >= 500), sizes
             assert sum(whole >= 500 for whole, _ in sizes) >= 5
-        meshes = {p.device_mesh for network in networks for p in network.parameters() if isinstance(p, DTensor)}
-        assert {mesh.ndim for mesh in meshes} <= {2 if args.parallel == "hybrid" else 1} and len(meshes) <= 1
         for p, state in optimizer.state.items():
             assert local(p).numel() == local(state["exp_avg"]).numel() == local(state["exp_avg_sq"]).numel()
             assert p.dtype == state["exp_avg"].dtype == torch.float32
@@ -226,61 +209,48 @@ def local(tensor):
 # ---------------------------------------------------------------------------------------------------------------------
 # any number of processes
 
-EIGHT = [*TINY, "--batch-size", 8, "--micro-batch-size", 1, "--steps", 20, "--warmup-steps", 4]
+EIGHT = (*TINY, "--batch-size", 8, "--micro-batch-size", 1, "--steps", 20, "--warmup-steps", 4)
 
 
 @pytest.fixture(scope="module")
-def single(teacher, tmp_path_factory):
-    """A function: script -> folder of its run in a single process, with 8 micro-batches per step."""
-    folder = tmp_path_factory.mktemp("single")
+def undisturbed(teacher, tmp_path_factory):
+    """A function: (script, number of processes, flags) -> folder of an undisturbed run."""
 
     @functools.cache
-    def run_single(script):
-        return train(1, script, *EIGHT, *extra_flags(script, teacher), out=folder / script.__name__)
+    def run_undisturbed(script, world=1, flags=tuple(TINY)):
+        out = tmp_path_factory.mktemp("undisturbed") / script.__name__
+        return train(world, script, *flags, *extra_flags(script, teacher), out=out)
 
-    return run_single
+    return run_undisturbed
 
 
 @pytest.mark.parametrize(
     "script, world, flags",
     [
-        (train_teacher, 4, ""),
+        (train_teacher, 2, ""),
         (train_teacher, 2, "--replicate"),
-        (train_student, 2, "--shard-teacher --activation-checkpointing"),
+        (train_student, 2, "--activation-checkpointing"),
         (train_ema_baseline, 2, ""),
     ],
 )
-def test_a_run_is_the_same_on_any_number_of_processes(script, world, flags, single, teacher, tmp_path):
+def test_a_run_is_the_same_on_any_number_of_processes(script, world, flags, undisturbed, teacher, tmp_path):
     flags = [*EIGHT, *extra_flags(script, teacher), *flags.split()]
-    assert_close_runs(single(script), train(world, script, *flags, out=tmp_path / "run"))
-
-
-@pytest.mark.slow
-def test_hybrid_sharding_on_two_nodes(single, teacher, tmp_path):
-    torchrun = [*TORCHRUN, "--nnodes=2", "--nproc_per_node=2", "--rdzv_id=salt", "--rdzv_backend=c10d",
-                f"--rdzv_endpoint=localhost:{free_port()}"]  # fmt: skip
-    flags = [*EIGHT, *extra_flags(train_ema_baseline, teacher), "--hybrid", "--out", tmp_path / "run"]
-    command = [str(part) for part in (*torchrun, train_ema_baseline.__file__, *flags)]
-    nodes = [subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    errors = [node.communicate(timeout=200)[1] for node in nodes]
-    assert [node.returncode for node in nodes] == [0, 0], errors
-    assert_close_runs(single(train_ema_baseline), tmp_path / "run")
+    assert_close_runs(undisturbed(script, 1, EIGHT), train(world, script, *flags, out=tmp_path / "run"))
 
 
 @pytest.mark.parametrize(
-    "script, world, nodes, flags, fractions",
+    "script, flags, fractions",
     [
-        (train_teacher, 2, 1, "--replicate", [1, 1]),
-        (train_student, 2, 1, "", [1, 1 / 2, 1 / 2]),
-        (train_student, 2, 1, "--shard-teacher", [1 / 2, 1 / 2, 1 / 2]),
-        (train_ema_baseline, 4, 2, "--hybrid", [1 / 2, 1 / 2, 1 / 2]),
+        (train_teacher, ["--replicate"], [1, 1]),
+        (train_student, [], [1, 1 / 2, 1 / 2]),
+        (train_ema_baseline, [], [1 / 2, 1 / 2, 1 / 2]),
     ],
 )
-def test_each_process_holds_its_shard(script, world, nodes, flags, fractions, teacher, tmp_path):
-    flags = [*TINY, *extra_flags(script, teacher), *flags.split(), "--steps", 3]
+def test_each_process_holds_its_shard(script, flags, fractions, teacher, tmp_path):
     check = functools.partial(check_sharding, fractions)
-    out = train(world, script, *flags, out=tmp_path / "run", nodes=nodes, patch=check)
-    assert all("sharding is correct" in printed(out, rank, "out") for rank in range(world))
+    flags = [*TINY, *extra_flags(script, teacher), *flags, "--steps", 3]
+    out = train(2, script, *flags, out=tmp_path / "run", patch=check)
+    assert all("sharding is correct" in printed(out, rank, "out") for rank in range(2))
 
 
 def test_the_memory_of_a_frozen_sharded_network_does_not_grow(monkeypatch):
@@ -300,24 +270,6 @@ def test_the_memory_of_a_frozen_sharded_network_does_not_grow(monkeypatch):
         assert [len(g._post_forward_indices) + len(g.comm_ctx.post_forward_order) for g in groups] == [0, 0, 0]
     finally:
         dist.destroy_process_group()
-        training._mesh.cache_clear()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# kills, signals and resuming
-
-
-@pytest.fixture(scope="module")
-def undisturbed(teacher, tmp_path_factory):
-    """A function: (script, number of processes) -> folder of an undisturbed run."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-
-    @functools.cache
-    def run_undisturbed(script, world):
-        flags = [*TINY, *extra_flags(script, teacher)]
-        return train(world, script, *flags, out=folder / f"{script.__name__}{world}")
-
-    return run_undisturbed
 
 
 @pytest.mark.parametrize(
@@ -328,7 +280,7 @@ def undisturbed(teacher, tmp_path_factory):
         (train_student, 2, (1,), "training.optimizer_step", 3, False, 2),
         (train_student, 2, (0, 1), "training.dcp.save", 3, False, 2),  # killed while it saves
         (train_student, 2, (0, 1), "training.dcp.save", 3, True, 2),  # before the state is complete
-        (train_student, 2, (0,), "training._write_checkpoint", 3, False, 3),  # after that, before checkpoint.pt
+        (train_student, 2, (0,), "training._write_checkpoint", 4, False, 4),  # after that, before checkpoint.pt
         (train_teacher, 1, (0,), "training._write_checkpoint", 6, False, 6),  # the last one
     ],
     ids=["teacher", "ema", "one", "saving", "saved", "checkpoint", "last-checkpoint"],
@@ -336,7 +288,7 @@ def undisturbed(teacher, tmp_path_factory):
 def test_a_killed_run_resumes_exactly(
     script, world, victims, function, call, after, step, undisturbed, teacher, tmp_path
 ):
-    flags, out = [*TINY, *extra_flags(script, teacher), *EVERY_STEP], tmp_path / "run"
+    flags, out = [*TINY, *extra_flags(script, teacher), *EVERY_STEP, "--snapshot-every", 2], tmp_path / "run"
     codes = wait(start(world, script, *flags, "--out", out, patch=kill(victims, function, call, after)))
     assert [code == -signal.SIGKILL for code in codes] == [rank in victims for rank in range(world)]
     for rank in set(range(world)) - set(victims):
@@ -346,25 +298,17 @@ def test_a_killed_run_resumes_exactly(
     assert f"at step {step} of 6" in printed(out, 0, "out")
     assert same_runs(out, undisturbed(script, world))
     assert saved_states(out) in (["step-00000005", "step-00000006"], ["step-00000006"])
-
-
-def test_a_kill_loses_no_snapshot(tmp_path):
-    flags, out = [*TINY, "--snapshot-every", 2], tmp_path / "run"
-    killed = kill((0,), "training._write_checkpoint", 2)
-    assert wait(start(1, train_teacher, *flags, "--out", out, patch=killed)) == [-signal.SIGKILL]
-    train(1, train_teacher, *flags, out=out)
-    for step in (2, 4, 6):
-        assert load_checkpoint(out / f"checkpoint-{step:06}.pt")["step"] == step
+    assert [load_checkpoint(out / f"checkpoint-00000{n}.pt")["step"] for n in (2, 4, 6)] == [2, 4, 6]
 
 
 @pytest.mark.parametrize("script, before, after", [(train_student, 4, 2), (train_ema_baseline, 1, 4)])
-def test_a_run_resumes_on_another_number_of_processes(script, before, after, single, teacher, tmp_path):
+def test_a_run_resumes_on_another_number_of_processes(script, before, after, undisturbed, teacher, tmp_path):
     flags, out = [*EIGHT, *extra_flags(script, teacher), *EVERY_STEP], tmp_path / "run"
     killed = kill(range(before), "training.optimizer_step", 9)
     assert wait(start(before, script, *flags, "--out", out, patch=killed)) == [-signal.SIGKILL] * before
     train(after, script, *flags, out=out)
     assert "at step 8 of 20" in printed(out, 0, "out")
-    assert_close_runs(out, single(script))
+    assert_close_runs(out, undisturbed(script, 1, EIGHT))
 
 
 @pytest.mark.parametrize(
@@ -374,7 +318,7 @@ def test_a_run_resumes_on_another_number_of_processes(script, before, after, sin
 )
 def test_a_signal_ends_a_run_after_its_step(world, ranks, number, undisturbed, teacher, tmp_path):
     flags = [*TINY, "--teacher", teacher]
-    signaled = patch(ranks, "training.optimizer_step", 3, send_signal, number)
+    signaled = patch(ranks, "training.optimizer_step", 3, send_signal, number, 1)
     out = train(world, train_student, *flags, out=tmp_path / "run", patch=signaled, code=128 + number)
     line = f"{number.name}: saved and stopped; rerun the same command to continue\n"
     assert printed(out, 0, "out").endswith(line) and printed(out, 0) == ""
@@ -385,56 +329,20 @@ def test_a_signal_ends_a_run_after_its_step(world, ranks, number, undisturbed, t
 
 
 def test_a_second_ctrl_c_ends_a_run_at_once(tmp_path):
-    first = patch((0,), "training.optimizer_step", 3, send_signal, signal.SIGINT)
-    second = patch((0,), "training.agree_on_saving", 3, send_signal, signal.SIGINT)
-    out = tmp_path / "run"
-    both = functools.partial(apply_both, first, second)
-    assert wait(start(1, train_teacher, *TINY, "--out", out, patch=both)) == [-signal.SIGINT]
-
-
-def apply_both(first, second, rank):
-    first(rank)
-    second(rank)
-
-
-def test_a_stopped_run_that_is_killed_while_it_saves_has_its_state(undisturbed, teacher, tmp_path):
-    """torchrun kills its processes some time after SIGTERM. Here that is before checkpoint.pt is written."""
-    flags, out = [*TINY, "--teacher", teacher], tmp_path / "run"
-    first = patch((0, 1), "training.optimizer_step", 3, send_signal, signal.SIGTERM)
-    both = functools.partial(apply_both, first, kill((0, 1), "training._write_checkpoint", 1))
-    assert wait(start(2, train_student, *flags, "--out", out, patch=both)) == [-signal.SIGKILL] * 2
-    assert saved_states(out) == ["step-00000003"] and not (out / "checkpoint.pt").exists()
-    assert same_runs(train(2, train_student, *flags, out=out), undisturbed(train_student, 2))
+    twice = patch((0,), "training.optimizer_step", 3, send_signal, signal.SIGINT, 2)
+    assert wait(start(1, train_teacher, *TINY, "--out", tmp_path / "run", patch=twice)) == [-signal.SIGINT]
 
 
 @pytest.mark.slow
 def test_a_signal_to_a_run_and_its_loader_processes_ends_it_after_its_step(tmp_path):
-    flags = [*TINY, "--steps", 300, "--out", tmp_path / "run"]
-    command = [sys.executable, train_teacher.__file__, *map(str, flags), "--workers", "1"]
+    flags = [*TINY, "--steps", 300, "--workers", 1, "--out", tmp_path / "run"]
+    command = [sys.executable, train_teacher.__file__, *map(str, flags)]
     run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
     for line in run.stdout:
         if line.startswith("teacher 5/"):
             os.killpg(run.pid, signal.SIGINT)  # as Ctrl-C in a terminal does
     assert run.wait(30) == 128 + signal.SIGINT and run.stderr.read() == ""
     assert line == "SIGINT: saved and stopped; rerun the same command to continue\n"
-    (state,) = saved_states(tmp_path / "run")
-    assert 5 <= int(state[5:]) < 300
-
-
-def test_two_runs_do_not_share_a_folder(teacher, tmp_path, capfd):
-    out, go = tmp_path / "run", tmp_path / "go"
-    first = start(1, train_teacher, *TINY, "--out", out, patch=patch((0,), "training.optimizer_step", 2, wait_for, go))
-    deadline = time.monotonic() + 30
-    while not Path(f"{go}.waits").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    try:
-        for flags in ([], ["--fresh"]):
-            error = refusal(capfd, train_teacher, *TINY, "--out", out, *flags)
-            assert f"{out} is in use by another run (process {first[0].pid} on {socket.gethostname()})" in error
-    finally:
-        go.touch()
-        codes = wait(first)
-    assert codes == [0] and same_runs(out, teacher)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -445,23 +353,16 @@ def test_two_runs_do_not_share_a_folder(teacher, tmp_path, capfd):
     "message, lost",
     [
         ("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:42001", True),
-        ("Gloo AllReduce failed: read [127.0.0.1]:3: Connection reset by peer", True),
-        ("NCCL error ... ncclRemoteError: remote process exited or there was a network error", True),
         ("[rank0]: Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7)", True),
         ("NCCL error: invalid usage ... Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 0", False),
-        ("NCCL error: Error while creating shared memory segment /dev/shm/nccl-x (No space left on device)", False),
-        (
-            "[gloo/transport/tcp/device.cc:84] ifa != nullptr. Unable to find address for: eth7; unsupported device",
-            False,
-        ),
+        ("[gloo/transport/tcp/device.cc:84] ifa != nullptr. Unable to find address for: eth7", False),
     ],
 )
 def test_only_a_lost_process_is_reported_as_one(message, lost, capfd, monkeypatch):
     """In either case the original error's last line is printed."""
     monkeypatch.setattr(os, "_exit", sys.exit)
-    error = RuntimeError(f"first line\n{message}")
     with pytest.raises(SystemExit) if lost else contextlib.nullcontext():
-        training._exception_hook(RuntimeError, error, None)
+        training._exception_hook(RuntimeError, RuntimeError(f"first line\n{message}"), None)
     printed = capfd.readouterr().err
     assert ("lost another process" in printed) == lost and message in printed
 
@@ -491,20 +392,19 @@ def bad_video(path, *_):
     raise video.BadVideo(f"{path}: cannot be decoded")
 
 
-@pytest.mark.parametrize("how, loss, norm", [("nan", "nan", None), ("inf", "inf", None), ("gradients", None, "nan")])
-def test_a_step_that_is_not_finite_in_one_process_ends_the_run(how, loss, norm, tmp_path):
+@pytest.mark.parametrize("broken", [break_loss, break_gradients])
+def test_a_step_that_is_not_finite_in_one_process_ends_the_run(broken, tmp_path):
     write_manifest(tmp_path, 12)
     flags, out = [*TINY, "--data", tmp_path / "m.csv"], tmp_path / "run"
-    broken = functools.partial(break_step, how)
-    assert wait(start(2, train_teacher, *flags, *EVERY_STEP, "--out", out, patch=broken)) == [2, 2]
+    disturbed = patch((1,), "training.optimizer_step", 3, broken)
+    assert wait(start(2, train_teacher, *flags, *EVERY_STEP, "--out", out, patch=disturbed)) == [2, 2]
     for rank in range(2):
         found = re.fullmatch(
             r"train_teacher.py: step 3: loss (\S+), gradient norm (\S+), lr 0.003; .*"
             rf"Clips of process {rank}: \S+\.png, \S+\.png\n",
             printed(out, rank),
         )
-        assert found, printed(out, rank)
-        assert loss in (None, found[1]) and norm in (None, found[2])
+        assert found and found[1 if broken is break_loss else 2] == "nan", printed(out, rank)
     assert load_checkpoint(out)["step"] == 2 and saved_states(out) == ["step-00000001", "step-00000002"]
     train(2, train_teacher, *flags, out=tmp_path / "undisturbed")
     assert same_runs(train(2, train_teacher, *flags, out=out), tmp_path / "undisturbed")  # step 3 changed nothing
@@ -530,6 +430,6 @@ def test_a_full_disk_loses_nothing_that_was_saved(world, ranks, function, after,
     assert load_checkpoint(out)["step"] == 2 and saved_states(out)[-1] == f"step-{step:08}"
     still_full = patch((0,), "training.setup", 1, limit_files, 1500)  # less than args.json has
     assert wait(start(world, train_student, *flags, "--out", out, "--fresh", patch=still_full))[0] == 2
-    assert printed(out, 0).startswith(f"train_student.py: --out {out}: ") and printed(out, 0).count("\n") == 1
+    assert printed(out, 0).startswith(f"train_student.py: {out / 'args.json'}: ") and printed(out, 0).count("\n") == 1
     (older,) = tmp_path.glob("run.[0-9]")
     assert same_runs(train(world, train_student, *flags, out=older), undisturbed(train_student, world))

@@ -1,6 +1,7 @@
 """The training recipe and the three scripts: schedules, optimizer, losses, EMA, the log, resuming, users' mistakes."""
 
 import argparse
+import contextlib
 import difflib
 import fcntl
 import inspect
@@ -8,6 +9,7 @@ import itertools
 import json
 import math
 import os
+import platform
 import shutil
 import signal
 import sys
@@ -20,16 +22,13 @@ from conftest import (
     EXACT_METRICS,
     TINY,
     extra_flags,
-    flat,
     read_metrics,
     refusal,
     run_script,
     same_checkpoints,
     same_tensors,
     saved_states,
-    truncate,
     write_image,
-    write_video,
 )
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
@@ -63,29 +62,17 @@ def parsed_flags(steps, *flags):
 # schedules and optimizer
 
 
-@pytest.mark.parametrize("steps", [80_000, 160_000])
-def test_schedules_match_the_paper(steps):
-    args = parsed_flags(steps)
-    assert (args.batch_size, args.clip_grad, args.steps) == (3072, 0.02, steps)
-
-    def lr(step):
-        return training.learning_rate(step, args)
-
-    def decay(step):
-        return training.weight_decay(step, args)
-
-    def near(x):
-        return pytest.approx(x, rel=1e-9)
-
-    assert (lr(0), lr(2500), lr(10_000)) == (near(2e-4), near(3.0625e-4), near(6.25e-4))
-    assert lr(9999) < lr(10_000) > lr(10_001) and lr(steps - 1) == near(1e-6)
-    half = (10_000 + steps - 1) / 2
-    assert (lr(math.floor(half)) + lr(math.ceil(half))) / 2 == near((6.25e-4 + 1e-6) / 2)
+def test_schedules_match_the_paper():
+    args = parsed_flags(80_000)
+    assert (args.batch_size, args.clip_grad) == (3072, 0.02)
+    rates = {0: 2e-4, 2500: 3.0625e-4, 10_000: 6.25e-4, 79_999: 1e-6}
+    for step, rate in rates.items():
+        assert training.learning_rate(step, args) == pytest.approx(rate, rel=1e-9)
     quarter = 1e-6 + (6.25e-4 - 1e-6) * (1 + math.cos(math.pi / 4)) / 2
-    assert lr(10_000 + (steps - 10_001) // 4) == pytest.approx(quarter, rel=1e-4)
-    assert (decay(0), decay(steps - 1)) == (near(0.04), near(0.4))
-    assert (decay(steps // 2 - 1) + decay(steps // 2)) / 2 == near(0.22)
-    assert decay((steps - 1) // 4) == pytest.approx(0.4 - 0.36 * (1 + math.cos(math.pi / 4)) / 2, rel=1e-3)
+    assert training.learning_rate(10_000 + 69_999 // 4, args) == pytest.approx(quarter, rel=1e-4)
+    quarter = 0.4 - 0.36 * (1 + math.cos(math.pi / 4)) / 2
+    for step, decay in ((0, 0.04), (79_999 // 4, quarter), (79_999, 0.4)):
+        assert training.weight_decay(step, args) == pytest.approx(decay, rel=1e-3)
 
 
 def test_defaults_of_short_runs_and_small_batches():
@@ -110,17 +97,16 @@ def test_biases_norms_and_mask_tokens_have_no_weight_decay():
         assert settings[p] == (expected, 4.125e-4, (0.9, 0.95)), name
 
 
-def linear_with_gradients(value):
-    """A linear layer whose gradients all have this value."""
+def linear_with_gradients():
+    """A linear layer whose gradients are all 1."""
     module = torch.nn.Linear(3, 3)
-    for p in module.parameters():
-        p.grad = torch.full_like(p, value)
+    module(torch.ones(1, 3)).sum().backward()
     return module
 
 
 def test_the_global_gradient_norm_is_clipped():
     """AdamW's step does not depend on the gradients' scale, so check its running average of the gradients."""
-    args, modules = parsed_flags(80_000, "--clip-grad", "0.5"), [linear_with_gradients(1.0) for _ in range(2)]
+    args, modules = parsed_flags(80_000, "--clip-grad", "0.5"), [linear_with_gradients(), linear_with_gradients()]
     optimizer = training.make_optimizer(modules, args)
     assert training.optimizer_step(optimizer, torch.tensor(0.0), args)[1].item() == pytest.approx(math.sqrt(24))
     clipped = torch.cat([state["exp_avg"].flatten() for state in optimizer.state.values()]) / 0.1
@@ -129,7 +115,7 @@ def test_the_global_gradient_norm_is_clipped():
 
 @pytest.mark.parametrize("loss, gradient", [("nan", 1), ("inf", 1), (0, "nan"), (0, "inf")])
 def test_a_step_that_is_not_finite_changes_nothing(loss, gradient):
-    module, args = linear_with_gradients(1.0), parsed_flags(80_000)
+    module, args = linear_with_gradients(), parsed_flags(80_000)
     before = {name: x.clone() for name, x in module.state_dict().items()}
     optimizer = training.make_optimizer([module], args)
     module.bias.grad[1] = float(gradient)
@@ -139,7 +125,7 @@ def test_a_step_that_is_not_finite_changes_nothing(loss, gradient):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# targets and losses
+# the method, the student's teacher, and the baseline
 
 
 def test_pixel_targets_are_normalized_as_in_videomae():
@@ -152,10 +138,6 @@ def test_pixel_targets_are_normalized_as_in_videomae():
         mean = cube.sum(1, keepdim=True) / 128
         std = ((cube - mean).square().sum(1, keepdim=True) / 127).sqrt()
         torch.testing.assert_close(targets[b, n].double(), ((cube - mean) / (std + 1e-6)).flatten(), **CLOSE)
-    faint = clips * 1e-6  # so that the 1e-6 in the denominator matters
-    std = faint[:, :, :2, :8, :8].flatten(2).std(2)
-    targets = train_teacher.pixel_targets(faint, 2, 8)[:, 0].view(2, 3, -1)
-    torch.testing.assert_close(targets.std(2), std / (std + 1e-6), **CLOSE)
 
 
 @every_script
@@ -164,59 +146,48 @@ def test_the_logged_loss_is_the_method(script, teacher, tmp_path):
 
     The learning rate is so small that the weights never change.
     """
-    flags = [*extra_flags(script, teacher), "--micro-batch-size", 2, "--seed", 3, "--masks-per-clip", 2,
-             "--steps", 3, "--lr", 1e-30, "--final-lr", 0]  # fmt: skip
-    run_script(script, *TINY, *flags, "--out", tmp_path)
+    flags = ["--micro-batch-size", 2, "--seed", 3, "--masks-per-clip", 2, "--steps", 3, "--lr", 1e-30, "--final-lr", 0]
+    run_script(script, *TINY, *extra_flags(script, teacher), *flags, "--out", tmp_path)
     checkpoint = load_checkpoint(tmp_path)
     student = build(Encoder, checkpoint["model"]["encoder"], checkpoint.get("student", checkpoint["encoder"]))
     predictor = build(Predictor, checkpoint["model"]["predictor"], checkpoint["predictor"])
     target_encoder = load_encoder(teacher if script is train_student else tmp_path)
-    stage, seen, losses = (1 if script is train_teacher else 2), [], []
-    source = data.Synthetic(4, 32, data.stream_seed("data", stage, 3))
-    args = argparse.Namespace(stage=stage, seed=3)
+    args = argparse.Namespace(stage=1 if script is train_teacher else 2, seed=3)
+    source, seen, losses = data.Synthetic(4, 32, data.stream_seed("data", args.stage, 3)), set(), []
     for step, micro in itertools.product(range(3), range(2)):
         first = 4 * step + 2 * micro
         clips = data.normalize(source.batch([first, first + 1]).clips, "cpu")
         rng, sizes = training.mask_generators(args, step, micro)
         masks = masking.sample_masks("multiblock", GRID, 2, rng, sizes=sizes, masks_per_clip=2)
-        seen.append([mask.context_ids.tolist() for mask in masks])
-        for mask in masks:
-            with torch.no_grad():
+        seen.add(str([mask.context_ids.tolist() for mask in masks]))
+        with torch.no_grad():
+            if script is train_teacher:
+                targets, error = train_teacher.pixel_targets(clips, 2, 8), torch.square
+            else:
+                targets, error = F.layer_norm(target_encoder(clips), (target_encoder.width,)), torch.abs
+            for mask in masks:
                 context = student(clips, mask.context_ids)
                 z = predictor(context, mask.context_ids, mask.target_ids, GRID, mask.index)
-                if script is train_teacher:
-                    y = gather(train_teacher.pixel_targets(clips, 2, 8), mask.target_ids)
-                    losses.append(((z - y) ** 2).mean().item())
-                else:
-                    y = gather(F.layer_norm(target_encoder(clips), (target_encoder.width,)), mask.target_ids)
-                    losses.append((z - y).abs().mean().item())
+                losses.append(error(z - gather(targets, mask.target_ids)).mean().item())
     expected = torch.tensor(losses).view(3, 8).mean(1).tolist()
     assert [loss for (loss,) in read_metrics(tmp_path, "loss")] == pytest.approx(expected, rel=1e-5)
-    assert len({str(ids) for ids in seen}) == len(seen) == 6
+    assert len(seen) == 6
 
 
 @every_script
-def test_everything_but_the_teacher_learns(script, teacher, tmp_path):
-    before = (teacher / "checkpoint.pt").read_bytes()
-    run_script(script, *TINY, *extra_flags(script, teacher), "--out", tmp_path)
+def test_every_parameter_learns(script, teacher, tmp_path):
+    flags = [*TINY, *extra_flags(script, teacher), "--width", 64, "--predictor-width", 64, "--clip-grad", 10]
+    run_script(script, *flags, "--steps", 100, "--lr", 2e-3, "--out", tmp_path)
     checkpoint = load_checkpoint(tmp_path)
     torch.manual_seed(data.stream_seed("initialization", 1 if script is train_teacher else 2, 0))
-    encoder = Encoder(**checkpoint["model"]["encoder"])
-    predictor = Predictor(**checkpoint["model"]["predictor"])
+    encoder, predictor = Encoder(**checkpoint["model"]["encoder"]), Predictor(**checkpoint["model"]["predictor"])
     trained = checkpoint.get("student", checkpoint["encoder"])
     for initial, now in ((encoder, trained), (predictor, checkpoint["predictor"])):
         for name, p in initial.named_parameters():
             assert not torch.equal(p, now[name]), name
     assert all(tokens.any() for tokens in checkpoint["predictor"]["mask_tokens"])  # both masks contribute
-    assert (teacher / "checkpoint.pt").read_bytes() == before
-
-
-@pytest.mark.parametrize("script, factor", [(train_teacher, 0.9), (train_student, 0.85)])
-def test_a_short_run_learns(script, factor, teacher, tmp_path):
-    flags = ["--width", 64, "--predictor-width", 64, "--steps", 150, "--clip-grad", 10, "--lr", 2e-3]
-    run_script(script, *TINY, *extra_flags(script, teacher), *flags, "--out", tmp_path)
     losses = [loss for (loss,) in read_metrics(tmp_path, "loss")]
-    assert sum(losses[-10:]) / 10 < factor * losses[0]
+    assert script is train_ema_baseline or sum(losses[-10:]) / 10 < 0.93 * losses[0]
 
 
 @every_script
@@ -232,10 +203,9 @@ class NoTensorsFromPython(TorchFunctionMode):
     """Fails if a Python number becomes a tensor on a device: on a GPU the copy would wait for all queued work."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
         if function in (torch.tensor, torch.as_tensor):
-            assert torch.device(kwargs.get("device") or "cpu").type == "cpu", f"{function.__name__} on a device"
-        return function(*args, **kwargs)
+            assert torch.device((kwargs or {}).get("device") or "cpu").type == "cpu", f"{function.__name__} on a device"
+        return function(*args, **(kwargs or {}))
 
 
 def test_a_step_does_not_wait_for_the_device():
@@ -264,19 +234,6 @@ def test_a_step_does_not_wait_for_the_device():
         assert train_step(1).is_meta
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# teachers of students
-
-
-def test_a_student_can_be_the_teacher(student, ema, tmp_path):
-    """The predictor's output is as wide as the teacher, here a student of width 48."""
-    run_script(train_student, *TINY, "--teacher", student, "--steps", 3, "--out", tmp_path / "next")
-    checkpoint = load_checkpoint(tmp_path / "next")
-    assert (checkpoint["model"]["encoder"]["width"], checkpoint["model"]["predictor"]["out_width"]) == (32, 48)
-    run_script(train_student, *TINY, "--teacher", ema, "--steps", 3, "--out", tmp_path / "of-ema")
-    assert load_checkpoint(tmp_path / "of-ema")["teacher"]["sha256"] == fingerprint(load_checkpoint(ema)["encoder"])
-
-
 def test_a_student_shares_no_randomness_with_its_teacher(tmp_path):
     """Equal size and seed, but other initial weights, clips and masks; the next student differs from both."""
     found = []
@@ -294,19 +251,19 @@ def test_a_student_shares_no_randomness_with_its_teacher(tmp_path):
         assert all((x - y).abs().mean() > 1e-3 for x, y in zip(a, b, strict=True))
 
 
-def test_random_streams_are_independent_of_trailing_zeros_and_of_each_other():
+def test_random_streams_are_independent():
     keys = [("masks", 1), ("masks", 1, 0), ("masks", 1, 0, 0), ("masks", 0), ("masks",), ("crop", 1), ("order", 1)]
-    seeds = [data.stream_seed(*key) for key in keys]
-    assert len(set(seeds)) == len(keys) and all(0 <= seed < 2**62 for seed in seeds)
+    assert len({data.stream_seed(*key) for key in keys}) == len(keys)
 
 
-def test_a_checkpoint_identifies_its_teacher(teacher, student, tmp_path, capfd):
-    weights = load_checkpoint(teacher)["encoder"]
-    identity = {"path": str(teacher), "stage": 1, "step": 6, "sha256": fingerprint(weights)}
+def test_a_checkpoint_identifies_its_teacher(teacher, student, ema, tmp_path, capfd):
+    identity = {"path": str(teacher), "stage": 1, "step": 6, "sha256": fingerprint(load_checkpoint(teacher)["encoder"])}
     assert load_checkpoint(student)["teacher"] == identity and load_checkpoint(teacher)["teacher"] is None
-    torch.save(load_checkpoint(teacher) | {"step": 4}, tmp_path / "cut.pt")
+    torch.save(load_checkpoint(ema) | {"step": 4}, tmp_path / "cut.pt")  # an EMA run's encoder can be a teacher, too
     run_script(train_student, *TINY, "--teacher", tmp_path / "cut.pt", "--steps", 3, "--out", tmp_path / "other")
     assert "step 4 of 6; WARNING: its training has not finished\n" in capfd.readouterr().out
+    sha256 = fingerprint(load_checkpoint(ema)["encoder"])
+    assert load_checkpoint(tmp_path / "other")["teacher"]["sha256"] == sha256
 
 
 def test_a_run_does_not_continue_with_another_teacher(teacher, student, tmp_path, capfd):
@@ -322,10 +279,6 @@ def test_a_run_does_not_continue_with_another_teacher(teacher, student, tmp_path
     assert load_checkpoint(run)["step"] == 8
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the baseline
-
-
 @pytest.mark.parametrize("momentum", [0, 0.7, 1])
 def test_the_teacher_is_a_moving_average_of_the_student(momentum, tmp_path):
     flags = ["--steps", 3, "--snapshot-every", 1, "--seed", 5, "--ema-momentum", momentum]
@@ -339,10 +292,6 @@ def test_the_teacher_is_a_moving_average_of_the_student(momentum, tmp_path):
             torch.testing.assert_close(checkpoint["encoder"][name], x, rtol=1e-5, atol=1e-7)
     assert not same_tensors(steps[0]["student"], steps[1]["student"])
     assert same_tensors(load_encoder(tmp_path, "student").state_dict(), steps[2]["student"])
-
-
-def test_the_default_momentum_is_v_jepa_2s(ema):
-    assert load_checkpoint(ema)["args"]["ema_momentum"] == 0.99925
 
 
 @pytest.mark.parametrize("momentum", [1, 0.5])
@@ -362,15 +311,10 @@ def test_a_student_matches_the_baseline_while_their_teachers_are_the_same(moment
     assert [a == b for a, b in zip(student, baseline, strict=True)] == [True, kept, kept, kept, kept, kept]
 
 
-def training_loop(script):
-    """The lines of a script from its loop over steps to its end."""
-    source = inspect.getsource(script)
-    return source[source.index("    for step in range(") :].splitlines()
-
-
 def test_only_update_teacher_differs_in_the_loops_of_student_and_baseline():
-    diff = difflib.ndiff(training_loop(train_ema_baseline), training_loop(train_student))
-    changes = [line for line in diff if not line.startswith(" ")]
+    sources = [inspect.getsource(script) for script in (train_ema_baseline, train_student)]
+    loops = [source[source.index("    for step in range(") :].splitlines() for source in sources]
+    changes = [line for line in difflib.ndiff(*loops) if not line.startswith(" ")]
     assert len(changes) == 1 and changes[0].startswith("-         update_teacher("), changes
 
 
@@ -385,7 +329,7 @@ def test_the_diff_in_the_readme_is_up_to_date():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the run folder and the log
+# the run folder, the log, the same run again
 
 
 def test_contents_of_a_run_folder(teacher, student, ema):
@@ -400,11 +344,12 @@ def test_contents_of_a_run_folder(teacher, student, ema):
         assert (record["kind"], record["world_size"]) == (kind, 1) and "git_commit" in record
         assert record["args"]["out"] == str(out) and record["versions"]["torch"] == torch.__version__
         checkpoint = torch.load(out / "checkpoint.pt", weights_only=True)
-        keys = {"format", "kind", "step", "model", "encoder", "encoder_is", "predictor", "args", "stage", "teacher"}
+        keys = {"format", "kind", "step", "model", "encoder", "predictor", "args", "stage", "teacher"}
         assert set(checkpoint) == keys | ({"student"} if kind == "ema" else set())
         assert (checkpoint["kind"], checkpoint["step"], checkpoint["args"]) == (kind, 6, record["args"])
         assert checkpoint["model"]["predictor"]["out_width"] == out_width
         assert load_encoder(out)(torch.zeros(1, 3, 4, 32, 32)).shape == (1, 32, width)
+    assert load_checkpoint(ema)["args"]["ema_momentum"] == 0.99925  # V-JEPA 2's
 
 
 def test_a_log_line(teacher):
@@ -413,20 +358,12 @@ def test_a_log_line(teacher):
     for line in lines:
         assert math.isfinite(line["loss"]) and line["grad_norm"] > 0 and line["tflops_per_process"] > 0
         assert 0 <= line["data_wait"] <= 1 and line["bad_videos"] == 0 and line["target_std"] > 0
-        assert line["tokens_per_s"] == pytest.approx(32 * line["clips_per_s"]) and line["clips_per_s"] > 0
-        assert 0.1 < line["peak_memory_gib"] < 100  # torch alone needs more than 0.1 GiB
+        assert line["clips_per_s"] > 0 and 0.1 < line["peak_memory_gib"] < 100
         counts = [line[f"{a}_{b}"] for a in ("context", "target") for b in ("kept", "lost")]
         assert sum(counts) == 2 * 32  # every token of both masks is accounted for
     assert lines[0]["lr"] == pytest.approx(0.32 * 3e-3) and lines[-1]["lr"] == pytest.approx(1e-6)
     assert lines[0]["weight_decay"] == pytest.approx(0.04) and lines[-1]["weight_decay"] == pytest.approx(0.4)
     assert sorted(lines, key=lambda line: (line["seconds"], line["flops"])) == lines
-
-
-def test_the_loss_of_a_log_line_is_the_mean_since_the_last_one(teacher, tmp_path):
-    run_script(train_teacher, *TINY, "--log-every", 4, "--out", tmp_path)
-    step_losses = [loss for (loss,) in read_metrics(teacher, "loss")]
-    losses = [loss for (loss,) in read_metrics(tmp_path, "loss")]
-    assert losses == pytest.approx([sum(step_losses[:4]) / 4, sum(step_losses[4:]) / 2])
 
 
 def test_collapse_metrics():
@@ -441,31 +378,17 @@ def test_collapse_metrics():
     assert training.collapse_metrics(flat_vectors, random, step=100).keys() == {"prediction_std", "target_std"}
 
 
-def test_tensorboard(tmp_path, capfd, monkeypatch):
+def test_tensorboard_and_the_loss_of_a_log_line(teacher, tmp_path, capfd, monkeypatch):
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    run_script(train_teacher, *TINY, "--tensorboard", "--out", tmp_path / "run")
+    flags = [*TINY, "--log-every", 4, "--tensorboard"]
+    run_script(train_teacher, *flags, "--out", tmp_path / "run")
+    of_steps = [loss for (loss,) in read_metrics(teacher, "loss")]
+    means = [[4, pytest.approx(sum(of_steps[:4]) / 4)], [6, pytest.approx(sum(of_steps[4:]) / 2)]]
+    assert read_metrics(tmp_path / "run", "step", "loss") == means  # of the steps since the last line
     events = event_accumulator.EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
-    lines = read_metrics(tmp_path / "run")
-    for name in lines[0]:
-        values = [(event.step, event.value) for event in events.Scalars(name)]
-        assert values == [(line["step"], pytest.approx(line[name], rel=1e-6)) for line in lines]
+    assert [[event.step, event.value] for event in events.Scalars("loss")] == means
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    error = refusal(capfd, train_teacher, *TINY, "--tensorboard", "--out", tmp_path / "other")
-    assert "--tensorboard needs a package: pip install tensorboard" in error
-
-
-def test_the_attention_kernel_is_printed(tmp_path, capfd):
-    run_script(train_teacher, *TINY, "--steps", 3, "--out", tmp_path)
-    assert "attention by FLASH_ATTENTION and FLASH_ATTENTION; 3 steps into" in capfd.readouterr().out
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the same run again
-
-
-def contents(folder):
-    """The bytes of every file under a folder, by relative path."""
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert "pip install tensorboard" in refusal(capfd, train_teacher, *flags, "--out", tmp_path / "other")
 
 
 def test_the_same_seed_gives_the_same_run(teacher, tmp_path):
@@ -475,18 +398,20 @@ def test_the_same_seed_gives_the_same_run(teacher, tmp_path):
     assert same_checkpoints(tmp_path / "again", teacher)
 
 
-def test_rerunning_a_finished_run_changes_nothing(teacher, tmp_path):
+def contents(folder):
+    """The bytes of every file under a folder, by relative path."""
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_rerunning_a_finished_run_changes_nothing_and_fresh_moves_it_aside(teacher, tmp_path, capfd):
     out = shutil.copytree(teacher, tmp_path / "run")
     before = contents(out)
+    (out / "resume" / "step-00000009.tmp").mkdir()  # a killed process may leave these
     with open(out / "metrics.jsonl", "a") as file:
-        file.write('{"step": 7, "lo')  # a killed process may leave this
-    run_script(train_teacher, *TINY, "--out", out)
-    assert contents(out) == before
-
-
-def test_fresh_moves_the_earlier_run_aside(teacher, tmp_path, capfd):
-    out = shutil.copytree(teacher, tmp_path / "run")
-    before = contents(out)
+        file.write('{"step": 7}\n{"step": 8, "lo')
+    run_script(train_teacher, *TINY, "--out", out, "--frame-step", 3)
+    assert "at step 6 of 6; flags that changed: frame-step\n" in capfd.readouterr().out
+    assert contents(out) == before and saved_states(out) == ["step-00000006"]
     for i in (1, 2):
         run_script(train_teacher, *TINY, "--out", out, "--fresh", "--seed", i)
         assert str(tmp_path / f"run.{i}") in capfd.readouterr().out
@@ -495,40 +420,31 @@ def test_fresh_moves_the_earlier_run_aside(teacher, tmp_path, capfd):
     assert losses[0] != losses[1] != losses[2]
 
 
-@pytest.mark.parametrize(
-    "script, flags, message",
-    [
-        (train_teacher, "--width 16", "another kind or model"),
-        (train_teacher, "--resolution 64", "another kind or model"),
-        (train_student, "--teacher {run}", "another kind or model"),
-        (train_ema_baseline, "", "another kind or model"),
-        (train_teacher, "--steps 3", "is already at step 6, beyond --steps 3"),
-    ],
-)
-def test_another_run_is_not_continued(script, flags, message, teacher, tmp_path, capfd):
+def test_another_run_is_not_continued(teacher, tmp_path, capfd):
     out = shutil.copytree(teacher, tmp_path / "run")
-    assert message in refusal(capfd, script, *TINY, "--out", out, *flags.format(run=out).split())
+    flags = [*TINY, "--out", out]
+    other = "holds a run of another kind or model"
+    assert other in refusal(capfd, train_teacher, *flags, "--width", 16)
+    assert other in refusal(capfd, train_teacher, *flags, "--resolution", 64)
+    assert other in refusal(capfd, train_student, *flags, "--teacher", out)
+    assert "is already at step 6, beyond --steps 3" in refusal(capfd, train_teacher, *flags, "--steps", 3)
+    shutil.rmtree(out / "resume")
+    assert "but no state to continue from; --fresh" in refusal(capfd, train_teacher, *flags)
 
 
-def test_damaged_and_missing_states(teacher, tmp_path, capfd):
-    out = shutil.copytree(teacher, tmp_path / "run")
-    (out / "resume" / "step-00000009.tmp").mkdir()  # an unfinished save
-    truncate(out / "resume" / "step-00000006" / ".metadata", 10)
-    assert "step-00000006 is damaged; delete it" in refusal(capfd, train_teacher, *TINY, "--out", out)
-    assert saved_states(out) == ["step-00000006"]
-    out = shutil.copytree(teacher, tmp_path / "without")
-    shutil.rmtree(out / "resume" / "step-00000006")
-    assert "but no state to continue from; --fresh" in refusal(capfd, train_teacher, *TINY, "--out", out)
+def test_two_runs_do_not_share_a_folder(tmp_path, capfd, monkeypatch):
+    lock, flags = training._lock(tmp_path), [*TINY, "--steps", 3, "--out", tmp_path]
+    in_use = f"{tmp_path} is in use by another run (process {os.getpid()} on {platform.node()})"
+    assert in_use in refusal(capfd, train_teacher, *flags)
+    assert in_use in refusal(capfd, train_teacher, *flags, "--fresh")
+    lock.close()
 
-
-def test_a_file_system_without_locks(tmp_path, capfd, monkeypatch):
     def flock(*_):
         raise OSError(38, "Function not implemented")
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    run_script(train_teacher, *TINY, "--steps", 3, "--out", tmp_path)
+    run_script(train_teacher, *flags)
     assert "cannot be locked (Function not implemented)" in capfd.readouterr().out
-    assert load_checkpoint(tmp_path)["step"] == 3
 
 
 def test_saving_by_the_clock(monkeypatch):
@@ -541,22 +457,14 @@ def test_saving_by_the_clock(monkeypatch):
     assert training.agree_on_saving(5, args, log) == (True, signal.SIGUSR1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# options
-
-
 @pytest.mark.parametrize("mask", masking.STRATEGIES)
-def test_every_masking_strategy_trains(mask, tmp_path):
+def test_every_masking_strategy_trains_also_in_bfloat16(mask, tmp_path):
     flags = ["--mask", mask, "--mask-truncation", "raster", "--resolution", "16", "--patch-size", "2"]
-    run_script(train_teacher, *TINY, *flags, "--steps", 3, "--out", tmp_path)
-    tokens = load_checkpoint(tmp_path)["predictor"]["mask_tokens"]
+    run_script(train_teacher, *TINY, *flags, "--dtype", "bfloat16", "--steps", 3, "--out", tmp_path)
+    checkpoint = load_checkpoint(tmp_path)
+    tokens = checkpoint["predictor"]["mask_tokens"]
     assert len(tokens) == masking.STRATEGIES[mask].num_masks and (tokens.abs().max(1).values > 0).all()
-
-
-def test_bfloat16_keeps_float32_weights(tmp_path):
-    run_script(train_teacher, *TINY, "--dtype", "bfloat16", "--out", tmp_path)
-    assert all(x.dtype == torch.float32 for x in load_checkpoint(tmp_path)["encoder"].values())
-    assert all(math.isfinite(loss) for (loss,) in read_metrics(tmp_path, "loss"))
+    assert all(x.dtype == torch.float32 for x in checkpoint["encoder"].values())
 
 
 def test_default_workers_and_a_warning_if_there_are_too_few_cores(monkeypatch, capfd):
@@ -566,39 +474,21 @@ def test_default_workers_and_a_warning_if_there_are_too_few_cores(monkeypatch, c
     assert "1 processes with 4 loader workers each share 2 cores" in capfd.readouterr().out
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# unreadable videos and users' mistakes
-
-
-def test_unreadable_videos_are_counted(tmp_path):
-    for n in range(3):
-        write_video(tmp_path / f"{n}.mp4", [flat(20 * i + n, 40) for i in range(12)])
-    (tmp_path / "m.csv").write_text("0.mp4\n1.mp4\n2.mp4\nmissing.mp4\n")
-    run_script(train_teacher, *TINY, "--data", tmp_path / "m.csv", "--out", tmp_path / "run", "--frame-step", 2)
-    # A step draws each of the four videos once.
-    assert [line["bad_videos"] for line in read_metrics(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
-
-
 @pytest.mark.parametrize("bad, fails", [(1, False), (2, True)])
-def test_too_many_unreadable_videos_end_the_run(bad, fails, tmp_path, capfd):
+def test_unreadable_videos_are_counted_and_too_many_end_the_run(bad, fails, tmp_path, capfd):
     """One bad video of 25 is 4%, two are 8%. The limit is 5%, and applies from the 100th sample on."""
     write_image(torch.full((3, 40, 40), 99, dtype=torch.uint8), str(tmp_path / "x.png"))
-    lines = ["x.png 0"] * 25
-    for n in range(bad):
-        lines[12 * n] = f"missing{n}.png 0"
+    lines = [*(f"missing{n}.png 0" for n in range(bad)), *["x.png 0"] * (25 - bad)]
     (tmp_path / "m.csv").write_text("\n".join(lines))
     flags = [*TINY, "--batch-size", 25, "--steps", 5, "--data", tmp_path / "m.csv", "--out", tmp_path / "run"]
     capfd.readouterr()
-    if not fails:
+    with pytest.raises(SystemExit, match="2") if fails else contextlib.nullcontext():
         run_script(train_teacher, *flags)
-        assert read_metrics(tmp_path / "run", "bad_videos")[-1] == [5]
-        assert capfd.readouterr().err.count("missing0.png") == 1  # reported once
-        return
-    with pytest.raises(SystemExit, match="2"):
-        run_script(train_teacher, *flags)
-    *reported, last = capfd.readouterr().err.splitlines()
-    assert "8 of 100 samples are unreadable, more than --max-bad 5%" in last
-    assert len(reported) == 2 and "missing0.png: no such file" in "".join(reported)
+    counted = [n for (n,) in read_metrics(tmp_path / "run", "bad_videos")]
+    assert counted == ([2, 4, 6] if fails else [1, 2, 3, 4, 5])  # a step draws each of the 25 videos once
+    *reported, last = capfd.readouterr().err.splitlines() + [""] * (not fails)
+    assert len(reported) == bad and "missing0.png: no such file" in "".join(reported)  # reported once
+    assert ("8 of 100 samples are unreadable, more than --max-bad 5%" in last) == fails
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -620,43 +510,20 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, capfd):
     assert read_metrics(tmp_path / "run", "step") == [[1]] and not (tmp_path / "run" / "checkpoint.pt").exists()
 
 
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        ("--warmup-steps 6", "--warmup-steps 6"),
-        ("--steps 0", "--steps"),
-        ("--batch-size 0", "--batch-size"),
-        ("--micro-batch-size 3", "--micro-batch-size 3"),
-        ("--micro-batch-size 0", "--micro-batch-size 0"),
-        ("--heads 3", "3 heads"),
-        ("--heads 32", "32 heads"),
-        ("--heads 0", "heads"),
-        ("--predictor-heads 3", "predictor: "),
-        ("--resolution 30", "30x30"),
-        ("--num-frames 3", "3 frames"),
-        ("--patch-size 0", "0x0 pixels"),
-        ("--resolution 8", "too small"),
-        ("--mask causal --num-frames 2", "too small"),
-        ("--masks-per-clip 0", "--masks-per-clip 0"),
-        ("--target-fraction 0", "--target-fraction 0"),
-        ("--target-fraction 1.5", "--target-fraction 1.5"),
-        ("--target-fraction 0.5 --mask-truncation raster", "raster does not"),
-        ("--save-minutes -1", "--save-minutes"),
-        ("--log-every 0", "--log-every"),
-        ("--snapshot-every -1", "--snapshot-every -1"),
-        ("--seed -1", "--seed"),
-        ("--workers -1", "--workers"),
-        ("--model vit_x", "vit_x"),
-        ("--maks tube", "--maks"),
-        ("--data nowhere.csv", "nowhere.csv"),
-        ("--data one.csv --frame-step 0", "--frame-step"),
-        ("--data one.csv --data-weights 1 2", "1 manifests but 2 weights"),
-        ("--data one.csv --data-weights 0", "weights"),
-        ("--data empty.csv", "names no videos"),
-        ("--out one.csv", "--out one.csv"),
-        ("--out one.csv/run", "--out one.csv/run"),
-    ],
-)
+# Flags whose error names them, and others.
+INVALID = {flags: flags.split()[-2] for flags in (
+    "--warmup-steps 6", "--batch-size 0", "--micro-batch-size 3", "--masks-per-clip 0", "--target-fraction 0",
+    "--save-minutes -1", "--seed -1", "--model vit_x", "--data nowhere.csv", "--data one.csv --frame-step 0",
+    "--out one.csv/run",
+)} | {
+    "--heads 3": "3 heads", "--heads 0": "heads", "--predictor-heads 3": "predictor: ", "--resolution 30": "30x30",
+    "--num-frames 3": "3 frames", "--patch-size 0": "0x0 pixels", "--resolution 8": "too small",
+    "--target-fraction 0.5 --mask-truncation raster": "raster does not",
+    "--data one.csv --data-weights 1 2": "1 manifests but 2 weights", "--data empty.csv": "names no videos",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("flags, message", INVALID.items())
 def test_invalid_flags_are_one_line_errors(flags, message, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     write_image(torch.zeros(3, 20, 20, dtype=torch.uint8), "x.png")
@@ -665,13 +532,7 @@ def test_invalid_flags_are_one_line_errors(flags, message, tmp_path, monkeypatch
     assert message in refusal(capfd, train_teacher, *TINY, "--out", "run", *flags.split())
 
 
-@pytest.mark.parametrize("momentum", ["1.5", "-0.1", "nan"])
-def test_invalid_momentum(momentum, tmp_path, capfd):
-    flags = ["--out", tmp_path / "run", "--ema-momentum", momentum]
-    assert "--ema-momentum" in refusal(capfd, train_ema_baseline, *TINY, *flags)
-
-
-def test_unusable_teachers_are_one_line_errors(teacher, tmp_path, capfd):
+def test_unusable_teachers_and_momentums_are_one_line_errors(teacher, tmp_path, capfd):
     flags = [*TINY, "--out", tmp_path / "run"]
 
     def error(path, *more):
@@ -683,4 +544,5 @@ def test_unusable_teachers_are_one_line_errors(teacher, tmp_path, capfd):
     assert "tubelet_size 2, the student 1" in error(teacher, "--tubelet-size", "1")
     (tmp_path / "text.pt").write_text("hello")
     assert "cannot be read as a checkpoint" in error(tmp_path / "text.pt")
+    assert "--ema-momentum nan" in refusal(capfd, train_ema_baseline, *flags, "--ema-momentum", "nan")
     assert not (tmp_path / "run").exists()  # no run was started
