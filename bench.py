@@ -21,7 +21,6 @@ import itertools
 import math
 import statistics
 import sys
-import tempfile
 import time
 
 import numpy as np
@@ -34,7 +33,7 @@ import flops
 import training
 import video
 from masking import sample_masks
-from model import CHECKPOINT_FORMAT, SIZES, Encoder, Predictor, gather
+from model import SIZES, Encoder, Predictor, gather
 from tools import convert
 from train_ema_baseline import update_teacher
 from train_teacher import pixel_targets
@@ -135,16 +134,14 @@ def hf_model(encoder, weights, predictor=None, predictor_weights=None):
 
     Its predictor's output is as wide as its encoder, so the last layer is replaced by ours.
     """
-    checkpoint = {"format": CHECKPOINT_FORMAT, "model": {"encoder": encoder}, "encoder": weights}
+    checkpoint = {"model": {"encoder": encoder}, "encoder": weights}
     if predictor:
         width = encoder["width"]
         blank = {"proj.weight": torch.zeros(width, predictor["width"]), "proj.bias": torch.zeros(width)}
         checkpoint["model"]["predictor"] = predictor | {"out_width": width}
         checkpoint["predictor"] = predictor_weights | blank
-    with tempfile.TemporaryDirectory() as folder:
-        torch.save(checkpoint, f"{folder}/checkpoint.pt")
-        with contextlib.redirect_stdout(None):
-            model, hf_weights, _ = convert.to_hf(argparse.Namespace(source=folder))
+    with contextlib.redirect_stdout(None):
+        model, hf_weights = convert.to_hf(checkpoint)
     model.load_state_dict(hf_weights, strict=predictor is not None, assign=True)
     if predictor:
         model.predictor.proj = torch.nn.Linear(predictor["width"], predictor["out_width"])
