@@ -17,7 +17,6 @@ which no V-JEPA training does, so their layers are called on the context tokens 
 import argparse
 import contextlib
 import copy
-import itertools
 import math
 import statistics
 import sys
@@ -70,24 +69,14 @@ class Ours:
             self.teacher = Encoder(**teacher).to(args.device, getattr(torch, args.dtype))
         if args.kind == "ema":
             self.teacher = copy.deepcopy(self.encoder)
-        for name, network in self.networks().items():
+        self.networks = {"encoder": self.encoder, "predictor": self.predictor}
+        if self.teacher:
+            self.networks["teacher"] = self.teacher.requires_grad_(False)
+        for name, network in self.networks.items():
             if weights:
                 network.load_state_dict(weights[name])
             training.compile_and_shard(network, args)
-        if self.teacher:
-            self.teacher.requires_grad_(False)
         self.optimizer = training.make_optimizer([self.encoder, self.predictor], args)
-
-    def networks(self):
-        networks = {"encoder": self.encoder, "predictor": self.predictor, "teacher": self.teacher}
-        return {name: network for name, network in networks.items() if network is not None}
-
-    def weights(self):
-        """Copies of the weights on the CPU: {network: state dict}."""
-        return {
-            name: {key: x.to("cpu", copy=True) for key, x in network.state_dict().items()}
-            for name, network in self.networks().items()
-        }
 
     def latents(self, clips):
         return self.teacher(clips)
@@ -108,10 +97,8 @@ class HuggingFace:
             self.teacher = hf_model(teacher, weights["teacher"]).encoder.requires_grad_(False).to(args.device)
             if args.kind == "student":
                 self.teacher.to(getattr(torch, args.dtype))
-        if args.compile:
-            for layer in itertools.chain(
-                *(part.layer for part in (self.encoder, self.predictor, self.teacher) if part)
-            ):
+        for part in (self.encoder, self.predictor, self.teacher):
+            for layer in part.layer if args.compile and part else ():
                 layer.compile()
         self.optimizer = training.make_optimizer([self.encoder, self.predictor], args)
 
@@ -206,8 +193,13 @@ def bench_step(args):
     shape = args.micro_batch_size, 3, args.num_frames, args.resolution, args.resolution
     clips = torch.randint(256, shape).to(torch.uint8)
     clips = clips.pin_memory() if args.device == "cuda" else clips
+    tokens = math.prod(cli.clip_grid(args))
     ours = Ours(args, configs)
-    runners, weights = {"ours": (ours, args)}, ours.weights()
+    runners = {"ours": (ours, args)}
+    weights = {  # on the CPU, so that `memory` is that of the step
+        name: {key: x.to("cpu", copy=True) for key, x in network.state_dict().items()}
+        for name, network in ours.networks.items()
+    }
     losses = {"ours": warm_up(ours, args, clips)}
     memory = training.peak_memory(torch.device(args.device))
     if args.peer:
@@ -217,15 +209,14 @@ def bench_step(args):
     peak, seconds, rates = matmul_peak(args), {name: [] for name in runners}, []
     for first in range(WARMUP_STEPS, WARMUP_STEPS + args.rounds * args.round_steps, args.round_steps):
         for name, (runner, flags) in runners.items():
-            start, work = now(args.device), 0
+            start, counts = now(args.device), []
             for step in range(first, first + args.round_steps):
-                _, counts = training_step(runner, flags, step, clips)
-                work += sum(
-                    flops.step_flops(*configs[:2], c, configs[2], math.prod(cli.clip_grid(args))) for c in counts
-                )
-            seconds[name].append((now(args.device) - start) / args.round_steps)
+                counts += training_step(runner, flags, step, clips)[1]
+            duration = now(args.device) - start
+            seconds[name].append(duration / args.round_steps)
             if name == "ours":
-                rates.append(work * args.micro_batch_size / args.round_steps / seconds[name][-1])
+                work = sum(flops.step_flops(*configs[:2], c, configs[2], tokens) for c in counts)
+                rates.append(work * args.micro_batch_size / duration)
     rate = statistics.median(rates)
     print(
         f"{args.kind}, {args.dtype}, {'compiled' if args.compile else 'eager'}: "

@@ -250,7 +250,7 @@ def test_files_that_are_not_checkpoints(tmp_path, capsys, monkeypatch):
     for command in ("from-vjepa2", "to-hf"):
         for file in files:
             assert str(file) in refusal(capsys, convert, command, file, tmp_path / "out")
-    for content, what in (({"target_encoder": {"a": 1}}, "no state dict"), ({}, "no state dict")):
+    for content, what in (({"target_encoder": {"a": 1}}, "'target_encoder' is no state dict"), ({}, "no state dict")):
         torch.save(content, files[0])
         assert what in refusal(capsys, convert, "from-vjepa2", files[0], tmp_path / "out")
     torch.save(vjepa2_file(our_checkpoint()), files[0])

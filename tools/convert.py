@@ -125,11 +125,13 @@ def read_vjepa2(path):
         reason = "damaged, not made by torch.save, or unsafe"
         raise ValueError(f"{path} cannot be read as a checkpoint ({reason})") from error
     file = {"encoder": file} if _is_state_dict(file) else file if isinstance(file, dict) else {}
-    held = {key: file[key] for key in ("target_encoder", "encoder", "predictor") if _is_state_dict(file.get(key))}
+    held = {key: file[key] for key in ("target_encoder", "encoder", "predictor") if key in file}
     if not held.keys() - {"predictor"}:
         raise ValueError(f"{path} has no state dict 'target_encoder' or 'encoder'; V-JEPA 2's files have both")
-    for key in held:
-        held[key] = strip_wrappers(held[key])
+    for key, weights in held.items():
+        if not _is_state_dict(weights):
+            raise ValueError(f"{path}: {key!r} is no state dict")
+        held[key] = strip_wrappers(weights)
         for name in ("pos_embed", "predictor_pos_embed"):  # from before RoPE; V-JEPA 2's loader ignores them too
             if held[key].pop(name, None) is not None:
                 print(f"{key}: ignoring {name} (V-JEPA 2 does not use it; V-JEPA 1 does, and cannot be converted)")
