@@ -19,7 +19,6 @@ import contextlib
 import copy
 import math
 import statistics
-import sys
 import time
 
 import numpy as np
@@ -287,9 +286,9 @@ def bench_loader(args):
 
 
 def main():
-    what = sys.argv.pop(1) if len(sys.argv) > 1 and sys.argv[1] in ("step", "loader") else None
     parser = cli.training_flags(__doc__, out="out", steps=160_000)
     parser.set_defaults(batch_size=24, teacher_steps=80_000)  # flops.stages needs teacher_steps; times do not
+    parser.add_argument("what", choices=("step", "loader"), help="what to measure")
     flag = parser.add_argument_group("benchmark").add_argument
     flag("--kind", choices=("teacher", "student", "ema"), default="student", help="step: of which training script")
     flag("--teacher", choices=SIZES, help="step: teacher of the student; default: the student's size")
@@ -300,18 +299,16 @@ def main():
     args = parser.parse_args()
     cli.require_at_least(args, 1, "rounds", "round_steps", "clips")
     try:
-        if what == "loader":
+        if args.what == "loader":
             if not args.data:
                 cli.fail("loader needs --data MANIFEST")
             bench_loader(args)
-        elif what == "step":
+        else:
             cli.encoder_config(args)
             training.setup(args, args.kind, stage=2)
             if args.peer == "eager" and not args.compile:
                 cli.fail("--peer eager compares with a compiled step: add --compile")
             bench_step(args)
-        else:
-            cli.fail("say what to measure: bench.py step or bench.py loader (--help lists the flags)")
     except (OSError, ValueError) as error:
         cli.fail(str(error))
     except ImportError as error:
