@@ -17,11 +17,8 @@ which no V-JEPA training does, so their layers are called on the context tokens 
 import argparse
 import contextlib
 import copy
-import itertools
 import math
 import statistics
-import sys
-import tempfile
 import time
 
 import numpy as np
@@ -34,7 +31,7 @@ import flops
 import training
 import video
 from masking import sample_masks
-from model import CHECKPOINT_FORMAT, SIZES, Encoder, Predictor, gather
+from model import SIZES, Encoder, Predictor, gather
 from tools import convert
 from train_ema_baseline import update_teacher
 from train_teacher import pixel_targets
@@ -71,24 +68,14 @@ class Ours:
             self.teacher = Encoder(**teacher).to(args.device, getattr(torch, args.dtype))
         if args.kind == "ema":
             self.teacher = copy.deepcopy(self.encoder)
-        for name, network in self.networks().items():
+        self.networks = {"encoder": self.encoder, "predictor": self.predictor}
+        if self.teacher:
+            self.networks["teacher"] = self.teacher.requires_grad_(False)
+        for name, network in self.networks.items():
             if weights:
                 network.load_state_dict(weights[name])
             training.compile_and_shard(network, args)
-        if self.teacher:
-            self.teacher.requires_grad_(False)
         self.optimizer = training.make_optimizer([self.encoder, self.predictor], args)
-
-    def networks(self):
-        networks = {"encoder": self.encoder, "predictor": self.predictor, "teacher": self.teacher}
-        return {name: network for name, network in networks.items() if network is not None}
-
-    def weights(self):
-        """Copies of the weights on the CPU: {network: state dict}."""
-        return {
-            name: {key: x.to("cpu", copy=True) for key, x in network.state_dict().items()}
-            for name, network in self.networks().items()
-        }
 
     def latents(self, clips):
         return self.teacher(clips)
@@ -109,10 +96,8 @@ class HuggingFace:
             self.teacher = hf_model(teacher, weights["teacher"]).encoder.requires_grad_(False).to(args.device)
             if args.kind == "student":
                 self.teacher.to(getattr(torch, args.dtype))
-        if args.compile:
-            for layer in itertools.chain(
-                *(part.layer for part in (self.encoder, self.predictor, self.teacher) if part)
-            ):
+        for part in (self.encoder, self.predictor, self.teacher):
+            for layer in part.layer if args.compile and part else ():
                 layer.compile()
         self.optimizer = training.make_optimizer([self.encoder, self.predictor], args)
 
@@ -135,16 +120,14 @@ def hf_model(encoder, weights, predictor=None, predictor_weights=None):
 
     Its predictor's output is as wide as its encoder, so the last layer is replaced by ours.
     """
-    checkpoint = {"format": CHECKPOINT_FORMAT, "model": {"encoder": encoder}, "encoder": weights}
+    checkpoint = {"model": {"encoder": encoder}, "encoder": weights}
     if predictor:
         width = encoder["width"]
         blank = {"proj.weight": torch.zeros(width, predictor["width"]), "proj.bias": torch.zeros(width)}
         checkpoint["model"]["predictor"] = predictor | {"out_width": width}
         checkpoint["predictor"] = predictor_weights | blank
-    with tempfile.TemporaryDirectory() as folder:
-        torch.save(checkpoint, f"{folder}/checkpoint.pt")
-        with contextlib.redirect_stdout(None):
-            model, hf_weights, _ = convert.to_hf(argparse.Namespace(source=folder))
+    with contextlib.redirect_stdout(None):
+        model, hf_weights = convert.to_hf(checkpoint)
     model.load_state_dict(hf_weights, strict=predictor is not None, assign=True)
     if predictor:
         model.predictor.proj = torch.nn.Linear(predictor["width"], predictor["out_width"])
@@ -209,8 +192,13 @@ def bench_step(args):
     shape = args.micro_batch_size, 3, args.num_frames, args.resolution, args.resolution
     clips = torch.randint(256, shape).to(torch.uint8)
     clips = clips.pin_memory() if args.device == "cuda" else clips
+    tokens = math.prod(cli.clip_grid(args))
     ours = Ours(args, configs)
-    runners, weights = {"ours": (ours, args)}, ours.weights()
+    runners = {"ours": (ours, args)}
+    weights = {  # on the CPU, so that `memory` is that of the step
+        name: {key: x.to("cpu", copy=True) for key, x in network.state_dict().items()}
+        for name, network in ours.networks.items()
+    }
     losses = {"ours": warm_up(ours, args, clips)}
     memory = training.peak_memory(torch.device(args.device))
     if args.peer:
@@ -220,15 +208,14 @@ def bench_step(args):
     peak, seconds, rates = matmul_peak(args), {name: [] for name in runners}, []
     for first in range(WARMUP_STEPS, WARMUP_STEPS + args.rounds * args.round_steps, args.round_steps):
         for name, (runner, flags) in runners.items():
-            start, work = now(args.device), 0
+            start, counts = now(args.device), []
             for step in range(first, first + args.round_steps):
-                _, counts = training_step(runner, flags, step, clips)
-                work += sum(
-                    flops.step_flops(*configs[:2], c, configs[2], math.prod(cli.clip_grid(args))) for c in counts
-                )
-            seconds[name].append((now(args.device) - start) / args.round_steps)
+                counts += training_step(runner, flags, step, clips)[1]
+            duration = now(args.device) - start
+            seconds[name].append(duration / args.round_steps)
             if name == "ours":
-                rates.append(work * args.micro_batch_size / args.round_steps / seconds[name][-1])
+                work = sum(flops.step_flops(*configs[:2], c, configs[2], tokens) for c in counts)
+                rates.append(work * args.micro_batch_size / duration)
     rate = statistics.median(rates)
     print(
         f"{args.kind}, {args.dtype}, {'compiled' if args.compile else 'eager'}: "
@@ -299,9 +286,9 @@ def bench_loader(args):
 
 
 def main():
-    what = sys.argv.pop(1) if len(sys.argv) > 1 and sys.argv[1] in ("step", "loader") else None
     parser = cli.training_flags(__doc__, out="out", steps=160_000)
     parser.set_defaults(batch_size=24, teacher_steps=80_000)  # flops.stages needs teacher_steps; times do not
+    parser.add_argument("what", choices=("step", "loader"), help="what to measure")
     flag = parser.add_argument_group("benchmark").add_argument
     flag("--kind", choices=("teacher", "student", "ema"), default="student", help="step: of which training script")
     flag("--teacher", choices=SIZES, help="step: teacher of the student; default: the student's size")
@@ -312,18 +299,16 @@ def main():
     args = parser.parse_args()
     cli.require_at_least(args, 1, "rounds", "round_steps", "clips")
     try:
-        if what == "loader":
+        if args.what == "loader":
             if not args.data:
                 cli.fail("loader needs --data MANIFEST")
             bench_loader(args)
-        elif what == "step":
+        else:
             cli.encoder_config(args)
             training.setup(args, args.kind, stage=2)
             if args.peer == "eager" and not args.compile:
                 cli.fail("--peer eager compares with a compiled step: add --compile")
             bench_step(args)
-        else:
-            cli.fail("say what to measure: bench.py step or bench.py loader (--help lists the flags)")
     except (OSError, ValueError) as error:
         cli.fail(str(error))
     except ImportError as error:

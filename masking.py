@@ -39,11 +39,10 @@ class Mask(NamedTuple):
 
     def to(self, device):
         """Move the ids to a device, without waiting for the work that is queued on it."""
-        ids = (self.context_ids, self.target_ids)
+        ids = self.context_ids, self.target_ids
         if torch.device(device).type == "cuda":
             ids = (x.pin_memory() for x in ids)
-        context_ids, target_ids = (x.to(device, non_blocking=True) for x in ids)
-        return self._replace(context_ids=context_ids, target_ids=target_ids)
+        return Mask(self.index, *(x.to(device, non_blocking=True) for x in ids), self.context_lost, self.target_lost)
 
 
 def sample_masks(
@@ -52,12 +51,10 @@ def sample_masks(
 ):  # fmt: skip
     """Draw the masks of a batch and move them to a device: a list with masks_per_clip `Mask`s per mask type.
 
-    strategy: a key of STRATEGIES. truncation: "random", or "raster" for V-JEPA's. sizes: the generator for block sizes,
-    which all micro-batches of a step share; default `generator`. target_fraction: the fraction of the targets to keep,
-    chosen at random. ValueError if the grid is too small.
+    strategy: a key of STRATEGIES. truncation: "random", or "raster" for V-JEPA's. generator, sizes: on the CPU; `sizes`
+    is for block sizes, which all micro-batches of a step share; default `generator`. target_fraction: the fraction of
+    the targets to keep, chosen at random. ValueError if the grid is too small.
     """
-    if truncation not in ("random", "raster"):
-        raise ValueError(f"truncation must be 'random' or 'raster', not {truncation!r}")
     masks = []
     for _ in range(masks_per_clip):
         drawn = STRATEGIES[strategy].draw(grid, batch, generator, sizes or generator, truncation)
@@ -81,8 +78,7 @@ def multiblock(grid, batch, generator, sizes, truncation):
 def tube(grid, batch, generator, *_):
     """One mask: a random 10% of the spatial positions stay visible in every frame."""
     t, h, w = grid
-    order = torch.rand(batch, h * w, generator=generator, device=generator.device).argsort(dim=1)
-    rank = order.argsort(dim=1)
+    rank = torch.rand(batch, h * w, generator=generator).argsort(dim=1).argsort(dim=1)
     return [((rank < max(1, round(KEEP * h * w))).repeat(1, t), None)]
 
 
@@ -94,7 +90,7 @@ def tube2(*arguments):
 def causal(grid, batch, generator, *_):
     """Two equal masks: the first tenth of the time steps is visible, the rest is predicted."""
     t, h, w = grid
-    visible = torch.arange(t * h * w, device=generator.device) < max(1, round(KEEP * t)) * h * w
+    visible = torch.arange(t * h * w) < max(1, round(KEEP * t)) * h * w
     return [(visible.expand(batch, -1), None)] * 2
 
 
@@ -114,9 +110,10 @@ STRATEGIES = {
 def _outside_blocks(grid, batch, generator, sizes, truncation, blocks, scale):
     """One multi-block mask: True outside the union of `blocks` random rectangles. Returns (visible, counts)."""
     t, h, w = grid
-    rows, cols = _block_size(h, w, scale, sizes)
-    if rows * cols == 0 or (rows == h and cols == w):
-        raise ValueError(f"a frame of {h}x{w} tokens is too small for multi-block masks (a block of {rows}x{cols})")
+    low, high = ASPECT_RATIO
+    aspect = low + (high - low) * torch.rand((), generator=sizes).item()
+    area = int(h * w * scale)  # as in V-JEPA, all clips of a batch share one block size
+    rows, cols = min(h, round(math.sqrt(area * aspect))), min(w, round(math.sqrt(area / aspect)))
     frame = h, w, rows, cols, blocks
     fewest, most = (1, h * w) if truncation == "raster" else _usual_areas(*frame)
     visible = _draw_blocks(*frame, batch, generator)
@@ -125,20 +122,11 @@ def _outside_blocks(grid, batch, generator, sizes, truncation, blocks, scale):
     return visible.repeat(1, t), None if truncation == "raster" else (t * fewest, t * (h * w - most))
 
 
-def _block_size(h, w, scale, generator):
-    """Rows and columns of a block. As in V-JEPA, all clips of a batch share one size."""
-    low, high = ASPECT_RATIO
-    aspect = low + (high - low) * torch.rand((), generator=generator, device=generator.device).item()
-    area = int(h * w * scale)
-    return min(h, round(math.sqrt(area * aspect))), min(w, round(math.sqrt(area / aspect)))
-
-
 def _draw_blocks(h, w, rows, cols, blocks, batch, generator):
     """(B, h*w), True outside `blocks` rectangles of rows x cols at random positions in the frame."""
-    device = generator.device
-    top = torch.randint(h - rows + 1, (batch, blocks, 1), generator=generator, device=device)
-    left = torch.randint(w - cols + 1, (batch, blocks, 1), generator=generator, device=device)
-    y, x = torch.arange(h, device=device), torch.arange(w, device=device)
+    top = torch.randint(h - rows + 1, (batch, blocks, 1), generator=generator)
+    left = torch.randint(w - cols + 1, (batch, blocks, 1), generator=generator)
+    y, x = torch.arange(h), torch.arange(w)
     in_rows = (y >= top) & (y < top + rows)  # (B, blocks, h)
     in_cols = (x >= left) & (x < left + cols)  # (B, blocks, w)
     return ~(in_rows[..., :, None] & in_cols[..., None, :]).any(1).flatten(1)
@@ -159,10 +147,7 @@ def split(index, visible, counts, generator, truncation, target_fraction):
     Of the targets it keeps only target_fraction, rounded up.
     """
     N = visible.shape[1]
-    if truncation == "random":
-        order = torch.rand(visible.shape, generator=generator, device=visible.device)
-    else:
-        order = torch.arange(N, device=visible.device).expand_as(visible) / N
+    order = torch.rand(visible.shape, generator=generator) if truncation == "random" else torch.arange(N) / N
     ids, lost = [], []
     for i, (chosen, fraction) in enumerate(((visible, 1.0), (~visible, target_fraction))):
         count = chosen.sum(1)

@@ -35,9 +35,9 @@ def test_speed_is_computed_from_times_and_flops(monkeypatch, capfd):
     monkeypatch.setattr(bench, "now", lambda device: next(seconds))
     monkeypatch.setattr(bench, "matmul_peak", lambda args: 1e9)
     monkeypatch.setattr(bench.flops, "step_flops", lambda *_: 1e8)
-    run_script(bench, *STEP, "--kind", "teacher")
+    run_script(bench, *STEP, "--kind", "teacher", "--round-steps", 2)
     line = capfd.readouterr().out.splitlines()[-1]
-    assert "1000.0 (1000.0 to 1000.0) ms" in line and "0.0004 TFLOP/s = 40% of" in line  # 4 clips of 1e8 in a second
+    assert "500.0 (500.0 to 500.0) ms" in line and "0.0008 TFLOP/s = 80% of" in line  # 2 steps of 4 clips of 1e8
 
 
 def test_the_loader_is_compared_clip_by_clip(tmp_path, monkeypatch, capfd):
@@ -58,7 +58,7 @@ def test_the_loader_is_compared_clip_by_clip(tmp_path, monkeypatch, capfd):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ([], "say what to measure"),
+        ([], "arguments are required: what"),
         (["loader"], "needs --data"),
         ([*STEP, "--peer", "eager"], "add --compile"),
         ([*STEP, "--heads", 3], "3 heads"),

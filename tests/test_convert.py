@@ -58,10 +58,6 @@ def some_ids():
     return order[:, :7], order[:, 7:15]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Hugging Face
-
-
 @torch.no_grad()
 def test_encoder_and_predictor_agree_with_hf(hf):
     model, _, run = hf
@@ -91,16 +87,13 @@ def test_hf_to_ours_to_hf_is_exact(hf, tmp_path):
             assert getattr(again.config, field) == value, field
 
 
-@pytest.mark.parametrize("predictor", ["pixels", "latents of 40 values", "none", "weights deleted"])
-def test_a_predictor_that_hf_cannot_have_is_left_out_with_a_message(tmp_path, capsys, predictor):
-    ours = our_checkpoint({"pixels": 1536, "latents of 40 values": 40}.get(predictor, WIDTH))
-    if predictor == "none":
-        del ours["model"]["predictor"]
-    if predictor in ("none", "weights deleted"):
-        del ours["predictor"]
+@pytest.mark.parametrize("out_width, reason", [(1536, "it predicts 1536 values"), (None, "there is none")])
+def test_a_predictor_that_hf_cannot_have_is_left_out_with_a_message(tmp_path, capsys, out_width, reason):
+    ours = our_checkpoint(out_width or WIDTH)
+    if out_width is None:
+        del ours["predictor"], ours["model"]["predictor"]
     torch.save(ours, tmp_path / "checkpoint.pt")
     run_script(convert, "to-hf", tmp_path, tmp_path / "hf")
-    reason = "it predicts" if "predictor" in ours else "there is none"
     assert f"predictor: left out ({reason}" in capsys.readouterr().out
     _, loading = transformers.VJEPA2Model.from_pretrained(tmp_path / "hf", output_loading_info=True)
     assert loading["missing_keys"] and all(k.startswith("predictor.") for k in loading["missing_keys"])
@@ -137,14 +130,9 @@ def test_the_encoder_and_predictor_of_a_compiled_classifier_are_taken(tmp_path, 
 
 
 def test_hf_ratio_survives_truncation():
-    for width in range(64, 2000, 32):
-        for hidden in range(width, 5 * width, 97):
-            assert int(width * convert.hf_ratio(hidden, width)) == hidden
+    pairs = [(width, hidden) for width in range(64, 2000, 32) for hidden in range(width, 5 * width, 97)]
+    assert all(int(width * convert.hf_ratio(hidden, width)) == hidden for width, hidden in pairs)
     assert convert.hf_ratio(6144, 1408) == 48 / 11 and convert.hf_ratio(8192, 1664) == 64 / 13
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# V-JEPA 2's files
 
 
 def vjepa2_file(checkpoint):
@@ -176,7 +164,7 @@ def test_vjepa2_file(released, tmp_path, capsys):
     run_script(convert, "from-vjepa2", path, tmp_path / "run", *FLAGS)
     checkpoint, lines = load_checkpoint(tmp_path / "run"), capsys.readouterr().out.splitlines()
     assert "target_encoder becomes the checkpoint's encoder, encoder its student" in lines
-    assert {f"{part}: {n} of {n} tensors matched" for part, n in (("encoder", 28), ("predictor", 32))} <= set(lines)
+    assert {"encoder: 28 tensors", "student: 28 tensors", "predictor: 32 tensors"} <= set(lines)
     assert (checkpoint["kind"], checkpoint["step"], checkpoint["args"]) == ("vjepa2", 0, {})
     trained_on = dict(num_frames=64, resolution=256)
     assert checkpoint["model"] == ours["model"] | {"encoder": ours["model"]["encoder"] | trained_on}
@@ -187,15 +175,14 @@ def test_vjepa2_file(released, tmp_path, capsys):
     assert "student: left out" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("layout", ["target_encoder", "encoder", "no predictor", "state dict"])
+@pytest.mark.parametrize("layout", ["target_encoder", "encoder", "state dict"])
 def test_vjepa2_file_with_a_single_encoder(released, tmp_path, capsys, layout):
     ours, file, path = released
     key = "target_encoder" if layout == "target_encoder" else "encoder"
-    file = {part: file[part] for part in (key, "predictor")}
-    if layout == "no predictor":
-        del file["predictor"]
     if layout == "state dict":  # of a compiled network, saved by itself
         file = {f"_orig_mod.{name}": tensor for name, tensor in file[key].items()}
+    else:
+        file = {part: file[part] for part in (key, "predictor")}
     torch.save(file, path)
     run_script(convert, "from-vjepa2", path, tmp_path / "a.pt", *FLAGS, "--num-frames", 16, "--resolution", 224)
     assert f"the file has only {key}: it becomes the checkpoint's encoder" in capsys.readouterr().out
@@ -214,15 +201,13 @@ def test_heads_of_vit_g():
         assert (encoder.config["heads"], encoder.config["mlp_ratio"], len(encoder.blocks)) == (heads, 48 / 11, 40)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# errors
-
-
-@pytest.mark.parametrize("part", ["target_encoder", "encoder", "predictor", "hf"])
-def test_weights_that_do_not_fit(hf, released, tmp_path, capsys, part):
+@pytest.mark.parametrize("part, block", [
+    ("target_encoder", "blocks.1"), ("encoder", "blocks.1"), ("predictor", "predictor_blocks.1"),
+    ("hf", "encoder.layer.1"),
+])  # fmt: skip
+def test_weights_that_do_not_fit(hf, released, tmp_path, capsys, part, block):
     (_, folder, _), (_, file, path) = hf, released
     weights = safetensors.load_file(folder / "model.safetensors") if part == "hf" else file[part]
-    block = {"hf": "encoder.layer.1", "predictor": "predictor_blocks.1"}.get(part, "blocks.1")
     prefix = "" if part == "hf" else "module.backbone."
     del weights[f"{prefix}{block}.norm1.bias"]
     weights[f"{prefix}{block}.norm2.bias"] = torch.zeros(5)
@@ -271,6 +256,7 @@ def test_files_that_are_not_checkpoints(tmp_path, capsys, monkeypatch):
     torch.save(vjepa2_file(our_checkpoint()), files[0])
     for flags, what in (((), "--heads"), (("--heads", 7), "7 heads")):  # an unknown width and impossible heads
         assert what in refusal(capsys, convert, "from-vjepa2", files[0], tmp_path / "out", *flags)
+    torch.save(our_checkpoint(), tmp_path / "checkpoint.pt")
     monkeypatch.setitem(sys.modules, "transformers", None)
     for command in ("to-hf", "from-hf"):
         assert "pip install transformers" in refusal(capsys, convert, command, tmp_path, tmp_path / "out")

@@ -90,9 +90,8 @@ def make_checkpoint(networks, column):
     checkpoint = {"format": CHECKPOINT_FORMAT, "kind": "vjepa2", "step": 0, "args": {}, "model": {}}
     for part, (module, weights) in networks.items():
         table, ours = PREDICTOR_NAMES if part == "predictor" else ENCODER_NAMES, module.state_dict()
-        expected = to_theirs(ours, module.config, table, column)
-        check_state_dict(expected, weights, part)
-        print(f"{part}: {len(weights)} of {len(expected)} tensors matched")
+        check_state_dict(to_theirs(ours, module.config, table, column), weights, part)
+        print(f"{part}: {len(weights)} tensors")
         checkpoint[part] = {}
         for name, tensor in ours.items():
             tensors = [weights[theirs] for theirs in their_names(name, table, column, len(tensor))]
@@ -113,19 +112,47 @@ def strip_wrappers(weights):
 # V-JEPA 2's files
 
 
-def depth_of(weights, blocks):
-    """The number of blocks, from the tensors named `blocks`.0., `blocks`.1., ..."""
-    matches = (re.match(rf"{blocks}\.(\d+)\.", name) for name in weights)
-    return 1 + max((int(match[1]) for match in matches if match), default=-1)
+def read_vjepa2(path):
+    """Read a V-JEPA 2 file: its state dicts among target_encoder, encoder and predictor.
+
+    A file that is itself a state dict counts as an encoder. OSError if it cannot be read; ValueError if it is neither.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no file {path}")
+    try:
+        file = torch.load(path, map_location="cpu", weights_only=True)  # never runs code from the file
+    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
+        reason = "damaged, not made by torch.save, or unsafe"
+        raise ValueError(f"{path} cannot be read as a checkpoint ({reason})") from error
+    file = {"encoder": file} if _is_state_dict(file) else file if isinstance(file, dict) else {}
+    held = {key: file[key] for key in ("target_encoder", "encoder", "predictor") if key in file}
+    if not held.keys() - {"predictor"}:
+        raise ValueError(f"{path} has no state dict 'target_encoder' or 'encoder'; V-JEPA 2's files have both")
+    for key, weights in held.items():
+        if not _is_state_dict(weights):
+            raise ValueError(f"{path}: {key!r} is no state dict")
+        held[key] = strip_wrappers(weights)
+        for name in ("pos_embed", "predictor_pos_embed"):  # from before RoPE; V-JEPA 2's loader ignores them too
+            if held[key].pop(name, None) is not None:
+                print(f"{key}: ignoring {name} (V-JEPA 2 does not use it; V-JEPA 1 does, and cannot be converted)")
+    return held
+
+
+def _is_state_dict(value):
+    return isinstance(value, dict) and value and all(isinstance(tensor, torch.Tensor) for tensor in value.values())
 
 
 def shape_of(weights, name, ndim):
     """The shape of a tensor; ValueError if it is missing or does not have ndim dimensions."""
-    if name not in weights:
-        raise ValueError(f"these are not the weights of this network: missing {name}")
-    if weights[name].ndim != ndim:
-        raise ValueError(f"{name} has the shape {tuple(weights[name].shape)}, not {ndim} dimensions")
+    if name not in weights or weights[name].ndim != ndim:
+        raise ValueError(f"these are not the weights of this network: {name} is missing or not of {ndim} dimensions")
     return weights[name].shape
+
+
+def depth_of(weights, blocks):
+    """The number of blocks, from the tensors named `blocks`.0., `blocks`.1., ..."""
+    matches = (re.match(rf"{blocks}\.(\d+)\.", name) for name in weights)
+    return 1 + max((int(match[1]) for match in matches if match), default=-1)
 
 
 def infer_encoder(weights, args):
@@ -149,56 +176,22 @@ def infer_predictor(weights, args):
         return Predictor(in_width, out_width, width, depth, args.predictor_heads, num_mask_tokens)
 
 
-def read_vjepa2(path):
-    """Read a V-JEPA 2 file: its state dicts among target_encoder, encoder and predictor.
-
-    A file that is itself a state dict counts as an encoder. OSError if it cannot be read; ValueError if it is neither,
-    or has no encoder.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no file {path}")
-    try:
-        file = torch.load(path, map_location="cpu", weights_only=True)  # never runs code from the file
-    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
-        reason = "damaged, not made by torch.save, or unsafe"
-        raise ValueError(f"{path} cannot be read as a checkpoint ({reason})") from error
-    if not isinstance(file, dict):
-        raise ValueError(f"{path} holds a {type(file).__name__}, not a dictionary like V-JEPA 2's files")
-    if _is_state_dict(file):
-        file = {"encoder": file}
-    held = {key: file[key] for key in ("target_encoder", "encoder", "predictor") if key in file}
-    if not held.keys() - {"predictor"}:
-        raise ValueError(f"{path} has no state dict 'target_encoder' or 'encoder'; V-JEPA 2's files have both")
-    for key, weights in held.items():
-        if not _is_state_dict(weights):
-            raise ValueError(f"{path}: {key!r} is no state dict")
-        held[key] = strip_wrappers(weights)
-        for name in ("pos_embed", "predictor_pos_embed"):  # from before RoPE; V-JEPA 2's loader ignores them too
-            if held[key].pop(name, None) is not None:
-                print(f"{key}: ignoring {name} (V-JEPA 2 does not use it; V-JEPA 1 does, and cannot be converted)")
-    return held
-
-
-def _is_state_dict(value):
-    return isinstance(value, dict) and value and all(isinstance(tensor, torch.Tensor) for tensor in value.values())
-
-
 def from_vjepa2(args):
-    """Convert a V-JEPA 2 file to our checkpoint, a dictionary. Errors: those of `read_vjepa2` and `make_checkpoint`.
+    """Convert a V-JEPA 2 file to our checkpoint, a dictionary.
 
     The checkpoint's encoder is the file's target_encoder, which V-JEPA 2 evaluates and whose latents its predictor
     predicts; its student is the file's encoder, with which the predictor was trained. If the file has only one of the
     two, that is the checkpoint's encoder, and there is no student.
     """
     file = read_vjepa2(args.source)
-    held = [key for key in ("target_encoder", "encoder") if key in file]
-    encoder = infer_encoder(file[held[0]], args)
-    networks = {"encoder": (encoder, file[held[0]])}
-    if len(held) == 2:
+    first, *second = (key for key in ("target_encoder", "encoder") if key in file)
+    encoder = infer_encoder(file[first], args)
+    networks = {"encoder": (encoder, file[first])}
+    if second:
         print("target_encoder becomes the checkpoint's encoder, encoder its student")
         networks["student"] = encoder, file["encoder"]
     else:
-        print(f"the file has only {held[0]}: it becomes the checkpoint's encoder, for contexts and targets")
+        print(f"the file has only {first}: it becomes the checkpoint's encoder, for contexts and targets")
     if "predictor" in file:
         networks["predictor"] = infer_predictor(file["predictor"], args), file["predictor"]
     return make_checkpoint(networks, VJEPA2)
@@ -214,16 +207,14 @@ def hf_ratio(hidden, width):
     return exact if int(width * exact) == hidden else (hidden + 0.5) / width
 
 
-def to_hf(args):
-    """Convert our checkpoint: (VJEPA2Model without weights, the tensors that we have for it, its video processor).
+def to_hf(checkpoint):
+    """Convert our checkpoint: (VJEPA2Model without weights, the tensors that we have for it).
 
     Its predictor can only predict as many values as its encoder is wide. If ours predicts something else (pixels, the
-    latents of a teacher of another width), there are tensors for the encoder only. Errors: those of `load_checkpoint`
-    and `build`.
+    latents of a teacher of another width), there are tensors for the encoder only.
     """
     import transformers
 
-    checkpoint = load_checkpoint(args.source)
     e, p = checkpoint["model"]["encoder"], checkpoint["model"].get("predictor")
     config = transformers.VJEPA2Config(
         patch_size=e["patch_size"], tubelet_size=e["tubelet_size"], crop_size=e["resolution"],
@@ -232,13 +223,12 @@ def to_hf(args):
         layer_norm_eps=1e-6,
     )  # fmt: skip
     weights = to_theirs(build(Encoder, e, checkpoint["encoder"]).state_dict(), e, ENCODER_NAMES, HF)
-    print(f"encoder: {len(weights)} tensors")
     if "student" in checkpoint:
         print("student: left out (Hugging Face's model has a single encoder)")
     missing = None
     if "predictor" not in checkpoint:
         missing = "there is none"
-    elif p["in_width"] != e["width"] or p["out_width"] != e["width"]:
+    elif not p["in_width"] == p["out_width"] == e["width"]:
         missing = f"it predicts {p['out_width']} values, but Hugging Face's can only predict {e['width']}"
     if missing:
         print(f"predictor: left out ({missing}); Hugging Face will report that it initializes one at random")
@@ -246,13 +236,18 @@ def to_hf(args):
         config.pred_hidden_size, config.pred_num_hidden_layers = p["width"], p["depth"]
         config.pred_num_attention_heads, config.pred_num_mask_tokens = p["heads"], p["num_mask_tokens"]
         predictor = build(Predictor, p, checkpoint["predictor"]).state_dict()
-        predictor = to_theirs(predictor, p, PREDICTOR_NAMES, HF)
-        print(f"predictor: {len(predictor)} tensors")
-        weights |= predictor
+        weights |= to_theirs(predictor, p, PREDICTOR_NAMES, HF)
     with torch.device("meta"):
-        model = transformers.VJEPA2Model(config)
+        return transformers.VJEPA2Model(config), weights
+
+
+def save_hf(model, weights, folder):
+    """Write a Hugging Face folder."""
+    import transformers
+
+    model.save_pretrained(folder, state_dict=weights)
     # Scales the short side to 256/224 of the crop, as V-JEPA 2 does, and normalizes like `data.normalize`.
-    return model, weights, transformers.VJEPA2VideoProcessor(crop_size=e["resolution"])
+    transformers.VJEPA2VideoProcessor(crop_size=model.config.crop_size).save_pretrained(folder)
 
 
 def read_hf(folder):
@@ -284,10 +279,7 @@ def read_hf(folder):
 
 
 def from_hf(args):
-    """Convert a Hugging Face folder to our checkpoint, a dictionary. Errors: those of `read_hf` and `make_checkpoint`.
-
-    If the folder has no predictor, neither has the checkpoint.
-    """
+    """Convert a Hugging Face folder to our checkpoint, a dictionary, with a predictor if the folder has one."""
     c, weights = read_hf(Path(args.source))
     predictor_weights = {name: weights.pop(name) for name in list(weights) if name.startswith("predictor.")}
     with torch.device("meta"):
@@ -299,12 +291,6 @@ def from_hf(args):
             sizes = c.pred_hidden_size, c.pred_num_hidden_layers, c.pred_num_attention_heads, c.pred_num_mask_tokens
             networks["predictor"] = Predictor(c.hidden_size, c.hidden_size, *sizes), predictor_weights
     return make_checkpoint(networks, HF)
-
-
-def save_hf(model, weights, processor, folder):
-    """Write a Hugging Face folder."""
-    model.save_pretrained(folder, state_dict=weights)
-    processor.save_pretrained(folder)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -325,31 +311,26 @@ def write_new(out, write):
     print(f"wrote {out}")
 
 
-def parse_args():
+def main():
     parser = Parser(__doc__, prog="python -m tools.convert")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    def add_command(name, source, target, out, convert):
-        text = f"Convert {source} to {target}."
+    hf, ours = "a Hugging Face VJEPA2Model folder", "our checkpoint (a run folder or a .pt file)"
+    for name, convert, source, out in (
+        ("to-hf", lambda args: to_hf(load_checkpoint(args.source)), ours, hf),
+        ("from-hf", from_hf, hf, ours),
+        ("from-vjepa2", from_vjepa2, "a file that V-JEPA 2 released", ours),
+    ):
+        text = f"convert {source} to {out}"
         command = commands.add_parser(name, description=text, help=text)
         command.set_defaults(convert=convert)
         command.add_argument("source", metavar="SOURCE", help=source)
-        command.add_argument("out", type=Path, metavar="OUT", help=out)
-        return command.add_argument
-
-    folder, out = "a Hugging Face VJEPA2Model folder", "run folder, for a checkpoint.pt in it, or file ending in .pt"
-    add_command("to-hf", "our checkpoint (a run folder or a file)", folder, "new or empty folder", to_hf)
-    add_command("from-hf", folder, "our checkpoint", out, from_hf)
-    flag = add_command("from-vjepa2", "a file that V-JEPA 2 released", "our checkpoint", out, from_vjepa2)
+        command.add_argument("out", type=Path, metavar="OUT", help=f"{out}; nothing is overwritten")
+    flag = command.add_argument  # of from-vjepa2
     flag("--heads", type=int, help="attention heads of the encoder; default: the released encoder's of this width")
     flag("--predictor-heads", type=int, default=12, help="attention heads of the predictor")
     flag("--num-frames", type=int, default=64, help="frames of the clips it was trained on, for the record")
     flag("--resolution", type=int, default=256, help="height and width of these clips, for the record")
-    return parser.parse_args()
-
-
-def main():
-    args = parse_args()
+    args = parser.parse_args()
     try:
         converted = args.convert(args)
         if args.command == "to-hf":
