@@ -95,7 +95,9 @@ def training_flags(description, out, steps):
     flag(
         "--activation-checkpointing", action="store_true", help="recompute activations: less memory, a third more FLOPs"
     )
-    flag("--replicate", action="store_true", help="keep all weights in every process; default: shard them (FSDP2)")
+    flag("--hybrid", action="store_true", help="shard within a node, replicate across nodes; default: shard over all "
+         "processes (FSDP2)")  # fmt: skip
+    flag("--replicate", action="store_true", help="keep all weights in every process")
 
     flag = parser.add_argument_group("output").add_argument
     flag("--out", type=Path, default=Path(out), help="run folder; the run in it, if any, is continued")

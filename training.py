@@ -10,6 +10,7 @@ A run folder (--out) holds args.json (flags, model, versions), metrics.jsonl (on
 
 import collections
 import fcntl
+import functools
 import itertools
 import json
 import math
@@ -39,6 +40,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.attention import SDPBackend
 
 import cli
 import data
@@ -110,6 +112,15 @@ def setup(args, kind, stage):
                   "more (SLURM: --cpus-per-task), or lower --workers")  # fmt: skip
 
 
+@functools.cache
+def _mesh(device, hybrid):
+    """The device mesh of all networks: all processes, or with --hybrid (nodes, processes of a node)."""
+    world, local = dist.get_world_size(), launched("LOCAL_WORLD_SIZE", 1)
+    if not hybrid:
+        return init_device_mesh(device, (world,))
+    return init_device_mesh(device, (world // local, local), mesh_dim_names=("replicate", "shard"))
+
+
 def compile_and_shard(network, args, sharded=True):
     """Prepare a network for training, in place: compile its blocks and shard them over the processes (FSDP2).
 
@@ -122,7 +133,7 @@ def compile_and_shard(network, args, sharded=True):
         dtype = torch.bfloat16 if args.dtype == "bfloat16" else None
         policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)  # RoPE tables stay float32
         frozen = not any(p.requires_grad for p in network.parameters())
-        mesh = init_device_mesh(args.device, (dist.get_world_size(),))
+        mesh = _mesh(args.device, args.hybrid)
         for module in (*network.blocks, network):
             fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=frozen)
         if frozen:
@@ -589,4 +600,14 @@ def _describe(args, networks, log):
     write_lines(args.out / "args.json", [json.dumps(record, indent=2)])
     write_lines(args.out / "metrics.jsonl", [])
     sizes = (f"{name} of {sum(p.numel() for p in networks[name].parameters()) / 1e6:.2f}M" for name in log.model)
-    print(f"{args.kind}: {', '.join(sizes)} parameters; {args.steps} steps into {args.out}", flush=True)
+    kernels = " and ".join(attention_kernel(networks[name], log.tokens, args) for name in log.model)
+    print(f"{args.kind}: {', '.join(sizes)} parameters; attention by {kernels}; {args.steps} steps into {args.out}",
+          flush=True)  # fmt: skip
+
+
+def attention_kernel(network, tokens, args):
+    """The name of the kernel that scaled_dot_product_attention takes for a network's training on so many tokens."""
+    dtype = torch.float32 if args.device == "cpu" else getattr(torch, args.dtype)  # see `model.attend`
+    shape = 1, network.config["heads"], tokens, network.head_dim
+    q = torch.empty(shape, device=args.device, dtype=dtype, requires_grad=True)
+    return SDPBackend(torch._fused_sdp_choice(q, q, q)).name  # torch.nn.attention has no public question
