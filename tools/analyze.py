@@ -4,9 +4,10 @@
     python -m tools.analyze picture out/teacher out/student --save salt.gif    what a teacher fills in, features
     python -m tools.analyze table out/probe-*                                  accuracy and cost
     python -m tools.analyze compare out/study/masks/*                          accuracy of variants, over all seeds
+    python -m tools.analyze labels out/study/labels                            accuracy over the number of labels
     python -m tools.analyze correlate out/probe-* --against loss rankme        does the loss predict the accuracy?
 
-table, compare and correlate read what probe.py writes. FLOPs are those executed, from the training logs.
+table, compare, labels and correlate read what probe.py writes. FLOPs are those executed, from the training logs.
 
 Letters in shape comments: B clips, T frames, H and W pixels, N tokens of a clip, P values in a tubelet, D width;
 (t, h, w) the token grid.
@@ -92,16 +93,22 @@ def lineage(path, checkpoint):
 def read_probe(folder):
     """Read a folder of probe.py as a `Probe`. ValueError if its checkpoint has been trained further since."""
     path = Path(folder) / "results.json"
-    result = parse(path.read_text(), path, "the results of probe.py", "checkpoint", "step", "weights", "tasks")
+    result = parse(path.read_text(), path, "the results of probe.py", "checkpoint", "step", "weights", "tasks", "args")
     if result["weights"] == "untrained":
         return Probe(result, [])
-    stages = lineage(result["checkpoint"], load_checkpoint(result["checkpoint"]))
-    if stages[0].step != result["step"]:
-        raise ValueError(
-            f"{result['checkpoint']} was at step {result['step']} when it was probed and is at step {stages[0].step} "
-            "now: probe it again"
-        )
+    name, then = result["checkpoint"], result["step"]
+    stages = lineage(name, load_checkpoint(name))
+    if stages[0].step != then:
+        raise ValueError(f"{name} was at step {then} when probed and is at step {stages[0].step} now: probe it again")
     return Probe(result, stages)
+
+
+def read_probes_below(folder):
+    """Read all folders of probe.py in a folder, at any depth; ValueError if there are none."""
+    probes = [read_probe(file.parent) for file in sorted(Path(folder).rglob("results.json"))]
+    if not probes:
+        raise ValueError(f"there are no results of probe.py in {folder}")
+    return probes
 
 
 def accuracies(probes):
@@ -190,14 +197,13 @@ def row_cells(probes):
 
 def write_table(rows, path):
     """Write and print a markdown table of rows {heading: cell}."""
-    first, last = ["variant", "encoder", "runs"], ["loss", "steps", "time", "FLOPs", "incl. teachers"]
+    order = {"variant": 0, "encoder": 1, "runs": 2, "loss": 4, "steps": 5, "time": 6, "FLOPs": 7, "incl. teachers": 8}
     found = dict.fromkeys(heading for row in rows for heading in row)
-    tasks = [heading for heading in found if heading not in first + last]
-    columns = [heading for heading in first + tasks + last if heading in found]
+    columns = sorted(found, key=lambda heading: order.get(heading, 3))  # 3: the tasks
     lines = [columns, *([row.get(heading, "-") for heading in columns] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines.insert(1, ["-" * width for width in widths])
-    padded = ([cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines)
+    padded = [map(str.ljust, line, widths) for line in lines]
     text = "\n".join(f"| {' | '.join(cells)} |" for cells in padded)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text + "\n")
@@ -219,34 +225,55 @@ def compare(args):
 
     RUN is a folder with all probes of a variant in it, at any depth. The table has the figure's name and suffix .md.
     """
-    groups = {}  # {(variant, encoder): probes}
-    for run in map(Path, args.runs):
-        probes = [read_probe(file.parent) for file in sorted(run.rglob("results.json"))]
-        if not probes:
-            raise ValueError(f"there are no results of probe.py in {run}")
+    draw_accuracies([(Path(run).name, read_probes_below(run)) for run in args.runs], args.save)
+
+
+def labels(args):
+    """Draw accuracy over the number of labels, with a line for each encoder, and write a table.
+
+    RUN is a folder with probes in it, at any depth, that differ in --train-clips and in the seed.
+    """
+    variants = {}  # {number of labels: probes}
+    for probe in [probe for run in args.runs for probe in read_probes_below(run)]:
+        variants.setdefault(probe.result["args"]["train_clips"], []).append(probe)
+    draw_accuracies(sorted(variants.items()), args.save, "labels (training clips of the probe)", line="-", gap=0.03)
+
+
+def draw_accuracies(variants, path, xlabel="", line="", gap=0.1):
+    """Draw the accuracy of each encoder for each variant, a panel per task, and write a table beside the figure.
+
+    variants: [(name, probes), ...]. line: style of the line from one variant to the next. gap: between the encoders of
+    a variant.
+    """
+    groups = {}  # {(index of the variant, encoder): probes that differ only in their seeds}
+    for index, (_, probes) in enumerate(variants):
         for probe in sorted(probes, key=lambda probe: list(STYLES).index(probe.encoder)):
-            groups.setdefault((run.name, probe.encoder), []).append(probe)
+            groups.setdefault((index, probe.encoder), []).append(probe)
     tasks = accuracies([probe for probes in groups.values() for probe in probes])
-    variants = list(dict.fromkeys(variant for variant, _ in groups))
     figure, axes = draw_panels(1, len(tasks), max(3.4, 1.6 + len(variants)), 3.8)
     for ax, task in zip(axes[0], tasks, strict=True):
-        for (variant, encoder), probes in groups.items():
-            beside = [other for name, other in groups if name == variant]
-            x = variants.index(variant) + 0.1 * (beside.index(encoder) - (len(beside) - 1) / 2)
-            color, marker = STYLES[encoder]
-            if top1 := accuracies(probes).get(task):
-                ax.plot([x] * len(top1), top1, ".", color=color, alpha=0.4, markersize=4)
-                ax.errorbar(x, np.mean(top1), spread(top1), color=color, fmt=marker, capsize=3, label=encoder)
-        ax.set(ylabel="top-1 accuracy, %", title=task)
-        ax.set_xticks(range(len(variants)), variants, fontsize=8)
+        for encoder, (color, marker) in STYLES.items():
+            points = []  # (x, mean, standard deviation)
+            for index in range(len(variants)):
+                if top1 := accuracies(groups.get((index, encoder), [])).get(task):
+                    beside = [other for i, other in groups if i == index]
+                    x = index + gap * (beside.index(encoder) - (len(beside) - 1) / 2)
+                    ax.plot([x] * len(top1), top1, ".", color=color, alpha=0.4, markersize=4)
+                    points.append((x, np.mean(top1), spread(top1)))
+            if points:
+                x, mean, deviation = zip(*points, strict=True)
+                ax.errorbar(x, mean, deviation, color=color, fmt=marker + line, capsize=3, label=encoder)
+        ax.set(ylabel="top-1 accuracy, %", xlabel=xlabel, title=task)
+        ax.set_xticks(range(len(variants)), [name for name, _ in variants], fontsize=8)
         ax.grid(color="0.9", axis="y")
     handles, names = axes[0][0].get_legend_handles_labels()
-    entries = dict(zip(names, handles, strict=True))  # an encoder once, in however many variants
-    figure.legend(entries.values(), entries, loc="outside lower center", ncols=len(entries), fontsize=8)
+    figure.legend(handles, names, loc="outside lower center", ncols=len(names), fontsize=8)
     figure.suptitle("Small dots: runs of different seeds. Error bars: their standard deviation.", fontsize=8)
-    save(figure, args.save)
-    rows = [{"variant": key[0], "runs": str(len(probes))} | row_cells(probes) for key, probes in groups.items()]
-    write_table(rows, args.save.with_suffix(".md"))
+    save(figure, path)
+    runs = [{"variant": str(variants[index][0]), "runs": str(len(probes))} for (index, _), probes in groups.items()]
+    write_table(
+        [own | row_cells(probes) for own, probes in zip(runs, groups.values(), strict=True)], path.with_suffix(".md")
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -284,7 +311,7 @@ def correlate(args):
             ends = np.array([x.min(), x.max()])
             ax.plot(ends, np.polyval(np.polyfit(x, y, 1), ends), color="0.6", linestyle="--", linewidth=1)
             ax.plot(x, y, "ko", markersize=4)
-            for probe, point in zip(probes, zip(x, y, strict=True), strict=True):
+            for probe, *point in zip(probes, x, y, strict=True):
                 ax.annotate(probe.stages[0].step, point, fontsize=6, xytext=(3, 3), textcoords="offset points")
             ax.margins(0.1)
             ax.set(xlabel=label, ylabel=f"{task}, top-1 %")
@@ -294,7 +321,7 @@ def correlate(args):
 
 
 def ranks(x):
-    """The ranks of numbers, from 1; equal numbers share their mean rank."""
+    """The ranks of numbers; equal numbers share their mean rank."""
     _, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
     return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
 
@@ -431,10 +458,9 @@ def dense_tokens(encoder, x):
     padding = (before, patch - step - before) * 2
     padded = F.pad(x.flatten(1, 2), padding, mode="replicate").unflatten(1, (3, -1))
     dense = torch.empty(B, t, h, n, w, n, encoder.width)
-    for i in range(n):
-        for j in range(n):
-            shifted = padded[..., i * step : i * step + H, j * step : j * step + W]
-            dense[:, :, :, i, :, j] = encoder(shifted).unflatten(1, (t, h, w))
+    for i, j in np.ndindex(n, n):
+        shifted = padded[..., i * step : i * step + H, j * step : j * step + W]
+        dense[:, :, :, i, :, j] = encoder(shifted).unflatten(1, (t, h, w))
     return dense.flatten(4, 5).flatten(2, 3)
 
 
@@ -479,7 +505,7 @@ def save_gif(figures, path):
     images = []
     for figure in figures:
         figure.canvas.draw()
-        images.append(PIL.Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()))
+        images.append(PIL.Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB"))
         plt.close(figure)
     path.parent.mkdir(parents=True, exist_ok=True)
     images[0].save(path, save_all=True, append_images=images[1:], duration=200, loop=0)
@@ -494,7 +520,7 @@ def parse_args():
     parser = Parser(__doc__, prog="python -m tools.analyze")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def add_command(function, save, runs, clips=0):
+    def add_command(function, save, runs, clips=None):
         text = inspect.getdoc(function)
         command = commands.add_parser(function.__name__, description=text, help=text.splitlines()[0])
         command.set_defaults(function=function)
@@ -513,6 +539,7 @@ def parse_args():
     flag("--features", action="store_true", help="draw the features of teachers, too, and not what they fill in")
     add_command(table, "table.md", "folders that probe.py wrote")
     add_command(compare, "compare.png", "folders of variants")
+    add_command(labels, "labels.png", "folders with probes in them")
     flag = add_command(correlate, "correlate.png", "folders that probe.py wrote", clips=2000)
     names = f"what to correlate the accuracy with: {', '.join(AGAINST)}"
     flag("--against", nargs="+", metavar="NAME", choices=AGAINST, default=["loss"], help=names)
