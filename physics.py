@@ -17,7 +17,7 @@ The checkpoint decides what is predicted. A student predicts the latents of its 
 checkpoint, or --teacher. The student of an EMA run predicts the latents of its EMA teacher, and V-JEPA 2's encoder
 those of its target_encoder (tools/convert.py keeps both). A stage-1 teacher predicts normalized pixels.
 
-Writes results.json, with the surprise of every window, and surprise.png to --out.
+Writes results.json, with the surprise of every window, to --out.
 
 Letters: P pairs, L frames of a video, M frames of a window, C context frames, W windows, R height and width in pixels.
 """
@@ -33,18 +33,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import av
-import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from torchvision.transforms.v2 import functional as TF
 
 import data
-from cli import Parser, Progress, fail, interval95, plain_flags, require_at_least, resolve_device, write_atomically
+from cli import Parser, Progress, fail, interval95, plain_flags, require_at_least, resolve_device, write_lines
 from model import Encoder, Predictor, build, load_checkpoint, load_teacher_of, tubelets
 from synthetic import synthetic_pair
 from video import IMAGE_SUFFIXES, BadVideo
-
-plt.switch_backend("Agg")  # draw into files, without a display
 
 STRIDE = 2  # frames from one window to the next (appendix D)
 MASK_INDEX = 0  # the protocol predicts with the mask token of short-range masks
@@ -421,24 +418,6 @@ def print_accuracies(table):
             print(line)
 
 
-def draw_surprise(results, args, path):
-    """Draw the surprise over time of one pair per property, averaged over context lengths."""
-    examples = {}  # the first pair of each property
-    for result in results:
-        examples.setdefault(result.property, result)
-    figure, axes = plt.subplots(1, len(examples), figsize=(3 * len(examples), 2.4), squeeze=False, layout="constrained")
-    for ax, (property, example) in zip(axes[0], examples.items(), strict=True):
-        for label, curves in (("possible", example.possible), ("impossible", example.impossible)):
-            last_frames = torch.arange(curves.shape[1]) * STRIDE + args.num_frames - 1
-            ax.plot(last_frames * args.frame_step, curves.mean(0), label=label, marker=".")
-        ax.set_title(property, fontsize=9)
-        ax.set_xlabel("last frame of the window", fontsize=8)
-    axes[0][0].set_ylabel("surprise", fontsize=8)
-    axes[0][0].legend(fontsize=7)
-    write_atomically(path, lambda file: figure.savefig(file, dpi=150, format="png"))
-    plt.close(figure)
-
-
 def main():
     args = parse_args()
     networks, step = load_networks(args)
@@ -456,13 +435,8 @@ def main():
     pairs = [r._asdict() | {"possible": r.possible.tolist(), "impossible": r.impossible.tolist()} for r in results]
     record = {"step": step, "predicts": "latents" if networks[2] else "pixels", "short_videos": short}
     record |= {"properties": table, "pairs": pairs, "args": plain_flags(args)}
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        write_atomically(args.out / "results.json", lambda path: path.write_text(json.dumps(record) + "\n"))
-        draw_surprise(results, args, args.out / "surprise.png")
-        print(f"results.json and surprise.png are in {args.out}")
-    except OSError as error:
-        fail(f"{error.filename}: {error.strerror}")
+    write_lines(args.out / "results.json", [json.dumps(record)])
+    print(args.out / "results.json")
 
 
 if __name__ == "__main__":

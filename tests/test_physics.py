@@ -309,7 +309,7 @@ def test_mean_maximum_and_filtered_scores_per_property(capsys):
     assert len({len(line) for line in relative.splitlines()[1:]}) == 1  # columns are aligned
 
 
-def test_results_and_picture_of_a_run(student, tmp_path):
+def test_results_of_a_run(student, tmp_path):
     flags = "--checkpoint", student, "--pairs", 6, "--device", "cpu"
     run_script(physics, *flags, "--out", tmp_path)
     results = json.loads((tmp_path / "results.json").read_text())
@@ -319,7 +319,6 @@ def test_results_and_picture_of_a_run(student, tmp_path):
     assert all(np.shape(pair["possible"]) == (1, 5) for pair in results["pairs"])  # 12 frames, windows of 4
     scores = [np.mean(pair["possible"]) < np.mean(pair["impossible"]) for pair in results["pairs"]]
     assert results["properties"]["all"]["2"]["relative_accuracy"] == pytest.approx(100 * np.mean(scores))
-    assert PIL.Image.open(tmp_path / "surprise.png").size[0] > 500
     run_script(physics, *flags, "--untrained", "--workers", 1, "--out", tmp_path / "untrained")
     untrained = json.loads((tmp_path / "untrained" / "results.json").read_text())
     assert untrained["pairs"][0]["possible"] != results["pairs"][0]["possible"]

@@ -258,15 +258,14 @@ def imagenet1k(annotations, videos):
 
     --videos: folder with train/SYNSET/*.JPEG and val/SYNSET/*.JPEG, from https://image-net.org (or ILSVRC/Data/CLS-LOC
       from Kaggle)
-    --annotations: needed only if val has no SYNSET folders. Kaggle's LOC_val_solution.csv, or a text file whose lines
-      are the synsets of ILSVRC2012_val_00000001.JPEG and following. The development kit's file of class numbers does
-      not work.
+    --annotations: Kaggle's LOC_val_solution.csv, needed only if val has no SYNSET folders
 
     Classes are the synsets in alphabetical order.
     """
-    files = find_files(videos, IMAGE_SUFFIXES)
-    synsets = read_val_synsets(annotations[0]) if annotations else {}
-    samples = []
+    files, synsets, samples = find_files(videos, IMAGE_SUFFIXES), {}, []
+    if annotations:
+        with open_annotations(Path(annotations[0]).parent, Path(annotations[0]).name) as file:
+            synsets = {row["ImageId"]: row["PredictionString"].split()[0] for row in csv.DictReader(file)}
     for name, path in sorted(files.items()):
         folder = Path(path).parent
         if SYNSET.fullmatch(folder.name) and folder.parent.name in ("train", "val"):
@@ -275,20 +274,6 @@ def imagenet1k(annotations, videos):
             fail(f"{path} is not in a folder named by its synset, so --annotations is needed (see --help)")
     samples += [whole_video("val", name, synset) for name, synset in synsets.items()]
     return sorted({s.label for s in samples}), samples, files
-
-
-def read_val_synsets(path):
-    """{name of a validation image: synset}, from LOC_val_solution.csv or from one synset per line."""
-    with open_annotations(Path(path).parent, Path(path).name) as file:
-        lines = [line for line in file.read().splitlines() if not line.startswith("ImageId")]
-    synsets = {}
-    for number, line in enumerate(lines, start=1):
-        name, _, boxes = line.rpartition(",")  # NAME,SYNSET x y x y SYNSET x y x y ...
-        synset = SYNSET.match(boxes.strip())
-        if not synset:
-            fail(f"--annotations {path}: {line[:40]!r} has no synset such as n01440764")
-        synsets[name or f"ILSVRC2012_val_{number:08}"] = synset[0]
-    return synsets
 
 
 class Dataset(NamedTuple):
