@@ -219,6 +219,10 @@ def test_correlate(runs, probe_of, drawn, capfd):
             assert np.diff(fit.get_ydata()) == pytest.approx(slope * np.ptp(dots.get_xdata()), rel=1e-6)
 
 
+def test_equal_numbers_share_their_mean_rank():
+    assert analyze.ranks(np.array([5, 2, 5, 1])).tolist() == [3.5, 2, 3.5, 1]
+
+
 def test_correlate_uses_the_weights_that_were_probed(ema, probe_of, monkeypatch):
     monkeypatch.setattr("sys.argv", ["analyze.py", "correlate", "x", "--clips", "40"])
     args, ranks = analyze.parse_args(), []
