@@ -17,7 +17,7 @@ The checkpoint decides what is predicted. A student predicts the latents of its 
 checkpoint, or --teacher. The student of an EMA run predicts the latents of its EMA teacher, and V-JEPA 2's encoder
 those of its target_encoder (tools/convert.py keeps both). A stage-1 teacher predicts normalized pixels.
 
-Writes results.json, with the surprise of every window, and surprise.png to --out.
+Writes results.json, with the surprise of every window, to --out.
 
 Letters: P pairs, L frames of a video, M frames of a window, C context frames, W windows, R height and width in pixels.
 """
@@ -33,19 +33,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import av
-import matplotlib
 import torch
 import torch.nn.functional as F
 from torchvision.transforms.v2 import functional as TF
 
 import data
-from cli import Parser, Progress, fail, interval95, plain_flags, require_at_least, resolve_device, write_atomically
+from cli import Parser, Progress, fail, interval95, plain_flags, require_at_least, resolve_device, write_lines
 from model import Encoder, Predictor, build, load_checkpoint, load_teacher_of, tubelets
 from synthetic import synthetic_pair
 from video import BadVideo, list_frames
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (after the choice of backend)
 
 STRIDE = 2  # frames from one window to the next (appendix D)
 MASK_INDEX = 0  # the protocol predicts with the mask token of short-range masks
@@ -106,9 +102,8 @@ def load_networks(args):
             target = load_teacher_of(checkpoint, args.teacher)
         encoder = build(Encoder, config["encoder"], checkpoint.get("student", checkpoint["encoder"]))
         predictor = build(Predictor, config["predictor"], checkpoint["predictor"])
-        target_encoder = None  # a V-Pixel teacher predicts pixels
-        if kind != "teacher":
-            target_encoder = build(Encoder, target["model"]["encoder"], target["encoder"])
+        # A V-Pixel teacher predicts pixels.
+        target_encoder = None if kind == "teacher" else build(Encoder, target["model"]["encoder"], target["encoder"])
     except (OSError, ValueError) as error:
         teacher = f" --teacher {args.teacher}" if args.teacher else ""
         fail(f"--checkpoint {args.checkpoint}{teacher}: {error}")
@@ -120,9 +115,8 @@ def load_networks(args):
         elif target_encoder:
             target_encoder = copy.deepcopy(encoder)  # an EMA teacher starts as a copy of the student
     networks = [encoder, predictor, target_encoder]
-    for network in networks:
-        if network:
-            network.float().eval().requires_grad_(False).to(args.device)
+    for network in filter(None, networks):
+        network.float().eval().requires_grad_(False).to(args.device)
     return networks, checkpoint["step"]
 
 
@@ -157,15 +151,13 @@ class Result(NamedTuple):
 
 def measure(networks, items, args):
     """Read or render all pairs and measure their surprise. Returns a list of `Result`s."""
-    results, progress = [], Progress()
-    loader = torch.utils.data.DataLoader(
-        items, batch_size=None, collate_fn=functools.partial(read_pairs, args), num_workers=args.workers
-    )
+    results, progress, read = [], Progress(), functools.partial(read_pairs, args)
     try:
+        loader = torch.utils.data.DataLoader(items, batch_size=None, collate_fn=read, num_workers=args.workers)
         for done, pairs in enumerate(loader, start=1):
-            for property, name, possible, impossible in pairs:
-                curves = [surprise(networks, video, args) for video in (possible, impossible)]
-                results.append(Result(property, name, (len(possible), len(impossible)), *curves))
+            for property, name, *videos in pairs:
+                curves = [surprise(networks, video, args) for video in videos]
+                results.append(Result(property, name, tuple(map(len, videos)), *curves))
             progress.show(f"{done}/{len(items)}, {progress.left(done, len(items))}", last=done == len(items))
     except BadVideo as error:
         reason = str(error).splitlines()[-1]  # an error in a worker begins with the worker's traceback
@@ -180,35 +172,31 @@ def surprise(networks, frames, args):
     W = (L - M) // STRIDE + 1: trailing frames that fill no window are ignored, and a video shorter than a window is
     padded with its last frame.
     """
+    encoder, predictor, target_encoder = networks
     padding = frames[-1:].expand(max(0, args.num_frames - len(frames)), -1, -1, -1)
     windows = torch.cat((frames, padding)).unfold(0, args.num_frames, STRIDE)  # (W, 3, R, R, M), a view
-    batches = [batch.permute(0, 1, 4, 2, 3) for batch in windows.split(args.batch_size)]
-    return torch.cat([_surprise_of_clips(networks, clips, args) for clips in batches], dim=1)
+    curves = []  # (number of C, B) of each batch
+    for batch in windows.split(args.batch_size):
+        clips = data.normalize(batch.permute(0, 1, 4, 2, 3), args.device)  # (B, 3, M, R, R)
+        grid = encoder.grid(clips)
+        ids = torch.arange(math.prod(grid), device=args.device).expand(len(clips), -1)
+        errors = []
+        with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+            targets = prediction_targets(target_encoder, encoder, clips)
+            for C in args.context_lengths:
+                seen = C // encoder.tubelet_size * grid[1] * grid[2]  # tokens are ordered by time
+                context_ids, target_ids = ids[:, :seen], ids[:, seen:]
+                predicted = predictor(encoder(clips, context_ids), context_ids, target_ids, grid, MASK_INDEX)
+                errors.append((predicted.float() - targets[:, seen:]).abs().mean((1, 2)))
+        curves.append(torch.stack(errors).cpu())
+    return torch.cat(curves, dim=1)
 
 
-def _surprise_of_clips(networks, clips, args):
-    """The surprise of clips (B, 3, M, R, R) uint8 at each context length: (number of C, B) float32 on the CPU."""
-    encoder, predictor, target_encoder = networks
-    clips = data.normalize(clips, args.device)
-    grid = encoder.grid(clips)
-    ids = torch.arange(math.prod(grid), device=args.device).expand(len(clips), -1)
-    errors = []
-    with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-        targets = _prediction_targets(target_encoder, encoder, clips)
-        for C in args.context_lengths:
-            seen = C // encoder.tubelet_size * grid[1] * grid[2]  # tokens are ordered by time
-            context_ids, target_ids = ids[:, :seen], ids[:, seen:]
-            context = encoder(clips, context_ids)
-            predicted = predictor(context, context_ids, target_ids, grid, MASK_INDEX)
-            errors.append((predicted.float() - targets[:, seen:]).abs().mean((1, 2)))
-    return torch.stack(errors).cpu()
+def prediction_targets(target_encoder, encoder, clips):
+    """The targets of all N tokens of normalized clips (B, 3, M, R, R): (B, N, D) float32.
 
-
-def _prediction_targets(target_encoder, encoder, clips):
-    """The targets of all N tokens of clips (B, 3, M, R, R): (B, N, D) float32.
-
-    With a target encoder, its layer-normalized latents, as in train_student.py. Without one, the pixels
-    normalized per tubelet and color channel, as in train_teacher.pixel_targets. (Scripts do not import each other.)
+    With a target encoder, its layer-normalized latents, as in train_student.py. Without one, pixels normalized per
+    tubelet and color channel, as in train_teacher.py.
     """
     if target_encoder:
         return F.layer_norm(target_encoder(clips).float(), (target_encoder.width,))
@@ -242,10 +230,9 @@ def find_items(args):
         fail(f"--data {args.data}: {error}")
     if not items:
         fail(f"--data {args.data} holds no pairs of {args.task} (--help shows the expected files)")
-    for item in items:
-        for path in (*item.possible, *item.impossible):
-            if not path.exists():
-                fail(f"--data {args.data}: {path} does not exist")
+    for path in (path for item in items for path in (*item.possible, *item.impossible)):
+        if not path.exists():
+            fail(f"--data {args.data}: {path} does not exist")
     return items
 
 
@@ -277,13 +264,12 @@ def find_inflevel(root):
     """
     items = []
     for property in ("continuity", "solidity", "gravity"):
-        for row in _read_csv(root / f"{property}.csv"):
-            paths = [root / row["vid1_path"], root / row["vid2_path"]]
-            starts = [int(row["vid1_end_priming_2"]) + 1, int(row["vid2_end_priming_2"]) + 1]
-            lengths = [_count_frames(path) - start for path, start in zip(paths, starts, strict=True)]
-            starts = [start + length - min(lengths) for start, length in zip(starts, lengths, strict=True)]
-            order = (0, 1) if row["vid1_label"] == "possible" else (1, 0)
-            items.append(Item(property, *([paths[n]] for n in order), starts=[starts[n] for n in order]))
+        for row in read_csv(root / f"{property}.csv"):
+            order = (1, 2) if row["vid1_label"] == "possible" else (2, 1)
+            paths = [root / row[f"vid{n}_path"] for n in order]
+            ends = [count_frames(path) for path in paths]
+            used = min(end - int(row[f"vid{n}_end_priming_2"]) - 1 for end, n in zip(ends, order, strict=True))
+            items.append(Item(property, paths[:1], paths[1:], starts=[end - used for end in ends]))
     return items
 
 
@@ -291,16 +277,16 @@ def find_csv_pairs(file):
     """Items of a csv file with columns possible, impossible (paths relative to the file) and, optionally, property."""
     return [
         Item(row.get("property") or "pairs", [file.parent / row["possible"]], [file.parent / row["impossible"]])
-        for row in _read_csv(file)
+        for row in read_csv(file)
     ]
 
 
-def _read_csv(file):
+def read_csv(file):
     with open(file, newline="", encoding="utf-8") as lines:
         return list(csv.DictReader(lines, restval=""))
 
 
-def _count_frames(path):
+def count_frames(path):
     with av.open(str(path)) as container:
         return container.streams.video[0].frames or sum(1 for _ in container.decode(video=0))
 
@@ -334,15 +320,14 @@ def read_pairs(args, item):
     if args.task == "synthetic":
         property, *videos = synthetic_pair(SYNTHETIC_SEED + args.seed, item, 3 * args.num_frames, args.resolution)
         return [(property, f"built-in {item}", *videos)]
-    possible = [read_video(path, args, item.starts[0]) for path in item.possible]
-    impossible = [read_video(path, args, item.starts[1]) for path in item.impossible]
+    possible = [(path, read_video(path, args, item.starts[0])) for path in item.possible]
+    impossible = [(path, read_video(path, args, item.starts[1])) for path in item.impossible]
 
     def shared_by_all(order):
-        return sum(shared_frames(possible[n], impossible[i]) for n, i in enumerate(order))
+        return sum(shared_frames(a, b) for (_, a), (_, b) in zip(possible, order, strict=True))
 
-    order = max(itertools.permutations(range(len(possible))), key=shared_by_all)
-    names = [f"{item.possible[n]} | {item.impossible[i]}" for n, i in enumerate(order)]
-    return [(item.property, names[n], possible[n], impossible[i]) for n, i in enumerate(order)]
+    order = max(itertools.permutations(impossible), key=shared_by_all)
+    return [(item.property, f"{x} | {y}", a, b) for (x, a), (y, b) in zip(possible, order, strict=True)]
 
 
 def shared_frames(a, b):
@@ -382,21 +367,19 @@ def read_video(path, args, start=0):
 
 def accuracies(context_lengths, results):
     """The `accuracy` of each property and of "all" pairs: {property: {context length or "filtered": accuracy}}."""
+
+    def video_scores(curves):  # mean and maximum over windows: (number of C, W) -> (number of C + 1, 2)
+        curves = torch.cat((curves, curves.amin(0, keepdim=True)))  # the last row is "filtered"
+        return torch.stack((curves.mean(1), curves.amax(1)), dim=1)
+
     table = {}
     for property in [*dict.fromkeys(result.property for result in results), "all"]:
         chosen = [result for result in results if property in (result.property, "all")]
-        possible = torch.stack([_video_scores(result.possible) for result in chosen])  # (P, number of C + 1, 2)
-        impossible = torch.stack([_video_scores(result.impossible) for result in chosen])
-        table[property] = {
-            C: accuracy(possible[:, n], impossible[:, n]) for n, C in enumerate([*context_lengths, "filtered"])
-        }
+        possible = torch.stack([video_scores(result.possible) for result in chosen], dim=1)  # (number of C + 1, P, 2)
+        impossible = torch.stack([video_scores(result.impossible) for result in chosen], dim=1)
+        columns = zip([*context_lengths, "filtered"], possible, impossible, strict=True)
+        table[property] = {column: accuracy(a, b) for column, a, b in columns}
     return table
-
-
-def _video_scores(curves):
-    """Mean and maximum over windows: (number of C, W) -> (number of C + 1, 2); the last row is "filtered"."""
-    curves = torch.cat((curves, curves.amin(0, keepdim=True)))
-    return torch.stack((curves.mean(1), curves.amax(1)), dim=1)
 
 
 def accuracy(possible, impossible):
@@ -435,24 +418,6 @@ def print_accuracies(table):
             print(line)
 
 
-def draw_surprise(results, args, path):
-    """Draw the surprise over time of one pair per property, averaged over context lengths."""
-    examples = {}
-    for result in results:
-        examples.setdefault(result.property, result)
-    figure, axes = plt.subplots(1, len(examples), figsize=(3 * len(examples), 2.4), squeeze=False, layout="constrained")
-    for ax, (property, example) in zip(axes[0], examples.items(), strict=True):
-        for label, curves in (("possible", example.possible), ("impossible", example.impossible)):
-            last_frames = torch.arange(curves.shape[1]) * STRIDE + args.num_frames - 1
-            ax.plot(last_frames * args.frame_step, curves.mean(0), label=label, marker=".")
-        ax.set_title(property, fontsize=9)
-        ax.set_xlabel("last frame of the window", fontsize=8)
-    axes[0][0].set_ylabel("surprise", fontsize=8)
-    axes[0][0].legend(fontsize=7)
-    write_atomically(path, lambda file: figure.savefig(file, dpi=150, format="png"))
-    plt.close(figure)
-
-
 def main():
     args = parse_args()
     networks, step = load_networks(args)
@@ -470,13 +435,8 @@ def main():
     pairs = [r._asdict() | {"possible": r.possible.tolist(), "impossible": r.impossible.tolist()} for r in results]
     record = {"step": step, "predicts": "latents" if networks[2] else "pixels", "short_videos": short}
     record |= {"properties": table, "pairs": pairs, "args": plain_flags(args)}
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        write_atomically(args.out / "results.json", lambda path: path.write_text(json.dumps(record) + "\n"))
-        draw_surprise(results, args, args.out / "surprise.png")
-        print(f"results.json and surprise.png are in {args.out}")
-    except OSError as error:
-        fail(f"{error.filename}: {error.strerror}")
+    write_lines(args.out / "results.json", [json.dumps(record)])
+    print(args.out / "results.json")
 
 
 if __name__ == "__main__":

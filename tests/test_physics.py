@@ -97,13 +97,14 @@ def test_networks_of_each_kind_of_checkpoint(teacher, student, ema, tmp_path):
     assert not same_tensors(own["student"], own["encoder"])
 
 
-def test_untrained_randomizes_all_networks(student, ema):
-    for run in (student, ema):
-        trained, _ = physics.load_networks(physics_args("--checkpoint", run))
-        untrained, _ = physics.load_networks(physics_args("--checkpoint", run, "--untrained"))
-        assert not any(weights_equal(b, a.state_dict()) for a, b in zip(trained, untrained, strict=True))
-        # An EMA teacher starts as a copy of its student.
-        assert weights_equal(untrained[0], untrained[2].state_dict()) == (run == ema)
+@pytest.mark.parametrize("run", ["student", "ema"])
+def test_untrained_randomizes_all_networks(run, request):
+    run = request.getfixturevalue(run)
+    trained, _ = physics.load_networks(physics_args("--checkpoint", run))
+    untrained, _ = physics.load_networks(physics_args("--checkpoint", run, "--untrained"))
+    assert not any(weights_equal(b, a.state_dict()) for a, b in zip(trained, untrained, strict=True))
+    # An EMA teacher starts as a copy of its student.
+    assert weights_equal(untrained[0], untrained[2].state_dict()) == (run.name == "ema")
 
 
 def test_a_student_needs_its_teacher(teacher, student, ema, tmp_path, capfd):
@@ -135,7 +136,6 @@ def test_a_student_needs_its_teacher(teacher, student, ema, tmp_path, capfd):
         (["--task", "grasp"], "needs --data"),
         (["--task", "grasp", "--data", "nowhere"], "no pairs of grasp"),
         (["--task", "pairs", "--data", "nowhere.csv"], "No such file"),
-        (["--task", "inflevel", "--data", "nowhere", "--num-frames", 4], "No such file"),
         (["--pairs", 0], "at least 1"),
     ],
 )  # fmt: skip
@@ -156,19 +156,26 @@ def write_folder(folder, frames):
     return folder
 
 
-def test_read_video_returns_every_nth_frame(tmp_path):
-    video = write_video(tmp_path / "v.mp4", [numbered(n, 64) for n in range(50)])
-    folder = write_folder(tmp_path / "frames", [numbered(n, 64) for n in range(50)])
-    for step, start, expected in ((1, 0, range(50)), (10, 7, range(7, 50, 10))):
-        args = physics_args("--task", "pairs", "--data", tmp_path, "--frame-step", step)
-        for path in (video, folder):
-            assert frame_numbers(physics.read_video(path, args, start)) == list(expected)
-            with pytest.raises(BadVideo, match="no frames from frame 50 on"):
-                physics.read_video(path, args, start=50)
+@pytest.mark.parametrize(
+    "task, step, start, numbers",
+    [
+        ("pairs", 1, 0, range(100)),
+        ("pairs", 10, 7, range(7, 100, 10)),
+        ("intphys", 2, 0, range(0, 97, 2)),  # 49 frames
+        ("intphys", 1, 0, range(99)),
+        ("intphys", 10, 0, range(0, 90, 10)),
+    ],
+)
+def test_read_video_returns_every_nth_frame(task, step, start, numbers, tmp_path):
+    frames = [numbered(n, 64) for n in range(100)]
+    args = physics_args("--task", task, "--data", tmp_path, "--frame-step", step)
+    for path in (write_video(tmp_path / "v.mp4", frames), write_folder(tmp_path / "frames", frames)):
+        assert frame_numbers(physics.read_video(path, args, start)) == list(numbers)
+        with pytest.raises(BadVideo, match="no frames from frame 100 on"):
+            physics.read_video(path, args, start=100)
 
 
-@pytest.mark.parametrize("task", ["intphys", "inflevel"])
-@pytest.mark.parametrize("size", [(47, 128), (90, 41)])
+@pytest.mark.parametrize("task, size", [("intphys", (47, 128)), ("intphys", (90, 41)), ("inflevel", (47, 128))])
 def test_only_intphys_and_grasp_frames_are_cropped_to_a_square(task, size, tmp_path):
     pixels = np.random.default_rng(0).integers(256, size=(*size, 3), dtype=np.uint8)
     folder = write_folder(tmp_path / "video", [pixels])
@@ -180,13 +187,6 @@ def test_only_intphys_and_grasp_frames_are_cropped_to_a_square(task, size, tmp_p
     # The authors resize with this function: bilinear, without antialiasing. Ours rounds to whole gray levels.
     expected = torch.nn.functional.interpolate(expected, size=(32, 32), mode="bilinear", align_corners=False)
     torch.testing.assert_close(possible.float(), expected, atol=1, rtol=0)
-
-
-@pytest.mark.parametrize(("frame_step", "numbers"), [(2, range(0, 97, 2)), (1, range(99)), (10, range(0, 90, 10))])
-def test_intphys_uses_49_frames(frame_step, numbers, tmp_path):
-    folder = write_folder(tmp_path / "movie", [numbered(n) for n in range(100)])
-    args = physics_args("--task", "intphys", "--data", tmp_path, "--frame-step", frame_step)
-    assert frame_numbers(physics.read_video(folder, args)) == list(numbers)
 
 
 def test_broken_videos_end_the_run_with_one_line(student, tmp_path, capfd):
@@ -201,6 +201,9 @@ def test_broken_videos_end_the_run_with_one_line(student, tmp_path, capfd):
     assert "none.mp4 does not exist" in refusal(capfd, physics, *flags)
     (tmp_path / "pairs.csv").write_text("possible,other\ngood.mp4,good.mp4\n")
     assert "has no 'impossible'" in refusal(capfd, physics, *flags)
+    write_intphys(tmp_path / "O1" / "01", [[1]] * 4, (True, True, True, False))
+    flags = "--checkpoint", student, "--task", "intphys", "--data", tmp_path, "--out", tmp_path
+    assert "3 possible and 1 impossible" in refusal(capfd, physics, *flags)
 
 
 def write_intphys(root, beginnings, possible):
@@ -227,14 +230,6 @@ def test_intphys_movies_are_paired_by_their_common_beginning(possible, partners,
         movies = [int(path.split("/")[-2]) for path in name.split(" | ")]
         assert property == "O2" and [possible[movie - 1] for movie in movies] == [True, False]
         assert [video[-1, 0, 0, 0] for video in videos] == [200 + 10 * movie for movie in movies]
-
-
-def test_intphys_scenes_need_two_possible_and_two_impossible_movies(tmp_path, student, capfd):
-    write_intphys(tmp_path / "O1" / "01", [[1]] * 4, (True, True, True, False))
-    flags = "--checkpoint", student, "--task", "intphys", "--data", tmp_path, "--out", tmp_path
-    assert "3 possible and 1 impossible" in refusal(capfd, physics, *flags)
-    (tmp_path / "O1" / "01" / "1" / "status.json").unlink()
-    assert "status.json" in refusal(capfd, physics, *flags)
 
 
 def test_grasp_layout(tmp_path):
@@ -303,13 +298,11 @@ def test_mean_maximum_and_filtered_scores_per_property(capsys):
         "all": [(50, 25), (50, 0), (0, 0)],
     }
     physics.print_accuracies(table)
-    relative, absolute = capsys.readouterr().out.split("absolute accuracy")
-    assert relative.splitlines()[2].split()[:3] == ["Gravity", "1", "100.0"]
-    assert absolute.splitlines()[2].split()[:3] == ["Gravity", "1", "50.0"]
-    assert len({len(line) for line in relative.splitlines()[1:]}) == 1  # columns are aligned
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].split()[:3] == ["Gravity", "1", "100.0"] and lines[7].split()[:3] == ["Gravity", "1", "50.0"]
 
 
-def test_results_and_picture_of_a_run(student, tmp_path):
+def test_results_of_a_run(student, tmp_path):
     flags = "--checkpoint", student, "--pairs", 6, "--device", "cpu"
     run_script(physics, *flags, "--out", tmp_path)
     results = json.loads((tmp_path / "results.json").read_text())
@@ -319,7 +312,6 @@ def test_results_and_picture_of_a_run(student, tmp_path):
     assert all(np.shape(pair["possible"]) == (1, 5) for pair in results["pairs"])  # 12 frames, windows of 4
     scores = [np.mean(pair["possible"]) < np.mean(pair["impossible"]) for pair in results["pairs"]]
     assert results["properties"]["all"]["2"]["relative_accuracy"] == pytest.approx(100 * np.mean(scores))
-    assert PIL.Image.open(tmp_path / "surprise.png").size[0] > 500
     run_script(physics, *flags, "--untrained", "--workers", 1, "--out", tmp_path / "untrained")
     untrained = json.loads((tmp_path / "untrained" / "results.json").read_text())
     assert untrained["pairs"][0]["possible"] != results["pairs"][0]["possible"]

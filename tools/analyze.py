@@ -2,10 +2,9 @@
 
     python -m tools.analyze curves out/teacher out/student                     loss over the training steps
     python -m tools.analyze picture out/teacher out/student --save salt.gif    what a teacher fills in, features
-    python -m tools.analyze rankme out/teacher out/student                     effective rank of the embeddings
     python -m tools.analyze table out/probe-*                                  accuracy and cost
     python -m tools.analyze compare out/study/masks/*                          accuracy of variants, over all seeds
-    python -m tools.analyze labels out/labels                                  accuracy over the number of labels
+    python -m tools.analyze labels out/study/labels                            accuracy over the number of labels
     python -m tools.analyze correlate out/probe-* --against loss rankme        does the loss predict the accuracy?
 
 table, compare, labels and correlate read what probe.py writes. FLOPs are those executed, from the training logs.
@@ -26,7 +25,7 @@ import torch
 import torch.nn.functional as F
 
 import data
-from cli import Parser, duration, fail, require_at_least, resolve_device
+from cli import Parser, duration, fail, require_at_least
 from masking import sample_masks
 from model import load_checkpoint, load_encoder, load_predictor, load_teacher_of, tubelets, untubelets
 from training import effective_rank, generator
@@ -34,7 +33,7 @@ from training import effective_rank, generator
 plt.switch_backend("Agg")  # draw into files, without a display
 
 # ---------------------------------------------------------------------------------------------------------------------
-# reading runs and probes
+# runs and probes
 
 
 class Stage(NamedTuple):
@@ -43,9 +42,7 @@ class Stage(NamedTuple):
     path: Path
     kind: str  # "teacher", "student", "ema", or "vjepa2" if converted by tools/convert.py
     step: int
-    loss: float | None  # loss, seconds and flops are None if the run's log does not have this step
-    seconds: float | None
-    flops: float | None  # executed, without the teacher's training
+    log: dict  # its line in the run's log: loss, seconds, flops (without the teacher's training), ...; {} if unknown
 
 
 class Probe(NamedTuple):
@@ -63,18 +60,14 @@ class Probe(NamedTuple):
             return "EMA, online encoder" if self.result["weights"] == "student" else "EMA"
         return self.stages[0].kind
 
-    def top1(self, task):
-        """Top-1 accuracy on a task in percent, or None."""
-        return self.result["tasks"][task]["top1"] if task in self.result["tasks"] else None
-
 
 def parse(text, path, description, *keys):
     """Parse a JSON object with these keys; ValueError naming the file it is from if it is anything else."""
     try:
         record = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged or is not {description}") from error
-    if not isinstance(record, dict) or any(key not in record for key in keys):
+    except ValueError:
+        record = None
+    if not isinstance(record, dict) or not record.keys() >= set(keys):
         raise ValueError(f"{path} is damaged or is not {description}")
     return record
 
@@ -82,7 +75,7 @@ def parse(text, path, description, *keys):
 def read_log(path):
     """Yield the lines of a metrics.jsonl as dictionaries."""
     for line in path.read_text().splitlines():
-        yield parse(line, path, "a training log", "step", "loss")
+        yield parse(line, path, "a training log", "step", "loss", "seconds", "flops")
 
 
 def lineage(path, checkpoint):
@@ -93,37 +86,46 @@ def lineage(path, checkpoint):
     path, step, teacher = Path(path), checkpoint["step"], checkpoint["args"].get("teacher")
     log = (path if path.is_dir() else path.parent) / "metrics.jsonl"
     line = next((line for line in read_log(log) if line["step"] == step), {}) if log.exists() else {}
-    stage = Stage(path, checkpoint["kind"], step, line.get("loss"), line.get("seconds"), line.get("flops"))
-    return [stage, *(lineage(teacher, load_teacher_of(checkpoint, teacher)) if teacher else [])]
+    before = lineage(teacher, load_teacher_of(checkpoint, teacher)) if teacher else []
+    return [Stage(path, checkpoint["kind"], step, line), *before]
 
 
 def read_probe(folder):
     """Read a folder of probe.py as a `Probe`. ValueError if its checkpoint has been trained further since."""
     path = Path(folder) / "results.json"
-    keys = ("checkpoint", "step", "weights", "tasks", "args")
-    result = parse(path.read_text(), path, "the results of probe.py", *keys)
+    result = parse(path.read_text(), path, "the results of probe.py", "checkpoint", "step", "weights", "tasks", "args")
     if result["weights"] == "untrained":
         return Probe(result, [])
-    stages = lineage(result["checkpoint"], load_checkpoint(result["checkpoint"]))
-    if stages[0].step != result["step"]:
-        raise ValueError(
-            f"{result['checkpoint']} was at step {result['step']} when it was probed and is at step {stages[0].step} "
-            "now: probe it again"
-        )
+    name, then = result["checkpoint"], result["step"]
+    stages = lineage(name, load_checkpoint(name))
+    if stages[0].step != then:
+        raise ValueError(f"{name} was at step {then} when probed and is at step {stages[0].step} now: probe it again")
     return Probe(result, stages)
 
 
 def read_probes_below(folder):
     """Read all folders of probe.py in a folder, at any depth; ValueError if there are none."""
-    files = sorted(Path(folder).rglob("results.json"))
-    if not files:
+    probes = [read_probe(file.parent) for file in sorted(Path(folder).rglob("results.json"))]
+    if not probes:
         raise ValueError(f"there are no results of probe.py in {folder}")
-    return [read_probe(file.parent) for file in files]
+    return probes
 
 
-def tasks_of(probes):
-    """The names of all tasks, in order."""
-    return list(dict.fromkeys(task for probe in probes for task in probe.result["tasks"]))
+def accuracies(probes):
+    """Top-1 accuracies in percent: {task: [of each probe that has the task]}."""
+    tasks = dict.fromkeys(task for probe in probes for task in probe.result["tasks"])
+    return {task: [p.result["tasks"][task]["top1"] for p in probes if task in p.result["tasks"]] for task in tasks}
+
+
+def spread(values):
+    """The standard deviation of a sample; 0 for a single value."""
+    return np.std(values, ddof=1) if len(values) > 1 else 0.0
+
+
+def draw_panels(rows, columns, width, height):
+    """A figure with a grid of axes (rows, columns), each of this size in inches."""
+    size = width * columns, height * rows
+    return plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
 
 
 def save(figure, path):
@@ -137,26 +139,25 @@ def save(figure, path):
 # ---------------------------------------------------------------------------------------------------------------------
 # loss curves
 
-LATENT_LOSS = "latent loss (mean absolute error)"
 PANELS = {  # by kind of run: title, label of the y axis
     "teacher": ("teacher (SALT stage 1)", "pixel loss (mean squared error)"),
-    "student": ("student (SALT stage 2)", LATENT_LOSS),
-    "ema": ("EMA baseline (V-JEPA 2)", LATENT_LOSS),
+    "student": ("student (SALT stage 2)", "latent loss (mean absolute error)"),
+    "ema": ("EMA baseline (V-JEPA 2)", "latent loss (mean absolute error)"),
 }
 
 
 def curves(args):
     """Draw the loss over the training steps, one panel per kind of run, as their losses are not comparable."""
-    panels = {}  # [(path, log), ...] by kind
-    for path in map(Path, args.runs):
-        log, file = list(read_log(path / "metrics.jsonl")), path / "args.json"
+    panels = {}  # {kind: folders}
+    for run in args.runs:
+        file = Path(run, "args.json")
         kind = parse(file.read_text(), file, "the args.json of a training run", "kind")["kind"]
-        panels.setdefault(kind, []).append((path, log))
-    size = 5 * len(panels), 3.2
-    figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
+        panels.setdefault(kind, []).append(run)
+    figure, axes = draw_panels(1, len(panels), 5, 3.2)
     for ax, (kind, runs) in zip(axes[0], panels.items(), strict=True):
-        for path, log in runs:
-            ax.plot([line["step"] for line in log], [line["loss"] for line in log], label=str(path), linewidth=1)
+        for run in runs:
+            log = list(read_log(Path(run, "metrics.jsonl")))
+            ax.plot([line["step"] for line in log], [line["loss"] for line in log], label=run, linewidth=1)
         title, label = PANELS[kind]
         ax.set(xlabel="training step", ylabel=label, title=title)
         ax.legend(fontsize=8)
@@ -169,53 +170,44 @@ def curves(args):
 
 def table(args):
     """Write a markdown table of accuracy and cost, with a row for each folder of probe.py."""
-    write_table({("", n): [read_probe(folder)] for n, folder in enumerate(args.runs)}, args.save)
-
-
-def write_table(rows, path):
-    """Write and print a markdown table. rows: {(variant, anything): probes that differ only in their seeds}."""
-    probes = [probe for row in rows.values() for probe in row]
-    chances = {task: p.result["tasks"][task]["chance"] for p in probes for task in p.result["tasks"]}
-    headings = {task: f"{task}, top-1 % (chance {chance:.1f})" for task, chance in chances.items()}
-    columns = ["variant", "encoder", "runs", *chances, "loss", "steps", "time", "FLOPs", "incl. teachers"]
-    if not any(variant for variant, _ in rows):
-        columns.remove("variant")
-    if all(len(row) == 1 for row in rows.values()):
-        columns.remove("runs")
-    cells = [{"variant": str(variant)} | row_cells(row) for (variant, _), row in rows.items()]
-    lines = [[headings.get(column, column) for column in columns], *([c.get(x, "-") for x in columns] for c in cells)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    lines.insert(1, ["-" * width for width in widths])
-    text = "\n".join(
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text + "\n")
-    print(text)
+    write_table([row_cells([read_probe(folder)]) for folder in args.runs], args.save)
 
 
 def row_cells(probes):
-    """A row of the table by column, without what is unknown: means over probes that differ only in their seeds.
+    """A row of the table, {heading: cell}, without what is unknown: means over probes that differ only in their seeds.
 
     Accuracies have their standard deviation over the runs or, for a single run, over the seeds of its probe.
     """
-    cells = {"encoder": probes[0].encoder, "runs": str(len(probes)), "steps": "0"}
-    for task in tasks_of(probes):
-        top1 = [probe.top1(task) for probe in probes if probe.top1(task) is not None]
-        spread = np.std(top1, ddof=1) if len(top1) > 1 else probes[0].result["tasks"][task]["spread"]
-        cells[task] = f"{np.mean(top1):.1f}" + ("" if spread is None else f" ± {spread:.1f}")
+    cells = {"encoder": probes[0].encoder}
+    for task, top1 in accuracies(probes).items():
+        result = next(probe.result["tasks"][task] for probe in probes if task in probe.result["tasks"])
+        deviation = spread(top1) if len(top1) > 1 else result["spread"]
+        heading = f"{task}, top-1 % (chance {result['chance']:.1f})"
+        cells[heading] = f"{np.mean(top1):.1f}" + ("" if deviation is None else f" ± {deviation:.1f}")
     own = [probe.stages[0] for probe in probes if probe.stages]
-    if not own:
-        return cells
-    cells["steps"] = str(own[0].step)
-    for name, column, form in (("loss", "loss", ".3f"), ("flops", "FLOPs", ".2g"), ("seconds", "time", "")):
-        values = [getattr(stage, name) for stage in own]
-        if None not in values:  # unlike in a converted checkpoint, or in a file outside its run folder
-            cells[column] = f"{np.mean(values):{form}}" if form else duration(np.mean(values))
-    totals = [[stage.flops for stage in probe.stages] for probe in probes]
-    if not any(None in flops for flops in totals):
-        cells["incl. teachers"] = f"{np.mean([sum(flops) for flops in totals]):.2g}"
+    cells["steps"] = str(own[0].step if own else 0)
+    if own and all(stage.log for stage in own):
+        loss, seconds, flops = (np.mean([stage.log[name] for stage in own]) for name in ("loss", "seconds", "flops"))
+        cells |= {"loss": f"{loss:.3f}", "time": duration(seconds), "FLOPs": f"{flops:.2g}"}
+    if own and all(stage.log for probe in probes for stage in probe.stages):
+        totals = [sum(stage.log["flops"] for stage in probe.stages) for probe in probes]
+        cells["incl. teachers"] = f"{np.mean(totals):.2g}"
     return cells
+
+
+def write_table(rows, path):
+    """Write and print a markdown table of rows {heading: cell}."""
+    order = {"variant": 0, "encoder": 1, "runs": 2, "loss": 4, "steps": 5, "time": 6, "FLOPs": 7, "incl. teachers": 8}
+    found = dict.fromkeys(heading for row in rows for heading in row)
+    columns = sorted(found, key=lambda heading: order.get(heading, 3))  # 3: the tasks
+    lines = [columns, *([row.get(heading, "-") for heading in columns] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * width for width in widths])
+    padded = [map(str.ljust, line, widths) for line in lines]
+    text = "\n".join(f"| {' | '.join(cells)} |" for cells in padded)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text + "\n")
+    print(text)
 
 
 STYLES = {  # by `Probe.encoder`: color, marker
@@ -224,6 +216,7 @@ STYLES = {  # by `Probe.encoder`: color, marker
     "student": ("black", "o"),
     "EMA": ("tab:blue", "s"),
     "EMA, online encoder": ("tab:cyan", "D"),
+    "vjepa2": ("tab:green", "v"),
 }
 
 
@@ -240,74 +233,51 @@ def labels(args):
 
     RUN is a folder with probes in it, at any depth, that differ in --train-clips and in the seed.
     """
-    probes = [probe for run in args.runs for probe in read_probes_below(run)]
-    groups = {}
-    for probe in sorted(probes, key=lambda probe: probe.result["args"]["train_clips"]):
-        groups.setdefault(probe.result["args"]["train_clips"], []).append(probe)
-    draw_accuracies(list(groups.items()), args.save, xlabel="labels (training clips of the probe)", line="-", gap=0.03)
+    variants = {}  # {number of labels: probes}
+    for probe in [probe for run in args.runs for probe in read_probes_below(run)]:
+        variants.setdefault(probe.result["args"]["train_clips"], []).append(probe)
+    draw_accuracies(sorted(variants.items()), args.save, "labels (training clips of the probe)", line="-", gap=0.03)
 
 
 def draw_accuracies(variants, path, xlabel="", line="", gap=0.1):
     """Draw the accuracy of each encoder for each variant, a panel per task, and write a table beside the figure.
 
-    variants: [(name, probes), ...]. line: matplotlib's style of the line from one variant to the next. gap: between
-    the encoders of a variant.
+    variants: [(name, probes), ...]. line: style of the line from one variant to the next. gap: between the encoders of
+    a variant.
     """
-    rows = {}  # {(variant, encoder): probes}
-    for variant, probes in variants:
-        for probe in sorted(probes, key=lambda probe: [*STYLES, probe.encoder].index(probe.encoder)):
-            rows.setdefault((variant, probe.encoder), []).append(probe)
-    tasks = tasks_of(probe for _, probes in variants for probe in probes)
-    names = sorted({encoder for _, encoder in rows}, key=lambda name: [*STYLES, name].index(name))
-    size = max(3.4, 1.6 + len(variants)) * len(tasks), 3.8
-    figure, axes = plt.subplots(1, len(tasks), figsize=size, squeeze=False, layout="constrained")
+    groups = {}  # {(index of the variant, encoder): probes that differ only in their seeds}
+    for index, (_, probes) in enumerate(variants):
+        for probe in sorted(probes, key=lambda probe: list(STYLES).index(probe.encoder)):
+            groups.setdefault((index, probe.encoder), []).append(probe)
+    tasks = accuracies([probe for probes in groups.values() for probe in probes])
+    figure, axes = draw_panels(1, len(tasks), max(3.4, 1.6 + len(variants)), 3.8)
     for ax, task in zip(axes[0], tasks, strict=True):
-        for name in names:
+        for encoder, (color, marker) in STYLES.items():
             points = []  # (x, mean, standard deviation)
-            color, marker = STYLES.get(name, ("tab:green", "v"))
-            for i, (variant, _) in enumerate(variants):
-                here = [other for other in names if (variant, other) in rows]
-                found = [probe.top1(task) for probe in rows.get((variant, name), []) if task in probe.result["tasks"]]
-                if found:
-                    x = i + gap * (here.index(name) - (len(here) - 1) / 2)
-                    ax.plot([x] * len(found), found, ".", color=color, alpha=0.4, markersize=4)
-                    points.append((x, np.mean(found), np.std(found, ddof=1) if len(found) > 1 else 0))
+            for index in range(len(variants)):
+                if top1 := accuracies(groups.get((index, encoder), [])).get(task):
+                    beside = [other for i, other in groups if i == index]
+                    x = index + gap * (beside.index(encoder) - (len(beside) - 1) / 2)
+                    ax.plot([x] * len(top1), top1, ".", color=color, alpha=0.4, markersize=4)
+                    points.append((x, np.mean(top1), spread(top1)))
             if points:
-                x, mean, spread = zip(*points, strict=True)
-                ax.errorbar(x, mean, spread, color=color, marker=marker, linestyle=line, capsize=3, label=name)
+                x, mean, deviation = zip(*points, strict=True)
+                ax.errorbar(x, mean, deviation, color=color, fmt=marker + line, capsize=3, label=encoder)
         ax.set(ylabel="top-1 accuracy, %", xlabel=xlabel, title=task)
-        ax.set_xticks(range(len(variants)), [str(variant) for variant, _ in variants], fontsize=8)
+        ax.set_xticks(range(len(variants)), [name for name, _ in variants], fontsize=8)
         ax.grid(color="0.9", axis="y")
     handles, names = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=len(names), fontsize=8)
     figure.suptitle("Small dots: runs of different seeds. Error bars: their standard deviation.", fontsize=8)
     save(figure, path)
-    write_table(rows, path.with_suffix(".md"))
+    runs = [{"variant": str(variants[index][0]), "runs": str(len(probes))} for (index, _), probes in groups.items()]
+    write_table(
+        [own | row_cells(probes) for own, probes in zip(runs, groups.values(), strict=True)], path.with_suffix(".md")
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# effective rank, and what predicts the accuracy
-
-
-@torch.inference_mode()
-def rank_of_embeddings(args, path, weights="encoder"):
-    """RankMe of an encoder's embeddings, the mean tokens of --clips clips. path, weights: see `load_encoder`."""
-    encoder = load_encoder(path, weights).to(args.device)
-    parts, end = [], args.first + args.clips
-    for start in range(args.first, end, 50):
-        clips = load_clips(args, encoder.config, start, min(50, end - start))
-        parts.append(encoder(data.normalize(clips, torch.device(args.device))).mean(1).float().cpu())
-    return effective_rank(torch.cat(parts))
-
-
-def rankme(args):
-    """Print the effective rank (RankMe) of each encoder's embeddings, which are the mean tokens of clips.
-
-    Use at least ten times as many --clips as the encoder's width.
-    """
-    for run in args.runs:
-        print(f"{run}: RankMe {rank_of_embeddings(args, run):.2f}, {args.clips} clips")
-
+# what predicts the accuracy
 
 AGAINST = {  # --against: label, index in the lineage (0: the checkpoint, 1: its teacher)
     "loss": ("training loss", 0),
@@ -317,42 +287,31 @@ AGAINST = {  # --against: label, index in the lineage (0: the checkpoint, 1: its
 }
 
 
-def ranks(x):
-    """The ranks of numbers, from 1; equal numbers share their mean rank."""
-    _, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
-
-
-def correlation(x, y):
-    """R² of a linear fit (Pearson's r squared), Pearson's r, and Spearman's rank correlation."""
-    pearson, spearman = np.corrcoef(x, y)[0, 1], np.corrcoef(ranks(x), ranks(y))[0, 1]
-    return pearson**2, pearson, spearman
-
-
 def correlate(args):
-    """Correlate the accuracy of checkpoints with their loss or RankMe, or their teachers': R², Pearson, Spearman."""
+    """Correlate the accuracy of checkpoints with their loss or RankMe, or their teachers': R², Pearson, Spearman.
+
+    RankMe is the effective rank of the embeddings, the mean tokens of --clips clips. Use at least ten times as many
+    clips as the encoder's width.
+    """
     probes = [read_probe(folder) for folder in args.runs]
     if len(probes) < 3:
         raise ValueError(f"a correlation of {len(probes)} checkpoints is meaningless: give three or more")
-    tasks = [task for task in tasks_of(probes) if all(task in probe.result["tasks"] for probe in probes)]
-    if not tasks:
+    common = {task: top1 for task, top1 in accuracies(probes).items() if len(top1) == len(probes)}
+    if not common:
         raise ValueError("these probes have no task in common")
-    size = 3.6 * len(tasks), 3.4 * len(args.against)
-    figure, axes = plt.subplots(len(args.against), len(tasks), figsize=size, squeeze=False, layout="constrained")
+    figure, axes = draw_panels(len(args.against), len(common), 3.6, 3.4)
     for row, name in zip(axes, args.against, strict=True):
-        x = np.array([quantity(args, probe, name) for probe in probes])
+        label, x = AGAINST[name][0], np.array([quantity(args, probe, name) for probe in probes])
         if np.ptp(x) == 0:
             raise ValueError(f"{name} is {x[0]:.4g} for all of these checkpoints: nothing to correlate")
-        for ax, task in zip(row, tasks, strict=True):
-            label, y = AGAINST[name][0], np.array([probe.top1(task) for probe in probes])
-            r2, pearson, spearman = correlation(x, y)
-            found = f"R² {r2:.3f}, Pearson {pearson:+.3f}, Spearman {spearman:+.3f}"
+        for ax, (task, y) in zip(row, common.items(), strict=True):
+            pearson, spearman = np.corrcoef(x, y)[0, 1], np.corrcoef(ranks(x), ranks(y))[0, 1]
+            found = f"R² {pearson**2:.3f}, Pearson {pearson:+.3f}, Spearman {spearman:+.3f}"
             print(f"{task} against {label}: {found}, {len(x)} checkpoints")
-            slope, offset = np.polyfit(x, y, 1)
             ends = np.array([x.min(), x.max()])
-            ax.plot(ends, offset + slope * ends, color="0.6", linestyle="--", linewidth=1)
+            ax.plot(ends, np.polyval(np.polyfit(x, y, 1), ends), color="0.6", linestyle="--", linewidth=1)
             ax.plot(x, y, "ko", markersize=4)
-            for probe, point in zip(probes, zip(x, y, strict=True), strict=True):
+            for probe, *point in zip(probes, x, y, strict=True):
                 ax.annotate(probe.stages[0].step, point, fontsize=6, xytext=(3, 3), textcoords="offset points")
             ax.margins(0.1)
             ax.set(xlabel=label, ylabel=f"{task}, top-1 %")
@@ -361,18 +320,32 @@ def correlate(args):
     save(figure, args.save)
 
 
+def ranks(x):
+    """The ranks of numbers; equal numbers share their mean rank."""
+    _, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+
+
 def quantity(args, probe, name):
     """The number that --against `name` means for a probed checkpoint; ValueError if it has none."""
-    index = AGAINST[name][1]
-    if index >= len(probe.stages):
-        checkpoint = probe.result["checkpoint"]
-        raise ValueError(f"{probe.encoder} encoder of {checkpoint}: it has no {AGAINST[name][0]}; leave it out")
-    stage = probe.stages[index]
-    if name.endswith("rankme"):
+    label, index = AGAINST[name]
+    stage = probe.stages[index] if index < len(probe.stages) else None
+    if stage and name.endswith("rankme"):
         return rank_of_embeddings(args, stage.path, "encoder" if index else probe.result["weights"])
-    if stage.loss is None:
-        raise ValueError(f"the loss of {stage.path} is unknown: there is no log of its step {stage.step} beside it")
-    return stage.loss
+    if stage and stage.log:
+        return stage.log["loss"]
+    raise ValueError(f"{probe.encoder} encoder of {probe.result['checkpoint']}: no {label} is known; leave it out")
+
+
+@torch.inference_mode()
+def rank_of_embeddings(args, path, weights="encoder"):
+    """RankMe of an encoder's embeddings, the mean tokens of --clips clips. path, weights: see `load_encoder`."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    encoder, embeddings = load_encoder(path, weights).to(device), []
+    for start in range(0, args.clips, 50):
+        clips = load_clips(args, encoder.config, range(args.clips)[start : start + 50])
+        embeddings.append(encoder(data.normalize(clips, device)).mean(1).cpu())
+    return effective_rank(torch.cat(embeddings))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -384,13 +357,9 @@ PNG_COLUMNS = 16  # of a picture that shows time from left to right
 DENSE = 28  # rows and columns, at least, of a map of features
 
 
-def load_clips(args, config, first, count):
-    """Load clips number first to first + count - 1 of --data, or built-in ones: (count, 3, T, H, W) uint8.
-
-    config: of the encoder that gets the clips, for their size.
-    """
+def load_clips(args, config, numbers):
+    """Load these clips of --data, or built-in ones, for an encoder of this config: (B, 3, T, H, W) uint8."""
     num_frames, resolution = config["num_frames"], config["resolution"]
-    numbers = range(first, first + count)
     if not args.data:
         return data.Synthetic(num_frames, resolution, CLIP_SEED).batch(numbers).clips
     source = data.Manifest(args.data, num_frames, args.frame_step, resolution, train=False)
@@ -408,7 +377,7 @@ def picture(args):
 
     A .png shows time from left to right, a .gif plays the clips side by side. Without a suffix, write both.
     """
-    clips = load_clips(args, load_encoder(args.runs[0]).config, args.first, args.clips)
+    clips = load_clips(args, load_encoder(args.runs[0]).config, range(args.first, args.first + args.clips))
     x = data.normalize(clips, torch.device("cpu"))
     videos = [("video clip", clips)]
     for run in args.runs:
@@ -430,28 +399,26 @@ def picture(args):
 
 def fill_in(encoder, predictor, x, context_ids):
     """Predict what is hidden of normalized clips x: (seen, seen and predicted), (B, 3, T, H, W) uint8; hidden: gray."""
-    grid = encoder.grid(x)
-    pixels = tubelets(x, encoder.tubelet_size, encoder.patch_size)  # (B, N, P)
+    tubelet, grid = (encoder.tubelet_size, encoder.patch_size), encoder.grid(x)
+    pixels = tubelets(x, *tubelet)  # (B, N, P)
     hidden = torch.ones(pixels.shape[:2], dtype=torch.bool).scatter(1, context_ids, False)
     target_ids = hidden.nonzero()[:, 1].view(len(x), -1)
     pattern = torch.zeros_like(pixels)
     pattern[hidden] = predictor(encoder(x, context_ids), context_ids, target_ids, grid, 0).flatten(0, 1)
-    filled = join(pixels, pattern, hidden, encoder, grid)
-    seen, filled = (untubelets(p, grid, encoder.tubelet_size, encoder.patch_size) for p in (pixels, filled))
-    gray = untubelets(hidden[..., None].expand_as(pixels), grid, encoder.tubelet_size, encoder.patch_size)
-    return data.denormalize(seen).masked_fill(gray, 128), data.denormalize(filled)
+    gray = untubelets(hidden[..., None].expand_as(pixels), grid, *tubelet)
+    filled = untubelets(join(pixels, pattern, hidden, tubelet, grid), grid, *tubelet)
+    return data.denormalize(x).masked_fill(gray, 128), data.denormalize(filled)
 
 
-def join(pixels, pattern, hidden, encoder, grid):
+def join(pixels, pattern, hidden, tubelet, grid):
     """Fill hidden tubelets of `pixels` with `pattern`, scaled and shifted so that tubelets join without edges.
 
     A teacher predicts pixels that are normalized per tubelet and color, so it leaves their mean and standard deviation
     open. These minimize the squared differences across the borders between tubelets. Logarithms of standard deviations
     are pulled toward the mean of the visible tubelets'. The true ones would give away what is hidden.
 
-    pixels, pattern: (B, N, P). hidden: (B, N) bool. Returns (B, N, P).
+    pixels, pattern: (B, N, P). hidden: (B, N) bool. tubelet: its frames and patch size. Returns (B, N, P).
     """
-    tubelet = encoder.tubelet_size, encoder.patch_size
     pixels, pattern, hidden = pixels.unflatten(-1, (3, -1)), pattern.unflatten(-1, (3, -1)), hidden[..., None, None]
     visible = ~hidden / (~hidden).sum(1, keepdim=True)  # weights (B, N, 1, 1) of a mean
     mean = (pixels.mean(-1, keepdim=True) * visible).sum(1, keepdim=True).repeat(1, pixels.shape[1], 1, 1)
@@ -491,10 +458,9 @@ def dense_tokens(encoder, x):
     padding = (before, patch - step - before) * 2
     padded = F.pad(x.flatten(1, 2), padding, mode="replicate").unflatten(1, (3, -1))
     dense = torch.empty(B, t, h, n, w, n, encoder.width)
-    for i in range(n):
-        for j in range(n):
-            top, left = i * step, j * step
-            dense[:, :, :, i, :, j] = encoder(padded[..., top : top + H, left : left + W]).unflatten(1, (t, h, w))
+    for i, j in np.ndindex(n, n):
+        shifted = padded[..., i * step : i * step + H, j * step : j * step + W]
+        dense[:, :, :, i, :, j] = encoder(shifted).unflatten(1, (t, h, w))
     return dense.flatten(4, 5).flatten(2, 3)
 
 
@@ -539,7 +505,7 @@ def save_gif(figures, path):
     images = []
     for figure in figures:
         figure.canvas.draw()
-        images.append(PIL.Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()))
+        images.append(PIL.Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB"))
         plt.close(figure)
     path.parent.mkdir(parents=True, exist_ok=True)
     images[0].save(path, save_all=True, append_images=images[1:], duration=200, loop=0)
@@ -554,35 +520,29 @@ def parse_args():
     parser = Parser(__doc__, prog="python -m tools.analyze")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def add_command(function, save, runs):
+    def add_command(function, save, runs, clips=None):
         text = inspect.getdoc(function)
         command = commands.add_parser(function.__name__, description=text, help=text.splitlines()[0])
         command.set_defaults(function=function)
-        command.add_argument("runs", nargs="+", metavar="RUN", help=runs)
-        if save:
-            command.add_argument("--save", type=Path, default=Path("out", save), help="file to write")
-        return command.add_argument
+        flag = command.add_argument
+        flag("runs", nargs="+", metavar="RUN", help=runs)
+        flag("--save", type=Path, default=Path("out", save), help="file to write")
+        if clips:
+            flag("--data", nargs="+", metavar="MANIFEST", help="videos to take clips from; default: built-in videos")
+            flag("--frame-step", type=int, default=4, help="video frames from one clip frame to the next")
+            flag("--clips", type=int, default=clips, help="number of clips")
+        return flag
 
-    def add_clip_flags(flag, clips):
-        flag("--data", nargs="+", metavar="MANIFEST", help="videos to take clips from; default: built-in videos")
-        flag("--frame-step", type=int, default=4, help="video frames from one clip frame to the next")
-        flag("--clips", type=int, default=clips, help="number of clips")
-        flag("--first", type=int, default=0, help="number of the first clip")
-        flag("--device", choices=("cpu", "cuda"), help="for RankMe; default: cuda if there is a GPU")
-
-    runs, probes = "run folders or checkpoint files", "folders that probe.py wrote"
     add_command(curves, "curves.png", "run folders")
-    flag = add_command(picture, "picture", runs)
-    add_clip_flags(flag, clips=4)
+    flag = add_command(picture, "picture", "run folders or checkpoint files", clips=4)
+    flag("--first", type=int, default=0, help="number of the first clip")
     flag("--features", action="store_true", help="draw the features of teachers, too, and not what they fill in")
-    add_clip_flags(add_command(rankme, None, runs), clips=2000)
-    add_command(table, "table.md", probes)
+    add_command(table, "table.md", "folders that probe.py wrote")
     add_command(compare, "compare.png", "folders of variants")
     add_command(labels, "labels.png", "folders with probes in them")
-    flag = add_command(correlate, "correlate.png", probes)
+    flag = add_command(correlate, "correlate.png", "folders that probe.py wrote", clips=2000)
     names = f"what to correlate the accuracy with: {', '.join(AGAINST)}"
     flag("--against", nargs="+", metavar="NAME", choices=AGAINST, default=["loss"], help=names)
-    add_clip_flags(flag, clips=2000)
     return parser.parse_args()
 
 
@@ -590,9 +550,6 @@ def main():
     args = parse_args()
     if "clips" in args:
         require_at_least(args, 1, "clips", "frame_step")
-        require_at_least(args, 0, "first")
-        args.dtype = "float32"
-        resolve_device(args)
     try:
         args.function(args)
     except (OSError, ValueError) as error:

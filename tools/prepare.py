@@ -206,7 +206,7 @@ def jester(annotations, videos):
             if clip.isdigit() and label:
                 samples.append(whole_video(split, clip, label.strip()))
             elif line.strip() and (number > 1 or not label):  # a header has a semicolon, too
-                fail(f"--annotations {file.name} line {number}: expected id;label, not {line.strip()!r}")
+                raise ValueError(f"in {file.name} line {number}: expected id;label, not {line.strip()!r}")
     return classes, samples, find_files(videos, frame_folders={s.clip for s in samples})
 
 
@@ -237,19 +237,20 @@ def hmdb51(annotations, videos, split):
       https://serre-lab.clps.brown.edu/resource/hmdb-a-large-human-motion-database
     --videos: the folder of the extracted hmdb51_org.rar and the archives in it, with CLASS/*.avi
 
-    The validation set is the official test set. Results are often the mean over the three splits: prepare one, probe
-    it, then go on with the next.
+    The validation set is the official test set; of the three splits, see ucf101.
     """
     end = f"_test_split{split}.txt"
-    lists = sorted(path.name for path in Path(annotations[0]).glob(f"*{end}") if not is_clutter(path.name))
+    # In the order of the files' names, in which "sword_exercise" comes before "sword".
+    names = sorted(path.name for path in Path(annotations[0]).glob(f"*{end}") if not is_clutter(path.name))
+    classes = [name.removesuffix(end) for name in names]
     kinds, samples = {"0": None, "1": "train", "2": "val"}, []  # 0: in neither
-    for name in lists or [f"CLASS{end}"]:  # without any, the error names one
-        with open_annotations(annotations[0], name) as file:
+    for label in classes or ["CLASS"]:  # without any, the error names one
+        with open_annotations(annotations[0], label + end) as file:
             for line in filter(str.strip, file):
                 video, kind = line.split()
                 if kinds[kind]:
-                    samples.append(whole_video(kinds[kind], video.removesuffix(".avi"), name.removesuffix(end)))
-    return [name.removesuffix(end) for name in lists], samples, find_files(videos)
+                    samples.append(whole_video(kinds[kind], video.removesuffix(".avi"), label))
+    return classes, samples, find_files(videos)
 
 
 def imagenet1k(annotations, videos):
@@ -257,15 +258,14 @@ def imagenet1k(annotations, videos):
 
     --videos: folder with train/SYNSET/*.JPEG and val/SYNSET/*.JPEG, from https://image-net.org (or ILSVRC/Data/CLS-LOC
       from Kaggle)
-    --annotations: needed only if val has no SYNSET folders. Kaggle's LOC_val_solution.csv, or a text file whose lines
-      are the synsets of ILSVRC2012_val_00000001.JPEG and following. The development kit's file of class numbers does
-      not work.
+    --annotations: Kaggle's LOC_val_solution.csv, needed only if val has no SYNSET folders
 
     Classes are the synsets in alphabetical order.
     """
-    files = find_files(videos, IMAGE_SUFFIXES)
-    synsets = read_val_synsets(annotations[0]) if annotations else {}
-    samples = []
+    files, synsets, samples = find_files(videos, IMAGE_SUFFIXES), {}, []
+    if annotations:
+        with open_annotations(Path(annotations[0]).parent, Path(annotations[0]).name) as file:
+            synsets = {row["ImageId"]: row["PredictionString"].split()[0] for row in csv.DictReader(file)}
     for name, path in sorted(files.items()):
         folder = Path(path).parent
         if SYNSET.fullmatch(folder.name) and folder.parent.name in ("train", "val"):
@@ -274,20 +274,6 @@ def imagenet1k(annotations, videos):
             fail(f"{path} is not in a folder named by its synset, so --annotations is needed (see --help)")
     samples += [whole_video("val", name, synset) for name, synset in synsets.items()]
     return sorted({s.label for s in samples}), samples, files
-
-
-def read_val_synsets(path):
-    """{name of a validation image: synset}, from LOC_val_solution.csv or from one synset per line."""
-    with open_annotations(Path(path).parent, Path(path).name) as file:
-        lines = [line for line in file.read().splitlines() if not line.startswith("ImageId")]
-    synsets = {}
-    for number, line in enumerate(lines, start=1):
-        name, _, boxes = line.rpartition(",")  # NAME,SYNSET x y x y SYNSET x y x y ...
-        synset = SYNSET.match(boxes.strip())
-        if not synset:
-            fail(f"--annotations {path}: {line[:40]!r} has no synset such as n01440764")
-        synsets[name or f"ILSVRC2012_val_{number:08}"] = synset[0]
-    return synsets
 
 
 class Dataset(NamedTuple):
@@ -432,25 +418,23 @@ def save_manifest(path, lines):
 
 def write_dataset(args):
     """Write the manifests of one of DATASETS."""
-    dataset = DATASETS[args.command]
+    dataset, split = DATASETS[args.command], [args.split] if "split" in args else []
     try:
-        split = [args.split] if dataset.splits else []
         classes, samples, files = dataset.read(args.annotations, args.videos, *split)
+        numbers = {label: number for number, label in enumerate(classes)}
+        for sample in samples:
+            if sample.label not in numbers:
+                raise ValueError(f"{sample.label!r} is not in its list of classes")
     except (KeyError, ValueError, TypeError, IndexError, csv.Error) as error:
         reason = f"{type(error).__name__} {error}"
         fail(f"--annotations: not in {args.command}'s format: {reason} (--help lists the files)")
-    numbers = {label: number for number, label in enumerate(classes)}
-    for sample in samples:
-        if sample.label not in numbers:
-            fail(f"--annotations: {sample.label!r} is not a class of {args.command}")
     chosen, counts = select(samples, files)
     for split, count in counts.items():  # before anything is written: an older manifest must not pass for a new one
-        if not count["annotated"]:
-            flag = "--annotations" if dataset.needs_annotations else "--videos"
-            fail(f"{flag}: no {split} clips in them (--help lists the files)")
         if not chosen[split]:
             reasons = ", ".join(f"{count[name]:,} are {name}" for name in ("missing", "duplicate", "excluded"))
-            fail(f"--videos {' '.join(args.videos)}: no {split} clips: of {count['annotated']:,} annotated, {reasons}")
+            fail(
+                f"no {split} clips in --videos: of {count['annotated']:,} annotated, {reasons} (--help lists the files)"
+            )
     for split, lines in chosen.items():
         save_manifest(args.out / f"{split}.csv", [(path, numbers[label]) for path, label in lines])
     write_lines(args.out / "classes.txt", classes)
@@ -596,7 +580,10 @@ def write_folder(args):
 
 
 def list_videos(folder, group, unlabeled):
-    """The videos of a folder, sorted by path. Ends the script if there are none, or if their classes are unclear."""
+    """The videos of a folder, sorted by path. Ends the script if there are none, or if their classes are unclear.
+
+    The source of a video is what the regular expression `group` finds in its file name; without one, its path.
+    """
     absolute, others = list_files(folder)
     paths = [os.path.relpath(path, folder) for path in absolute]
     suffixes = ", ".join(f"{suffix or 'none'} {count:,}" for suffix, count in others.most_common(8))
@@ -604,29 +591,25 @@ def list_videos(folder, group, unlabeled):
     if not paths:
         fail(f"{folder}: no files with the suffixes {' '.join(sorted(VIDEO_SUFFIXES))} in it{ignored}")
     print(f"{len(paths):,} videos in {folder}{ignored}")
-    sources = find_sources(paths, group)
+    sources = paths
+    if group is not None:
+        try:
+            matches = [re.search(group, os.path.basename(path)) for path in paths]
+        except re.error as error:
+            fail(f"--group {group} is not a regular expression: {error}")
+        if None in matches:
+            first = paths[matches.index(None)]
+            fail(
+                f"--group {group} does not match {matches.count(None):,} of {len(paths):,} file names, such as {first}"
+            )
+        sources = [match[1] if match.re.groups and match[1] is not None else match[0] for match in matches]
     labels = [Path(path).parts[0] if os.sep in path and not unlabeled else "" for path in paths]
     if len(set(labels)) > 1 and "" in labels:
-        loose = paths[labels.index("")]
-        fail(
-            f"{folder}: {labels.count(''):,} videos, such as {loose}, are in no class folder, but others are; "
-            "move them into one, or give --unlabeled"
+        loose = (
+            f"{labels.count(''):,} videos, such as {paths[labels.index('')]}, are in no class folder, but others are"
         )
+        fail(f"{folder}: {loose}; move them into one, or give --unlabeled")
     return [Video(*video) for video in zip(absolute, sources, labels, strict=True)]
-
-
-def find_sources(paths, group):
-    """The source of each path: what the regular expression `group` finds in its file name; without one, the path."""
-    if group is None:
-        return paths
-    try:
-        matches = [re.search(group, os.path.basename(path)) for path in paths]
-    except re.error as error:
-        fail(f"--group {group} is not a regular expression: {error}")
-    if None in matches:
-        first = paths[matches.index(None)]
-        fail(f"--group {group} does not match {matches.count(None):,} of {len(paths):,} file names, such as {first}")
-    return [match[1] if match.re.groups and match[1] is not None else match[0] for match in matches]
 
 
 def choose_sources(videos, fraction):
@@ -652,11 +635,9 @@ def choose_sources(videos, fraction):
 
 def split(videos, labels, fraction):
     """{"train": videos, "val": videos}. Ends the script if one of the labels is not in both."""
-    chosen = choose_sources(videos, fraction)
-    splits = {
-        "train": [v for v in videos if v.source not in chosen],
-        "val": [v for v in videos if v.source in chosen],
-    }
+    chosen, splits = choose_sources(videos, fraction), {"train": [], "val": []}
+    for video in videos:
+        splits["val" if video.source in chosen else "train"].append(video)
     train, val = (Counter(v.label for v in members) for members in splits.values())
     for label in labels:
         if not train[label] or not val[label]:
