@@ -59,9 +59,10 @@ def free_port():
 
 
 def run_process(rank, world, port, script, flags, patch):
-    """Do what torchrun does in each process: call patch(rank), then the script's main()."""
-    variables = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world, LOCAL_WORLD_SIZE=world, MASTER_ADDR="localhost",
-                     MASTER_PORT=port)  # fmt: skip
+    """Do what torchrun does in each process, with --hybrid on two nodes: call patch(rank), then the script's main()."""
+    local = world // 2 if "--hybrid" in flags else world
+    variables = dict(RANK=rank, LOCAL_RANK=rank % local, WORLD_SIZE=world, LOCAL_WORLD_SIZE=local,
+                     MASTER_ADDR="localhost", MASTER_PORT=port)  # fmt: skip
     os.environ.update({name: str(value) for name, value in variables.items()})
     out = flags[flags.index("--out") + 1]
     for number, name in ((1, "out"), (2, "err")):
@@ -192,6 +193,8 @@ def check_sharding(fractions, rank):
             sizes = [(p.numel(), local(p).numel()) for p in network.parameters()]
             assert all(part == whole * fraction for whole, part in sizes if whole >= 500), sizes
             assert sum(whole >= 500 for whole, _ in sizes) >= 5
+        meshes = {p.device_mesh for network in networks for p in network.parameters() if isinstance(p, DTensor)}
+        assert {mesh.ndim for mesh in meshes} <= {2 if args.hybrid else 1} and len(meshes) <= 1
         for p, state in optimizer.state.items():
             assert local(p).numel() == local(state["exp_avg"]).numel() == local(state["exp_avg_sq"]).numel()
             assert p.dtype == state["exp_avg"].dtype == torch.float32
@@ -231,6 +234,7 @@ def undisturbed(teacher, tmp_path_factory):
         (train_teacher, 2, "--replicate"),
         (train_student, 2, "--activation-checkpointing"),
         (train_ema_baseline, 2, ""),
+        (train_ema_baseline, 4, "--hybrid"),
     ],
 )
 def test_a_run_is_the_same_on_any_number_of_processes(script, world, flags, undisturbed, teacher, tmp_path):
@@ -239,18 +243,18 @@ def test_a_run_is_the_same_on_any_number_of_processes(script, world, flags, undi
 
 
 @pytest.mark.parametrize(
-    "script, flags, fractions",
+    "script, world, flags, fractions",
     [
-        (train_teacher, ["--replicate"], [1, 1]),
-        (train_student, [], [1, 1 / 2, 1 / 2]),
-        (train_ema_baseline, [], [1 / 2, 1 / 2, 1 / 2]),
+        (train_teacher, 2, ["--replicate"], [1, 1]),
+        (train_student, 2, [], [1, 1 / 2, 1 / 2]),
+        (train_ema_baseline, 4, ["--hybrid"], [1 / 2, 1 / 2, 1 / 2]),
     ],
 )
-def test_each_process_holds_its_shard(script, flags, fractions, teacher, tmp_path):
+def test_each_process_holds_its_shard(script, world, flags, fractions, teacher, tmp_path):
     check = functools.partial(check_sharding, fractions)
     flags = [*TINY, *extra_flags(script, teacher), *flags, "--steps", 3]
-    out = train(2, script, *flags, out=tmp_path / "run", patch=check)
-    assert all("sharding is correct" in printed(out, rank, "out") for rank in range(2))
+    out = train(world, script, *flags, out=tmp_path / "run", patch=check)
+    assert all("sharding is correct" in printed(out, rank, "out") for rank in range(world))
 
 
 def test_the_memory_of_a_frozen_sharded_network_does_not_grow(monkeypatch):
