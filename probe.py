@@ -54,7 +54,7 @@ from cli import (
     write_atomically,
 )
 from model import MLP, Block, Encoder, build, fingerprint, init_std, init_weights, load_checkpoint, token_grid
-from training import generator
+from training import all_reduce, generator
 
 
 class Protocol(NamedTuple):
@@ -417,13 +417,6 @@ def say(*words):
         print(*words, flush=True)
 
 
-def all_reduce(tensor):
-    """Sum a tensor over all processes, in place, and return it."""
-    if dist.is_initialized():
-        dist.all_reduce(tensor)
-    return tensor
-
-
 def moments(features, numbers):
     """Mean and standard deviation per channel, (2, D), of the tokens of the readable samples among `numbers`."""
     sums = torch.zeros(3, features.shape[-1], dtype=torch.float64, device=features.args.device)
@@ -497,15 +490,10 @@ class AttentiveProbe(nn.Module):
 # training the probes
 
 
-def settings(args):
-    """The (lr, weight decay) of every probe."""
-    return list(itertools.product(args.lr, args.weight_decay))
-
-
 def make_probes(args, width, num_classes, seed):
     """[(probe, its AdamW)] for every pair of lr and weight decay, all starting from the same weights."""
     probes = []
-    for lr, weight_decay in settings(args):
+    for lr, weight_decay in itertools.product(args.lr, args.weight_decay):
         torch.manual_seed(seed)
         probe = AttentiveProbe(width, num_classes, args.probe_depth, args.probe_heads).to(args.device)
         for p in probe.parameters():
@@ -629,7 +617,8 @@ def summarize(args, predictions, num_classes):
     top5_accuracy = correct.any(-1).float().mean(1) * 100
     best = top1_accuracy.argmax(1, keepdim=True)
     best_top1 = top1_accuracy.gather(1, best)[:, 0]  # (seeds,)
-    probes = [{"lr": lr, "weight_decay": weight_decay} for lr, weight_decay in settings(args)]
+    grid = itertools.product(args.lr, args.weight_decay)
+    probes = [{"lr": lr, "weight_decay": weight_decay} for lr, weight_decay in grid]
     top1, total = best_top1.mean().item(), len(labels)
     return {
         "top1": top1,
@@ -651,19 +640,14 @@ def summarize(args, predictions, num_classes):
 
 def describe(result):
     """One line: accuracy, interval, and which probe was the best."""
-    low, high = result["interval95"]
-    line = f"top-1 {result['top1']:.1f}%"
-    if result["spread"] is not None:
-        line += f" ± {result['spread']:.1f} over {len(result['top1_per_seed'])} seeds"
-    line += f" (95% interval {low:.1f} to {high:.1f}, chance {result['chance']:.1f}, {result['num_val']} videos"
-    if result["unreadable"]:
-        line += f", {result['unreadable']} unreadable counted as misses"
-    line += ")"
-    if result["top5"] is not None:
-        line += f", top-5 {result['top5']:.1f}"
-    if len(result["probes"]) > 1:
-        line += f", best probe on these videos: {result['best']}, median {result['median']:.1f}"
-    return line
+    (low, high), seeds = result["interval95"], len(result["top1_per_seed"])
+    spread = f" ± {result['spread']:.1f} over {seeds} seeds" if seeds > 1 else ""
+    bad = f", {result['unreadable']} unreadable counted as misses" if result["unreadable"] else ""
+    best = f"; best probe on these videos: {result['best']}, median {result['median']:.1f}"
+    return (
+        f"top-1 {result['top1']:.1f}%{spread} (95% interval {low:.1f} to {high:.1f}, chance {result['chance']:.1f}, "
+        f"{result['num_val']} videos{bad}){best if len(result['probes']) > 1 else ''}"
+    )
 
 
 def evaluate(args):
@@ -673,8 +657,8 @@ def evaluate(args):
     weights = "untrained" if args.untrained else args.weights
     name = str(args.checkpoint) if weights == "encoder" else f"{args.checkpoint} ({weights})"
     say(
-        f"probing {name} on {', '.join(task.name for task in tasks)} (probes: {len(settings(args))}): "
-        f"{len(train_source)} training and {len(val_source)} validation videos, {args.segments} segments x "
+        f"probing {name} on {', '.join(task.name for task in tasks)} (probes: {len(args.lr) * len(args.weight_decay)}"
+        f"): {len(train_source)} training and {len(val_source)} validation videos, {args.segments} segments x "
         f"{args.num_frames} frames x {args.views} views, {args.device} {args.dtype}"
     )
     try:
