@@ -45,7 +45,7 @@ def run(tmp_path, dataset, *flags):
 
 def counts(text, split="train"):
     """The counts printed for a split, in the order of COUNTS."""
-    return [int(n.replace(",", "")) for n in re.search(rf"^{split} +(.*)$", text, re.M)[1].split()]
+    return [int(n.replace(",", "")) for n in re.findall(r"[0-9][0-9,]*", re.search(rf"^{split}: .*$", text, re.M)[0])]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -85,7 +85,6 @@ def test_kinetics_finds_files_by_each_of_their_possible_names_and_counts_them(tm
     assert run(tmp_path, "k400") == (["abseiling, tandem", "air drumming", "washing hands", "x"], train, val)
     text = capfd.readouterr().out
     assert counts(text) == [8, 3, 1, 3, 1] and counts(text, "val") == [1, 1, 0, 0, 0]
-    assert "4 classes (paper: 400 classes)" in text
 
 
 def test_k710_merges_three_sets_without_duplicates_and_without_videos_of_any_validation_set(tmp_path, capfd):
@@ -222,7 +221,8 @@ def test_v36m_joins_three_manifests(tmp_path, capfd, monkeypatch):
     run_script(prepare, "v3.6m")
     expected = ["data/k710/a.mp4 -1", "data/k710/b c.mp4 -1", "/abs/1.webm -1", "data/panda70m/p.mp4 -1"]
     assert (tmp_path / "data/v3.6m/train.csv").read_text() == "".join(f"{tmp_path / line}\n" for line in expected)
-    assert "data/panda70m/train.csv: 1 videos, and 1 duplicates" in capfd.readouterr().out
+    assert "1 duplicates are left out" in capfd.readouterr().out
+    assert "gone.csv" in refusal(capfd, prepare, "v3.6m", "--manifests", "gone.csv")
 
 
 @pytest.mark.parametrize(
@@ -231,16 +231,15 @@ def test_v36m_joins_three_manifests(tmp_path, capfd, monkeypatch):
         ("ssv2", {}, "no labels.json or something-something-v2-labels.json in"),
         ("k400", {"train.csv": "some,table\n1,2\n"}, "not in k400's format: KeyError 'youtube_id'"),
         ("k710", {}, "--annotations: expected 3 arguments"),
-        ("k400 --videos nowhere", {}, "nowhere: No such file"),
+        ("k400 --videos nowhere", {}, "nowhere"),
         ("panda70m --annotations {a}/train.csv", {}, "no columns videoID, url and timestamp"),
         ("panda70m --count 0", {}, "--count 0: must be at least 1"),
         ("ucf101", {"classInd.txt": "1 YoYo\n", "testlist01.txt": "v_g01_c01.avi\n"}, "not in ucf101's format"),
         ("hmdb51 --split 2", {}, "no CLASS_test_split2.txt in"),
         ("hmdb51", {"wave_test_split1.txt": "a_wave_f_0.avi 3\n"}, "not in hmdb51's format"),
-        ("jester", {"labels.csv": "a\n", "validation.csv": "1,a\n"}, "line 1: expected id;label, not '1,a'"),
-        ("jester", {"labels.csv": "a\n", "validation.csv": "id;label\nx;a\n"}, "line 2: expected id;label, not 'x;a'"),
+        ("jester", JESTER | {"jester-v1-train.csv": "1,Swiping Left\n"}, "not in jester's format: ValueError"),
         ("ssv2", {f"something-something-v2-{k}": v for k, v in (SSV2 | {"labels.json": {}}).items()},
-         "ValueError 'Approaching' is not in its list of classes"),
+         "not in ssv2's format: KeyError 'Approaching'"),
     ],
 )  # fmt: skip
 def test_mistakes_are_reported_in_one_line(tmp_path, capfd, dataset, files, what):
@@ -253,16 +252,14 @@ def test_mistakes_are_reported_in_one_line(tmp_path, capfd, dataset, files, what
 @pytest.mark.parametrize("split, name", [("train", "a.mp4"), ("val", "b.mp4")])
 def test_a_split_without_clips_is_an_error_and_nothing_is_written(tmp_path, capfd, split, name):
     """Not even if an earlier call wrote that split."""
-    annotations, out = kinetics_files(tmp_path / "a", [("run", "a", 0)], ["b"]), tmp_path / "o"
-    videos = fill(tmp_path / "v", "a.mp4", "b.mp4")
+    kinetics_files(tmp_path / "a", [("run", "a", 0)], ["b"])
+    fill(tmp_path / "v", "a.mp4", "b.mp4")
     run(tmp_path, "k400")
-    before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
-    flags = ("k400", "--annotations", annotations, "--videos", videos, "--out", out)
-    (videos / name).unlink()
-    assert f"no {split} clips in --videos: of 1 annotated, 1 are missing" in refusal(capfd, prepare, *flags)
-    write(annotations, {f"{split}.csv": HEADER})
-    assert f"no {split} clips in --videos: of 0 annotated" in refusal(capfd, prepare, *flags)
-    assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "o").iterdir()}
+    (tmp_path / "v" / name).unlink()
+    paths = ("--annotations", tmp_path / "a", "--videos", tmp_path / "v", "--out", tmp_path / "o")
+    assert f"no {split} clips found in --videos" in refusal(capfd, prepare, "k400", *paths)
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "o").iterdir()} == before
 
 
 def test_help_says_which_files_are_needed_and_where_to_get_them(capfd):
@@ -278,8 +275,7 @@ def test_links_in_circles_and_names_that_a_manifest_cannot_hold(tmp_path, capfd)
     fill(tmp_path, "a/1.mp4", "b/1.mp4", "a/line\nbreak.mp4", "a/2.jpg")
     os.symlink(tmp_path, tmp_path / "a" / "up")
     (tmp_path / os.fsdecode(b"latin\xe4.mp4")).touch()
-    paths, others = prepare.list_files(tmp_path)
-    assert paths == [f"{tmp_path}/a/1.mp4", f"{tmp_path}/b/1.mp4"] and others == {".jpg": 1}
+    assert prepare.list_files(tmp_path) == [f"{tmp_path}/a/1.mp4", f"{tmp_path}/b/1.mp4"]
     assert capfd.readouterr().out.count("is left out: a manifest cannot hold this name") == 2
     assert prepare.find_files([tmp_path]) == {"1": f"{tmp_path}/a/1.mp4"}
 
@@ -307,7 +303,7 @@ def test_class_folders_become_labels_and_unreadable_videos_are_reported_and_left
     classes, train, val = written(tmp_path / "o", videos)
     assert classes == ["Jump", "run fast", "walk"] and train | val == names
     assert sorted(val.values()) == classes and sorted(train.values()) == sorted(classes * 4)
-    assert "16 videos in" in text and "ignored by suffix: .txt 1" in text
+    assert "16 videos in" in text
     assert "walk/broken.MOV: Invalid data" in text and "15 videos are good, 1 bad" in text
 
 
@@ -318,7 +314,7 @@ def test_a_folder_without_class_folders_gives_unlabeled_manifests(tmp_path, clip
     assert classes == [] and {*train.values(), *val.values()} == {None} and len(train) == len(val) == 2
     fill(videos, "a/5.mp4", content=clip)
     error = refusal(capfd, prepare, *folder_flags(videos, tmp_path / "o"))
-    assert "4 videos, such as 0.mp4, are in no class folder, but others are" in error
+    assert "4 videos are in no class folder, such as 0.mp4" in error
     run_script(prepare, *folder_flags(videos, tmp_path / "o", "--unlabeled"))
     _, train, val = written(tmp_path / "o", videos)
     assert len(train | val) == 5 and (train | val)["a/5.mp4"] is None
@@ -340,17 +336,21 @@ def test_the_split_is_the_same_in_another_place_and_keeps_sources_together(tmp_p
 
 def test_the_validation_set_has_the_right_fraction_of_each_class():
     """Also if classes and sources differ in size, and sources have several classes."""
-    sources = [(f"s{i}", label, number) for i in range(100) for label, number in (("abc"[i % 3], i % 5), ("a", 2))]
-    videos = [prepare.Video("", source, label) for source, label, number in sources for _ in range(number)]
+
+    def chosen(sources, fraction):  # of (source, label, number of videos)
+        videos = [prepare.Video("", source, label) for source, label, number in sources for _ in range(number)]
+        return videos, {video.source for video in prepare.split(videos, [], fraction)["val"]}
+
+    mixed = [(f"s{i}", label, number) for i in range(100) for label, number in (("abc"[i % 3], i % 5), ("a", 2))]
     for fraction in (0.1, 0.5):
-        chosen = prepare.choose_sources(videos, fraction)
+        videos, val = chosen(mixed, fraction)
         for label in "abc":
-            members = [v.source in chosen for v in videos if v.label == label]
+            members = [v.source in val for v in videos if v.label == label]
             assert abs(sum(members) - fraction * len(members)) <= 5
-    pairs = [prepare.Video(f"{label}{i}", f"{label}{i}", label) for label in "abcdefgh" for i in range(2)]
-    assert sorted(name[0] for name in prepare.choose_sources(pairs, 0.01)) == list("abcdefgh")  # at least one of each
-    alike = [prepare.Video("", f"{i}.mp4", "") for i in range(10)]
-    assert prepare.choose_sources(alike, 0.2) == {"7.mp4", "8.mp4"}  # in every version of this project
+    pairs = [(f"{label}{i}", label, 1) for label in "abcdefgh" for i in range(2)]
+    assert sorted(name[0] for name in chosen(pairs, 0.01)[1]) == list("abcdefgh")  # at least one of each
+    alike = [(f"{i}.mp4", "", 1) for i in range(10)]
+    assert chosen(alike, 0.2)[1] == {"7.mp4", "8.mp4"}  # in every version of this project
 
 
 def test_mistakes_about_a_folder_are_reported_in_one_line_and_write_no_manifest(tmp_path, clip, capfd):
@@ -360,11 +360,11 @@ def test_mistakes_about_a_folder_are_reported_in_one_line_and_write_no_manifest(
     fill(fill(tmp_path / "broken", "b/1.mp4", "b/2.mp4", content=clip), "a/1.mp4", "a/2.mp4")
     fill(tmp_path / "text", "a/1.txt", "a/2")
     for arguments, what in [
-        ((tmp_path / "text", out), "in it; ignored by suffix: .txt 1, none 1"),
-        ((tmp_path / "broken", tmp_path / "checked"), "class a: 0 videos for train and 0 for val, from 0 sources"),
-        ((lonely, out), "class c: 0 videos for train and 1 for val, from 1 sources; add"),
-        ((videos, out, "--group", r"g\d"), "does not match 1 of 7 file names, such as b/b_x.mp4"),
-        ((videos, out, "--group", "("), "--group ( is not a regular expression: missing )"),
+        ((tmp_path / "text", out), "no files with the suffixes"),
+        ((tmp_path / "broken", tmp_path / "checked"), "class a: 0 videos for train and 0 for val"),
+        ((lonely, out), "class c: 0 videos for train and 1 for val; add"),
+        ((videos, out, "--group", r"g\d"), "does not match 1 file names, such as b/b_x.mp4"),
+        ((videos, out, "--group", "("), "--group (: missing )"),
         ((videos, out, "--val-fraction", 1), "--val-fraction 1.0: must be above 0 and below 1"),
     ]:
         assert what in refusal(capfd, prepare, *folder_flags(*arguments))
@@ -378,7 +378,7 @@ def test_what_operating_systems_leave_behind_is_no_video_and_no_class(tmp_path, 
     clutter = ["__MACOSX/walk/._0.mp4", "__MACOSX/1.mp4", "walk/._0.mp4", "walk/.DS_Store", ".DS_Store", "._walk"]
     fill(videos, *clutter, ".Trashes/1.mp4", "$RECYCLE.BIN/$R1.mp4")
     run_script(prepare, *folder_flags(videos, tmp_path / "o"))
-    assert f"4 videos in {videos}\n" in capfd.readouterr().out  # and no word about ignored files
+    assert f"4 videos in {videos}\n" in capfd.readouterr().out
     classes, train, val = written(tmp_path / "o", videos)
     assert classes == ["run", "walk"] and train | val == names
     assert set(prepare.find_files([videos])) == {"0", "1"}
