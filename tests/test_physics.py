@@ -6,17 +6,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from conftest import (
-    SHARED_DATA,
-    flat,
-    frame_numbers,
-    numbered,
-    randomize,
-    refusal,
-    run_script,
-    same_tensors,
-    write_video,
-)
+from conftest import flat, frame_numbers, numbered, randomize, refusal, run_script, same_tensors, write_video
 
 import data
 import physics
@@ -107,7 +97,7 @@ def test_untrained_randomizes_all_networks(student, ema):
 
 
 def test_a_student_needs_its_teacher(teacher, student, ema, tmp_path, capfd):
-    checkpoint, alone, retrained = load_checkpoint(student), tmp_path / "alone.pt", tmp_path / "retrained.pt"
+    checkpoint, alone = load_checkpoint(student), tmp_path / "alone.pt"
     checkpoint["args"]["teacher"] = str(tmp_path / "moved")
     torch.save(checkpoint, alone)
     assert "moved" in refusal(capfd, physics, "--checkpoint", alone)
@@ -117,11 +107,6 @@ def test_a_student_needs_its_teacher(teacher, student, ema, tmp_path, capfd):
     assert "holds no predictor" in refusal(capfd, physics, "--checkpoint", alone)
     for run in (teacher, ema):
         assert "only a student" in refusal(capfd, physics, "--checkpoint", run, "--teacher", teacher)
-    checkpoint = load_checkpoint(teacher)
-    checkpoint["encoder"]["norm.bias"][0] += 1e-3
-    torch.save(checkpoint, retrained)
-    error = refusal(capfd, physics, "--checkpoint", student, "--teacher", retrained)
-    assert f"is not the teacher that the student was trained with: {teacher} at step 6" in error
 
 
 @pytest.mark.parametrize(
@@ -308,11 +293,3 @@ def test_results_of_a_run(student, tmp_path):
     assert all(np.shape(pair["possible"]) == (1, 5) for pair in results["pairs"])  # 12 frames, windows of 4
     scores = [np.mean(pair["possible"]) < np.mean(pair["impossible"]) for pair in results["pairs"]]
     assert results["properties"]["all"]["2"]["relative_accuracy"] == pytest.approx(100 * np.mean(scores))
-
-
-@pytest.mark.skipif(not (SHARED_DATA / "physics_pairs").is_dir(), reason="needs ../shared/data/physics_pairs")
-def test_pairs_of_real_videos(student, tmp_path):
-    flags = "--task", "pairs", "--data", SHARED_DATA / "physics_pairs" / "pairs.csv", "--frame-step", 8
-    run_script(physics, "--checkpoint", student, *flags, "--out", tmp_path, "--device", "cpu")
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert [pair["frames"] for pair in results["pairs"]][:3] == [[25, 25], [21, 21], [8, 8]]
