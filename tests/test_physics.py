@@ -64,10 +64,6 @@ def test_defaults_are_the_protocols(tmp_path):
 # checkpoints
 
 
-def weights_equal(network, weights):
-    return same_tensors(network.state_dict(), weights)
-
-
 def test_networks_of_each_kind_of_checkpoint(teacher, student, ema, tmp_path):
     own = load_checkpoint(ema)
     both, single = tmp_path / "both.pt", tmp_path / "single.pt"  # as tools/convert.py writes V-JEPA 2
@@ -80,10 +76,11 @@ def test_networks_of_each_kind_of_checkpoint(teacher, student, ema, tmp_path):
         (both, own["student"], own["encoder"]),
         (single, own["encoder"], own["encoder"]),
     ):
-        (encoder, predictor, target_encoder), step = physics.load_networks(physics_args("--checkpoint", run))
-        assert step == 6 and not (encoder.training or predictor.training)
-        assert weights_equal(encoder, context) and weights_equal(predictor, load_checkpoint(run)["predictor"])
-        assert weights_equal(target_encoder, target) if target else target_encoder is None
+        networks, step = physics.load_networks(physics_args("--checkpoint", run))
+        expected = context, load_checkpoint(run)["predictor"], target
+        assert step == 6 and not (networks[0].training or networks[1].training)
+        for network, weights in zip(networks, expected, strict=True):
+            assert same_tensors(network.state_dict(), weights) if weights else network is None
     assert not same_tensors(own["student"], own["encoder"])
 
 
@@ -91,9 +88,9 @@ def test_untrained_randomizes_all_networks(student, ema):
     for run in (student, ema):
         trained, _ = physics.load_networks(physics_args("--checkpoint", run))
         untrained, _ = physics.load_networks(physics_args("--checkpoint", run, "--untrained"))
-        assert not any(weights_equal(b, a.state_dict()) for a, b in zip(trained, untrained, strict=True))
-        # An EMA teacher starts as a copy of its student.
-        assert weights_equal(untrained[0], untrained[2].state_dict()) == (run == ema)
+        a, b = ([network.state_dict() for network in networks] for networks in (trained, untrained))
+        assert not any(map(same_tensors, a, b))
+        assert same_tensors(b[0], b[2]) == (run == ema)  # an EMA teacher starts as a copy of its student
 
 
 def test_a_student_needs_its_teacher(teacher, student, ema, tmp_path, capfd):
@@ -109,9 +106,8 @@ def test_a_student_needs_its_teacher(teacher, student, ema, tmp_path, capfd):
         assert "only a student" in refusal(capfd, physics, "--checkpoint", run, "--teacher", teacher)
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
+def test_wrong_flags_end_the_run_with_one_line(student, tmp_path, capfd):
+    for flags, message in (
         (["--checkpoint", "nowhere"], "no checkpoint at nowhere"),
         (["--context-lengths", 3], "must be multiples of 2 frames"),
         (["--context-lengths", 4], "contexts shorter than 4"),
@@ -120,13 +116,8 @@ def test_a_student_needs_its_teacher(teacher, student, ema, tmp_path, capfd):
         (["--task", "grasp"], "needs --data"),
         (["--task", "grasp", "--data", "nowhere"], "no pairs of grasp"),
         (["--task", "pairs", "--data", "nowhere.csv"], "No such file"),
-        (["--pairs", 0], "at least 1"),
-    ],
-)  # fmt: skip
-def test_wrong_flags_end_the_run_with_one_line(flags, message, student, tmp_path, capfd):
-    if "--checkpoint" not in flags:
-        flags = [*flags, "--checkpoint", student]
-    assert message in refusal(capfd, physics, *flags, "--out", tmp_path)
+    ):
+        assert message in refusal(capfd, physics, "--checkpoint", student, "--out", tmp_path, *flags)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -172,18 +163,18 @@ def test_only_intphys_and_grasp_frames_are_cropped_to_a_square(task, square, tmp
 def test_broken_videos_end_the_run_with_one_line(student, tmp_path, capfd):
     good = write_video(tmp_path / "good.mp4", [flat(n) for n in range(8)])
     (tmp_path / "cut.mp4").write_bytes(good.read_bytes()[:400])
-    (tmp_path / "pairs.csv").write_text("possible,impossible\ngood.mp4,cut.mp4\n")
-    flags = "--checkpoint", student, "--task", "pairs", "--data", tmp_path / "pairs.csv", "--out", tmp_path
-    for workers in (0, 1):
-        error = refusal(capfd, physics, *flags, "--workers", workers)
-        assert error.startswith("physics.py: unreadable video: ") and "cut.mp4" in error
-    (tmp_path / "pairs.csv").write_text("possible,impossible\ngood.mp4,none.mp4\n")
-    assert "none.mp4 does not exist" in refusal(capfd, physics, *flags)
-    (tmp_path / "pairs.csv").write_text("possible,other\ngood.mp4,good.mp4\n")
-    assert "has no 'impossible'" in refusal(capfd, physics, *flags)
     write_intphys(tmp_path / "O1" / "01", [[1]] * 4, (True, True, True, False))
-    flags = "--checkpoint", student, "--task", "intphys", "--data", tmp_path, "--out", tmp_path
-    assert "3 possible and 1 impossible" in refusal(capfd, physics, *flags)
+    flags = "--checkpoint", student, "--out", tmp_path, "--task"
+    for text, workers, message in (
+        ("possible,impossible\ngood.mp4,cut.mp4\n", 0, "cut.mp4"),
+        ("possible,impossible\ngood.mp4,cut.mp4\n", 1, "cut.mp4"),
+        ("possible,impossible\ngood.mp4,none.mp4\n", 0, "none.mp4 does not exist"),
+        ("possible,other\ngood.mp4,good.mp4\n", 0, "has no 'impossible'"),
+    ):
+        (tmp_path / "pairs.csv").write_text(text)
+        error = refusal(capfd, physics, *flags, "pairs", "--data", tmp_path / "pairs.csv", "--workers", workers)
+        assert message in error and error.startswith("physics.py: unreadable video: ") == (message == "cut.mp4")
+    assert "3 possible and 1 impossible" in refusal(capfd, physics, *flags, "intphys", "--data", tmp_path)
 
 
 def write_intphys(root, beginnings, possible):
