@@ -31,9 +31,6 @@ from training import effective_rank, generator
 
 plt.switch_backend("Agg")  # draw into files, without a display
 
-# ---------------------------------------------------------------------------------------------------------------------
-# runs and probes
-
 
 class Stage(NamedTuple):
     """A training run behind a checkpoint, up to the checkpoint's step."""
