@@ -242,15 +242,14 @@ def test_features_are_principal_components(teacher, drawn):
 def test_dense_tokens_lie_where_their_patches_are(size, patch, shifts, monkeypatch):
     encoder = Encoder(3, 0, 1, patch_size=patch, tubelet_size=1)
     monkeypatch.setattr(encoder, "forward", lambda x: tubelets(x, 1, patch).unflatten(-1, (3, -1)).mean(-1))
-    y, x = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
-    clip = torch.stack((y, x, torch.ones(size, size))).float()[None, :, None]
+    places = torch.arange(float(size))
+    clip = torch.stack((*torch.meshgrid(places, places, indexing="ij"), torch.ones(size, size)))[None, :, None]
     tokens, step = analyze.dense_tokens(encoder, clip), patch // shifts  # a token is the mean of its patch
     assert tokens.shape == (1, 1, size // step, size // step, 3)
     inside = slice(shifts // 2, -(shifts // 2) or None)  # elsewhere the patch extends beyond the clip
-    for channel, axis in ((0, 0), (1, 1)):
-        found = tokens[0, 0, inside, inside, channel].mean(1 - axis)
-        expected = (torch.arange(size // step) * step + (step - 1) / 2)[inside]
-        assert (found - expected).abs().max() <= 0.5
+    expected = (torch.arange(size // step) * step + (step - 1) / 2)[inside]
+    for axis in (0, 1):
+        assert (tokens[0, 0, inside, inside, axis].mean(1 - axis) - expected).abs().max() <= 0.5
 
 
 def test_png_and_gif_of_own_videos(teacher, student, tmp_path):
@@ -264,9 +263,9 @@ def test_png_and_gif_of_own_videos(teacher, student, tmp_path):
     assert min(png.size) > 100 and np.asarray(png.convert("RGB")).std() > 5 and gif.n_frames == 4
     frames = [np.asarray(frame.convert("RGB")).astype(int) for frame in PIL.ImageSequence.Iterator(gif)]
     assert all(np.abs(a - b).mean() > 0.1 for a, b in zip(frames[:3], frames[1:], strict=True))
-    gray = [torch.full((1, 3, count, 8, 8), 50, dtype=torch.uint8) for count in (4, 2)]
-    gray[1][:, :, 1] = 200
-    image = np.asarray(analyze.draw_frames([("a", gray[0]), ("b", gray[1])], range(4), 4).axes[0].images[0].get_array())
+    long, short = (torch.full((1, 3, count, 8, 8), 50, dtype=torch.uint8) for count in (4, 2))
+    short[:, :, 1] = 200
+    image = analyze.draw_frames([("", long), ("", short)], range(4), 4).axes[0].images[0].get_array()
     assert image[-1, ::9, 0].tolist() == [50, 50, 200, 200]
 
 
@@ -283,9 +282,9 @@ def test_what_the_teacher_fills_in_does_not_depend_on_hidden_pixels(teacher, dra
     before, after = (cells_of(figure, 3, 2, 4) for figure in drawn)
     assert np.abs(before[0].astype(int) - after[0]).mean() > 10 and np.array_equal(before[1:], after[1:])
     seen, filled = (tubelets(torch.from_numpy(row).permute(0, 4, 1, 2, 3), 2, 8).int() for row in before[1:])
-    own = tubelets(clips, 2, 8).int()
-    assert (seen[visible] - own[visible]).abs().max() <= 1 and (seen[~visible] == 128).all()
-    assert (filled[visible] - own[visible]).abs().max() <= 1 and filled[~visible].float().std(1).min() > 0
+    for shown in (seen, filled):
+        assert (shown[visible] - tubelets(clips, 2, 8).int()[visible]).abs().max() <= 1
+    assert (seen[~visible] == 128).all() and filled[~visible].float().std(1).min() > 0
 
 
 def test_brightness_and_contrast_are_those_that_join_tubelets(teacher, drawn, monkeypatch):
@@ -303,16 +302,14 @@ def test_brightness_and_contrast_are_those_that_join_tubelets(teacher, drawn, mo
     assert np.abs(filled - clip).mean() < 6  # 27 with the mean brightness and contrast of what it sees
 
 
-@pytest.mark.parametrize("text", [None, '{"weights": "enc', "[1, 2]"])
-@pytest.mark.parametrize("command", ["curves", "picture", "table"])
-def test_wrong_runs_end_in_one_line(command, text, tmp_path, capfd):
-    """The line names the folder."""
-    run = tmp_path / "run"
-    if text is not None:
+def test_wrong_runs_end_in_one_line_that_names_the_folder(tmp_path, capfd):
+    for command, file in (("curves", "args.json"), ("picture", "checkpoint.pt"), ("table", "results.json")):
+        run = tmp_path / command
+        assert str(run) in refusal(capfd, analyze, command, run)
         run.mkdir()
-        for file in ("results.json", "args.json", "checkpoint.pt"):
+        for text in ('{"weights": "enc', "[1, 2]"):
             (run / file).write_text(text)
-    assert str(run) in refusal(capfd, analyze, command, run)
+            assert str(run) in refusal(capfd, analyze, command, run)
 
 
 def test_mistakes_end_in_one_line(student, probe_of, tmp_path, capfd):
