@@ -13,10 +13,9 @@ video has the lower mean surprise over its windows. Absolute accuracy: videos on
 their maximum surprise. Both are reported by property and context length C; "filtered" uses the smallest surprise of
 each window over all C.
 
-The checkpoint decides what is predicted. A student predicts the latents of its teacher: the one recorded in the
-checkpoint, or --teacher. The student of an EMA run predicts the latents of its EMA teacher, and V-JEPA 2's encoder
-those of its target_encoder (tools/convert.py keeps both). A stage-1 teacher predicts normalized pixels.
-
+A student predicts the latents of its teacher: the one recorded in the checkpoint, or --teacher. The student of an EMA
+run predicts those of its EMA teacher, V-JEPA 2's encoder those of its target_encoder (tools/convert.py keeps both). A
+stage-1 teacher predicts normalized pixels.
 Writes results.json, with the surprise of every window, to --out.
 
 Letters: P pairs, L frames of a video, M frames of a window, C context frames, W windows, R height and width in pixels.
@@ -85,10 +84,9 @@ def parse_args():
 
 
 def load_networks(args):
-    """Load the context encoder, the predictor and the target encoder (None if pixels are predicted), frozen.
+    """The frozen context encoder, predictor and target encoder (None if pixels are predicted), and their step.
 
-    Returns these three and the checkpoint's step. Fills in --teacher. Ends the script if a checkpoint is missing,
-    damaged or of another teacher.
+    Fills in --teacher. Ends the script if a checkpoint is missing, damaged or of another teacher.
     """
     try:
         checkpoint = target = load_checkpoint(args.checkpoint)  # target: the checkpoint with the target encoder
@@ -102,18 +100,14 @@ def load_networks(args):
             target = load_teacher_of(checkpoint, args.teacher)
         encoder = build(Encoder, config["encoder"], checkpoint.get("student", checkpoint["encoder"]))
         predictor = build(Predictor, config["predictor"], checkpoint["predictor"])
-        # A V-Pixel teacher predicts pixels.
         target_encoder = None if kind == "teacher" else build(Encoder, target["model"]["encoder"], target["encoder"])
     except (OSError, ValueError) as error:
-        teacher = f" --teacher {args.teacher}" if args.teacher else ""
-        fail(f"--checkpoint {args.checkpoint}{teacher}: {error}")
+        fail(f"--checkpoint {args.checkpoint}: {error}")
     if args.untrained:  # networks of the same sizes
         torch.manual_seed(args.seed)
         encoder, predictor = Encoder(**encoder.config), Predictor(**predictor.config)
-        if kind == "student":
-            target_encoder = Encoder(**target_encoder.config)
-        elif target_encoder:
-            target_encoder = copy.deepcopy(encoder)  # an EMA teacher starts as a copy of the student
+        if target_encoder:  # an EMA teacher starts as a copy of the student
+            target_encoder = Encoder(**target_encoder.config) if kind == "student" else copy.deepcopy(encoder)
     networks = [encoder, predictor, target_encoder]
     for network in filter(None, networks):
         network.float().eval().requires_grad_(False).to(args.device)
@@ -128,41 +122,12 @@ def resolve_window(args, encoder):
     M = args.num_frames
     eighths = [C for C in (M * k // 8 for k in range(1, 6)) if C and C % tubelet == 0]
     args.context_lengths = sorted(set(args.context_lengths or eighths))
-    if M % tubelet or not args.context_lengths:
-        fail(f"--num-frames {M}: windows and contexts must be multiples of {tubelet} frames")
-    for C in args.context_lengths:
-        if not 0 < C < M or C % tubelet:
-            fail(f"--context-lengths {C}: must be a multiple of {tubelet} frames below the window's {M}")
+    if M % tubelet or not args.context_lengths or any(C % tubelet or not 0 < C < M for C in args.context_lengths):
+        fail(f"--num-frames {M}, --context-lengths: must be multiples of {tubelet} frames, contexts shorter than {M}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # surprise
-
-
-class Result(NamedTuple):
-    """The surprise of a pair's possible and impossible video at each context length and window."""
-
-    property: str
-    name: str
-    frames: tuple  # lengths L of the two videos
-    possible: torch.Tensor  # float32 (number of C, W)
-    impossible: torch.Tensor
-
-
-def measure(networks, items, args):
-    """Read or render all pairs and measure their surprise. Returns a list of `Result`s."""
-    results, progress, read = [], Progress(), functools.partial(read_pairs, args)
-    try:
-        loader = torch.utils.data.DataLoader(items, batch_size=None, collate_fn=read, num_workers=args.workers)
-        for done, pairs in enumerate(loader, start=1):
-            for property, name, *videos in pairs:
-                curves = [surprise(networks, video, args) for video in videos]
-                results.append(Result(property, name, tuple(map(len, videos)), *curves))
-            progress.show(f"{done}/{len(items)}, {progress.left(done, len(items))}", last=done == len(items))
-    except BadVideo as error:
-        reason = str(error).splitlines()[-1]  # an error in a worker begins with the worker's traceback
-        fail(f"unreadable video: {reason}")
-    return results
 
 
 @torch.inference_mode()
@@ -182,7 +147,12 @@ def surprise(networks, frames, args):
         ids = torch.arange(math.prod(grid), device=args.device).expand(len(clips), -1)
         errors = []
         with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-            targets = prediction_targets(target_encoder, encoder, clips)
+            if target_encoder:  # latents, as in train_student.py
+                targets = F.layer_norm(target_encoder(clips).float(), (target_encoder.width,))  # (B, N, D)
+            else:  # pixels normalized per tubelet and color channel, as in train_teacher.py
+                pixels = tubelets(clips, encoder.tubelet_size, encoder.patch_size).unflatten(-1, (3, -1))
+                mean, std = pixels.mean(-1, keepdim=True), pixels.std(-1, keepdim=True)
+                targets = ((pixels - mean) / (std + 1e-6)).flatten(-2)
             for C in args.context_lengths:
                 seen = C // encoder.tubelet_size * grid[1] * grid[2]  # tokens are ordered by time
                 context_ids, target_ids = ids[:, :seen], ids[:, seen:]
@@ -190,19 +160,6 @@ def surprise(networks, frames, args):
                 errors.append((predicted.float() - targets[:, seen:]).abs().mean((1, 2)))
         curves.append(torch.stack(errors).cpu())
     return torch.cat(curves, dim=1)
-
-
-def prediction_targets(target_encoder, encoder, clips):
-    """The targets of all N tokens of normalized clips (B, 3, M, R, R): (B, N, D) float32.
-
-    With a target encoder, its layer-normalized latents, as in train_student.py. Without one, pixels normalized per
-    tubelet and color channel, as in train_teacher.py.
-    """
-    if target_encoder:
-        return F.layer_norm(target_encoder(clips).float(), (target_encoder.width,))
-    pixels = tubelets(clips, encoder.tubelet_size, encoder.patch_size).unflatten(-1, (3, -1))
-    mean, std = pixels.mean(-1, keepdim=True), pixels.std(-1, keepdim=True)
-    return ((pixels - mean) / (std + 1e-6)).flatten(-2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -322,12 +279,9 @@ def read_pairs(args, item):
         return [(property, f"built-in {item}", *videos)]
     possible = [(path, read_video(path, args, item.starts[0])) for path in item.possible]
     impossible = [(path, read_video(path, args, item.starts[1])) for path in item.impossible]
-
-    def shared_by_all(order):
-        return sum(shared_frames(a, b) for (_, a), (_, b) in zip(possible, order, strict=True))
-
-    order = max(itertools.permutations(impossible), key=shared_by_all)
-    return [(item.property, f"{x} | {y}", a, b) for (x, a), (y, b) in zip(possible, order, strict=True)]
+    orders = [list(zip(possible, order, strict=True)) for order in itertools.permutations(impossible)]
+    pairs = max(orders, key=lambda pairs: sum(shared_frames(a, b) for (_, a), (_, b) in pairs))
+    return [(item.property, f"{x} | {y}", a, b) for (x, a), (y, b) in pairs]
 
 
 def shared_frames(a, b):
@@ -339,13 +293,10 @@ def shared_frames(a, b):
 def read_video(path, args, start=0):
     """Read every --frame-step-th frame of a video, or of a folder of images, from `start` on: uint8 (L, 3, R, R).
 
-    Frames are resized as soon as they are decoded, so a long video takes 3 R^2 bytes per frame. As in the authors'
-    code, resizing is bilinear without antialiasing. BadVideo if the used part of the video has no frames, or damaged
-    ones.
+    As in the authors' code, resizing is bilinear without antialiasing. BadVideo if the used part of the video has no
+    frames, or damaged ones.
     """
-    task, files, frames = TASKS[args.task], [path], []
-    if path.is_dir():
-        files = list_frames(path)
+    task, files, frames = TASKS[args.task], list_frames(path) if path.is_dir() else [path], []
     stop = start + task.max_frames // args.frame_step * args.frame_step if task.max_frames else None
     try:
         decoded = itertools.chain.from_iterable(av.open(str(file)).decode(video=0) for file in files)
@@ -368,17 +319,16 @@ def read_video(path, args, start=0):
 def accuracies(context_lengths, results):
     """The `accuracy` of each property and of "all" pairs: {property: {context length or "filtered": accuracy}}."""
 
-    def video_scores(curves):  # mean and maximum over windows: (number of C, W) -> (number of C + 1, 2)
-        curves = torch.cat((curves, curves.amin(0, keepdim=True)))  # the last row is "filtered"
-        return torch.stack((curves.mean(1), curves.amax(1)), dim=1)
+    def scores(results, kind):  # mean and maximum over the windows of each video: (number of C + 1, P, 2)
+        curves = [torch.tensor(result[kind]) for result in results]  # of each video (number of C, W)
+        curves = [torch.cat((c, c.amin(0, keepdim=True))) for c in curves]  # the last row is "filtered"
+        return torch.stack([torch.stack((c.mean(1), c.amax(1)), dim=1) for c in curves], dim=1)
 
     table = {}
-    for property in [*dict.fromkeys(result.property for result in results), "all"]:
-        chosen = [result for result in results if property in (result.property, "all")]
-        possible = torch.stack([video_scores(result.possible) for result in chosen], dim=1)  # (number of C + 1, P, 2)
-        impossible = torch.stack([video_scores(result.impossible) for result in chosen], dim=1)
-        columns = zip([*context_lengths, "filtered"], possible, impossible, strict=True)
-        table[property] = {column: accuracy(a, b) for column, a, b in columns}
+    for property in [*dict.fromkeys(result["property"] for result in results), "all"]:
+        chosen = [result for result in results if property in (result["property"], "all")]
+        columns = [*context_lengths, "filtered"], scores(chosen, "possible"), scores(chosen, "impossible")
+        table[property] = {column: accuracy(a, b) for column, a, b in zip(*columns, strict=True)}
     return table
 
 
@@ -406,12 +356,11 @@ def accuracy(possible, impossible):
 
 def print_accuracies(table):
     """Print a table of `accuracies`: one of relative accuracy, one of absolute accuracy."""
-    columns, width = list(table["all"]), max(map(len, ["property", *table]))
     for kind, score in (("relative", "pairs, mean surprise"), ("absolute", "videos, maximum surprise")):
         print(f"{kind} accuracy in % of {score} (95% interval), by context length in frames")
-        print(f"{'property':{width}}{'pairs':>6}" + "".join(f"{column:>19}" for column in columns))
+        print(f"{'property':20}{'pairs':>6}" + "".join(f"{column:>19}" for column in table["all"]))
         for property, row in table.items():
-            line = f"{property:{width}}{row[columns[0]]['pairs']:6}"
+            line = f"{property:20}{row['filtered']['pairs']:6}"
             for result in row.values():
                 low, high = result[f"{kind}_interval95"]
                 line += f"{result[f'{kind}_accuracy']:.1f} ({low:.0f} to {high:.0f})".rjust(19)
@@ -423,18 +372,27 @@ def main():
     networks, step = load_networks(args)
     resolve_window(args, networks[0])
     items = find_items(args)
-    weights = "untrained" if args.untrained else "trained"
-    print(f"surprise of {args.checkpoint} ({weights}) on {args.task}, windows of {args.num_frames} frames")
+    print(f"surprise of {args.checkpoint} on {args.task}, windows of {args.num_frames} frames")
 
-    results = measure(networks, items, args)
-    short = sum(length < args.num_frames for result in results for length in result.frames)
+    results, progress, read = [], Progress(), functools.partial(read_pairs, args)
+    loader = torch.utils.data.DataLoader(items, batch_size=None, collate_fn=read, num_workers=args.workers)
+    try:
+        for done, pairs in enumerate(loader, start=1):
+            for property, name, *videos in pairs:
+                possible, impossible = (surprise(networks, video, args).tolist() for video in videos)
+                results.append({"property": property, "name": name, "frames": list(map(len, videos))})
+                results[-1] |= {"possible": possible, "impossible": impossible}  # [context length][window]
+            progress.show(f"{done}/{len(items)}, {progress.left(done, len(items))}", last=done == len(items))
+    except BadVideo as error:
+        fail(f"unreadable video: {str(error).splitlines()[-1]}")  # a worker's error begins with its traceback
+
+    short = sum(length < args.num_frames for result in results for length in result["frames"])
     if short:
         print(f"{short} videos are shorter than a window and were padded with their last frame")
     table = accuracies(args.context_lengths, results)
     print_accuracies(table)
-    pairs = [r._asdict() | {"possible": r.possible.tolist(), "impossible": r.impossible.tolist()} for r in results]
     record = {"step": step, "predicts": "latents" if networks[2] else "pixels", "short_videos": short}
-    record |= {"properties": table, "pairs": pairs, "args": plain_flags(args)}
+    record |= {"properties": table, "pairs": results, "args": plain_flags(args)}
     write_lines(args.out / "results.json", [json.dumps(record)])
     print(args.out / "results.json")
 

@@ -115,7 +115,7 @@ labels() {
         done
     done
     finish_all
-    python -m tools.analyze labels "$OUT/labels" --save "$OUT/labels.png"
+    compare labels "$OUT"/labels/{100,350,2000}
 }
 
 loss() {

@@ -1,13 +1,12 @@
 """Analyze runs: loss curves, accuracy and cost, and pictures of what the networks see.
 
     python -m tools.analyze curves out/teacher out/student                     loss over the training steps
-    python -m tools.analyze picture out/teacher out/student --save salt.gif    what a teacher fills in, features
+    python -m tools.analyze picture out/teacher out/student --save out/salt    what a teacher fills in, features
     python -m tools.analyze table out/probe-*                                  accuracy and cost
     python -m tools.analyze compare out/study/masks/*                          accuracy of variants, over all seeds
-    python -m tools.analyze labels out/study/labels                            accuracy over the number of labels
     python -m tools.analyze correlate out/probe-* --against loss rankme        does the loss predict the accuracy?
 
-table, compare, labels and correlate read what probe.py writes. FLOPs are those executed, from the training logs.
+table, compare and correlate read what probe.py writes. FLOPs are those executed, from the training logs.
 
 Letters in shape comments: B clips, T frames, H and W pixels, N tokens of a clip, P values in a tubelet, D width;
 (t, h, w) the token grid.
@@ -25,15 +24,12 @@ import torch
 import torch.nn.functional as F
 
 import data
-from cli import Parser, duration, fail, require_at_least
+from cli import Parser, duration, fail, require_at_least, write_lines
 from masking import sample_masks
 from model import load_checkpoint, load_encoder, load_predictor, load_teacher_of, tubelets, untubelets
 from training import effective_rank, generator
 
 plt.switch_backend("Agg")  # draw into files, without a display
-
-# ---------------------------------------------------------------------------------------------------------------------
-# runs and probes
 
 
 class Stage(NamedTuple):
@@ -93,7 +89,7 @@ def lineage(path, checkpoint):
 def read_probe(folder):
     """Read a folder of probe.py as a `Probe`. ValueError if its checkpoint has been trained further since."""
     path = Path(folder) / "results.json"
-    result = parse(path.read_text(), path, "the results of probe.py", "checkpoint", "step", "weights", "tasks", "args")
+    result = parse(path.read_text(), path, "the results of probe.py", "checkpoint", "step", "weights", "tasks")
     if result["weights"] == "untrained":
         return Probe(result, [])
     name, then = result["checkpoint"], result["step"]
@@ -103,23 +99,10 @@ def read_probe(folder):
     return Probe(result, stages)
 
 
-def read_probes_below(folder):
-    """Read all folders of probe.py in a folder, at any depth; ValueError if there are none."""
-    probes = [read_probe(file.parent) for file in sorted(Path(folder).rglob("results.json"))]
-    if not probes:
-        raise ValueError(f"there are no results of probe.py in {folder}")
-    return probes
-
-
 def accuracies(probes):
     """Top-1 accuracies in percent: {task: [of each probe that has the task]}."""
     tasks = dict.fromkeys(task for probe in probes for task in probe.result["tasks"])
     return {task: [p.result["tasks"][task]["top1"] for p in probes if task in p.result["tasks"]] for task in tasks}
-
-
-def spread(values):
-    """The standard deviation of a sample; 0 for a single value."""
-    return np.std(values, ddof=1) if len(values) > 1 else 0.0
 
 
 def draw_panels(rows, columns, width, height):
@@ -137,12 +120,12 @@ def save(figure, path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# loss curves
+# loss, accuracy and cost
 
-PANELS = {  # by kind of run: title, label of the y axis
-    "teacher": ("teacher (SALT stage 1)", "pixel loss (mean squared error)"),
-    "student": ("student (SALT stage 2)", "latent loss (mean absolute error)"),
-    "ema": ("EMA baseline (V-JEPA 2)", "latent loss (mean absolute error)"),
+PANELS = {  # by kind of run
+    "teacher": {"title": "teacher (SALT stage 1)", "ylabel": "pixel loss (mean squared error)"},
+    "student": {"title": "student (SALT stage 2)", "ylabel": "latent loss (mean absolute error)"},
+    "ema": {"title": "EMA baseline (V-JEPA 2)", "ylabel": "latent loss (mean absolute error)"},
 }
 
 
@@ -158,14 +141,9 @@ def curves(args):
         for run in runs:
             log = list(read_log(Path(run, "metrics.jsonl")))
             ax.plot([line["step"] for line in log], [line["loss"] for line in log], label=run, linewidth=1)
-        title, label = PANELS[kind]
-        ax.set(xlabel="training step", ylabel=label, title=title)
+        ax.set(xlabel="training step", **PANELS[kind])
         ax.legend(fontsize=8)
     save(figure, args.save)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# accuracy and cost
 
 
 def table(args):
@@ -181,7 +159,7 @@ def row_cells(probes):
     cells = {"encoder": probes[0].encoder}
     for task, top1 in accuracies(probes).items():
         result = next(probe.result["tasks"][task] for probe in probes if task in probe.result["tasks"])
-        deviation = spread(top1) if len(top1) > 1 else result["spread"]
+        deviation = np.std(top1, ddof=1) if len(top1) > 1 else result["spread"]
         heading = f"{task}, top-1 % (chance {result['chance']:.1f})"
         cells[heading] = f"{np.mean(top1):.1f}" + ("" if deviation is None else f" ± {deviation:.1f}")
     own = [probe.stages[0] for probe in probes if probe.stages]
@@ -203,10 +181,8 @@ def write_table(rows, path):
     lines = [columns, *([row.get(heading, "-") for heading in columns] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines.insert(1, ["-" * width for width in widths])
-    padded = [map(str.ljust, line, widths) for line in lines]
-    text = "\n".join(f"| {' | '.join(cells)} |" for cells in padded)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text + "\n")
+    text = "\n".join(f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines)
+    write_lines(path, [text])
     print(text)
 
 
@@ -225,59 +201,36 @@ def compare(args):
 
     RUN is a folder with all probes of a variant in it, at any depth. The table has the figure's name and suffix .md.
     """
-    draw_accuracies([(Path(run).name, read_probes_below(run)) for run in args.runs], args.save)
-
-
-def labels(args):
-    """Draw accuracy over the number of labels, with a line for each encoder, and write a table.
-
-    RUN is a folder with probes in it, at any depth, that differ in --train-clips and in the seed.
-    """
-    variants = {}  # {number of labels: probes}
-    for probe in [probe for run in args.runs for probe in read_probes_below(run)]:
-        variants.setdefault(probe.result["args"]["train_clips"], []).append(probe)
-    draw_accuracies(sorted(variants.items()), args.save, "labels (training clips of the probe)", line="-", gap=0.03)
-
-
-def draw_accuracies(variants, path, xlabel="", line="", gap=0.1):
-    """Draw the accuracy of each encoder for each variant, a panel per task, and write a table beside the figure.
-
-    variants: [(name, probes), ...]. line: style of the line from one variant to the next. gap: between the encoders of
-    a variant.
-    """
-    groups = {}  # {(index of the variant, encoder): probes that differ only in their seeds}
-    for index, (_, probes) in enumerate(variants):
+    groups = {}  # {(folder of the variant, encoder): probes that differ only in their seeds}
+    for run in args.runs:
+        probes = [read_probe(file.parent) for file in sorted(Path(run).rglob("results.json"))]
+        if not probes:
+            raise ValueError(f"there are no results of probe.py in {run}")
         for probe in sorted(probes, key=lambda probe: list(STYLES).index(probe.encoder)):
-            groups.setdefault((index, probe.encoder), []).append(probe)
+            groups.setdefault((run, probe.encoder), []).append(probe)
     tasks = accuracies([probe for probes in groups.values() for probe in probes])
-    figure, axes = draw_panels(1, len(tasks), max(3.4, 1.6 + len(variants)), 3.8)
+    figure, axes = draw_panels(1, len(tasks), max(3.4, 1.6 + len(args.runs)), 3.8)
     for ax, task in zip(axes[0], tasks, strict=True):
-        for encoder, (color, marker) in STYLES.items():
-            points = []  # (x, mean, standard deviation)
-            for index in range(len(variants)):
-                if top1 := accuracies(groups.get((index, encoder), [])).get(task):
-                    beside = [other for i, other in groups if i == index]
-                    x = index + gap * (beside.index(encoder) - (len(beside) - 1) / 2)
-                    ax.plot([x] * len(top1), top1, ".", color=color, alpha=0.4, markersize=4)
-                    points.append((x, np.mean(top1), spread(top1)))
-            if points:
-                x, mean, deviation = zip(*points, strict=True)
-                ax.errorbar(x, mean, deviation, color=color, fmt=marker + line, capsize=3, label=encoder)
-        ax.set(ylabel="top-1 accuracy, %", xlabel=xlabel, title=task)
-        ax.set_xticks(range(len(variants)), [name for name, _ in variants], fontsize=8)
+        for (run, encoder), probes in groups.items():
+            if top1 := accuracies(probes).get(task):
+                beside = [other for variant, other in groups if variant == run]
+                x = args.runs.index(run) + 0.1 * (beside.index(encoder) - (len(beside) - 1) / 2)
+                color, marker = STYLES[encoder]
+                ax.plot([x] * len(top1), top1, ".", color=color, alpha=0.4, markersize=4)
+                deviation = np.std(top1, ddof=min(1, len(top1) - 1))  # 0 of a single run
+                ax.errorbar(x, np.mean(top1), deviation, color=color, fmt=marker, capsize=3, label=encoder)
+        ax.set(ylabel="top-1 accuracy, %", title=task)
+        ax.set_xticks(range(len(args.runs)), [Path(run).name for run in args.runs], fontsize=8)
         ax.grid(color="0.9", axis="y")
     handles, names = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=len(names), fontsize=8)
+    legend = dict(zip(names, handles, strict=True))  # once per encoder
+    figure.legend(legend.values(), legend, loc="outside lower center", ncols=len(legend), fontsize=8)
     figure.suptitle("Small dots: runs of different seeds. Error bars: their standard deviation.", fontsize=8)
-    save(figure, path)
-    runs = [{"variant": str(variants[index][0]), "runs": str(len(probes))} for (index, _), probes in groups.items()]
-    write_table(
-        [own | row_cells(probes) for own, probes in zip(runs, groups.values(), strict=True)], path.with_suffix(".md")
-    )
+    save(figure, args.save)
+    names = [{"variant": Path(run).name, "runs": str(len(probes))} for (run, _), probes in groups.items()]
+    rows = [name | row_cells(probes) for name, probes in zip(names, groups.values(), strict=True)]
+    write_table(rows, args.save.with_suffix(".md"))
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# what predicts the accuracy
 
 AGAINST = {  # --against: label, index in the lineage (0: the checkpoint, 1: its teacher)
     "loss": ("training loss", 0),
@@ -288,7 +241,7 @@ AGAINST = {  # --against: label, index in the lineage (0: the checkpoint, 1: its
 
 
 def correlate(args):
-    """Correlate the accuracy of checkpoints with their loss or RankMe, or their teachers': R², Pearson, Spearman.
+    """Correlate the accuracy of checkpoints with their loss or RankMe, or their teachers' (paper, figures 3 and 9).
 
     RankMe is the effective rank of the embeddings, the mean tokens of --clips clips. Use at least ten times as many
     clips as the encoder's width.
@@ -305,43 +258,29 @@ def correlate(args):
         if np.ptp(x) == 0:
             raise ValueError(f"{name} is {x[0]:.4g} for all of these checkpoints: nothing to correlate")
         for ax, (task, y) in zip(row, common.items(), strict=True):
-            pearson, spearman = np.corrcoef(x, y)[0, 1], np.corrcoef(ranks(x), ranks(y))[0, 1]
-            found = f"R² {pearson**2:.3f}, Pearson {pearson:+.3f}, Spearman {spearman:+.3f}"
+            pearson = np.corrcoef(x, y)[0, 1]
+            found = f"R² {pearson**2:.3f}, Pearson {pearson:+.3f}"
             print(f"{task} against {label}: {found}, {len(x)} checkpoints")
             ends = np.array([x.min(), x.max()])
             ax.plot(ends, np.polyval(np.polyfit(x, y, 1), ends), color="0.6", linestyle="--", linewidth=1)
             ax.plot(x, y, "ko", markersize=4)
-            for probe, *point in zip(probes, x, y, strict=True):
-                ax.annotate(probe.stages[0].step, point, fontsize=6, xytext=(3, 3), textcoords="offset points")
             ax.margins(0.1)
             ax.set(xlabel=label, ylabel=f"{task}, top-1 %")
             ax.set_title(found, fontsize=8)
-    figure.suptitle("Each point is a checkpoint, labeled with its training steps. Dashed: linear fit.", fontsize=8)
     save(figure, args.save)
 
 
-def ranks(x):
-    """The ranks of numbers; equal numbers share their mean rank."""
-    _, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
-
-
+@torch.inference_mode()
 def quantity(args, probe, name):
     """The number that --against `name` means for a probed checkpoint; ValueError if it has none."""
     label, index = AGAINST[name]
     stage = probe.stages[index] if index < len(probe.stages) else None
-    if stage and name.endswith("rankme"):
-        return rank_of_embeddings(args, stage.path, "encoder" if index else probe.result["weights"])
-    if stage and stage.log:
+    if not stage or not (stage.log or name.endswith("rankme")):
+        raise ValueError(f"{probe.encoder} encoder of {probe.result['checkpoint']}: no {label} is known; leave it out")
+    if not name.endswith("rankme"):
         return stage.log["loss"]
-    raise ValueError(f"{probe.encoder} encoder of {probe.result['checkpoint']}: no {label} is known; leave it out")
-
-
-@torch.inference_mode()
-def rank_of_embeddings(args, path, weights="encoder"):
-    """RankMe of an encoder's embeddings, the mean tokens of --clips clips. path, weights: see `load_encoder`."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    encoder, embeddings = load_encoder(path, weights).to(device), []
+    encoder, embeddings = load_encoder(stage.path, "encoder" if index else probe.result["weights"]).to(device), []
     for start in range(0, args.clips, 50):
         clips = load_clips(args, encoder.config, range(args.clips)[start : start + 50])
         embeddings.append(encoder(data.normalize(clips, device)).mean(1).cpu())
@@ -359,10 +298,9 @@ DENSE = 28  # rows and columns, at least, of a map of features
 
 def load_clips(args, config, numbers):
     """Load these clips of --data, or built-in ones, for an encoder of this config: (B, 3, T, H, W) uint8."""
-    num_frames, resolution = config["num_frames"], config["resolution"]
     if not args.data:
-        return data.Synthetic(num_frames, resolution, CLIP_SEED).batch(numbers).clips
-    source = data.Manifest(args.data, num_frames, args.frame_step, resolution, train=False)
+        return data.Synthetic(config["num_frames"], config["resolution"], CLIP_SEED).batch(numbers).clips
+    source = data.Manifest(args.data, config["num_frames"], args.frame_step, config["resolution"], train=False)
     return source.batch([n % len(source) for n in numbers]).clips
 
 
@@ -375,7 +313,7 @@ def picture(args):
     are the first three principal components of an encoder's tokens over all clips and frames, as red, green and blue.
     Small token grids are refined: the encoder also sees the clips shifted by fractions of a patch.
 
-    A .png shows time from left to right, a .gif plays the clips side by side. Without a suffix, write both.
+    Writes a .png, which shows time from left to right, and a .gif, which plays the clips side by side.
     """
     clips = load_clips(args, load_encoder(args.runs[0]).config, range(args.first, args.first + args.clips))
     x = data.normalize(clips, torch.device("cpu"))
@@ -385,16 +323,13 @@ def picture(args):
         if checkpoint["kind"] != "teacher" or args.features:
             videos.append((f"features of\n{Path(run).name}", token_colors(dense_tokens(encoder, x))))
             continue
-        rng = generator("picture", MASK)
-        mask = sample_masks(checkpoint["args"]["mask"], encoder.grid(x), len(x), rng)[0]
+        mask = sample_masks(checkpoint["args"]["mask"], encoder.grid(x), len(x), generator("picture", MASK))[0]
         seen, filled = fill_in(encoder, load_predictor(run), x, mask.context_ids)
         videos += [("what the\nteacher sees", seen), ("what the\nteacher fills in", filled)]
     count = max(video.shape[2] for _, video in videos)  # frames
-    if args.save.suffix != ".gif":
-        columns = min(max(2, PNG_COLUMNS // args.clips), count)
-        save(draw_frames(videos, range(columns), columns), args.save.with_suffix(".png"))
-    if args.save.suffix in (".gif", ""):
-        save_gif([draw_frames(videos, [frame], count) for frame in range(count)], args.save.with_suffix(".gif"))
+    columns = min(max(2, PNG_COLUMNS // args.clips), count)
+    save(draw_frames(videos, range(columns), columns), args.save.with_suffix(".png"))
+    save_gif([draw_frames(videos, [frame], count) for frame in range(count)], args.save.with_suffix(".gif"))
 
 
 def fill_in(encoder, predictor, x, context_ids):
@@ -455,8 +390,7 @@ def dense_tokens(encoder, x):
     t, h, w = encoder.grid(x)
     n = next((n for n in range(1, patch) if patch % n == 0 and n * min(h, w) >= DENSE), patch)
     step, before = patch // n, (patch - patch // n) // 2
-    padding = (before, patch - step - before) * 2
-    padded = F.pad(x.flatten(1, 2), padding, mode="replicate").unflatten(1, (3, -1))
+    padded = F.pad(x, (before, patch - step - before) * 2 + (0, 0), mode="replicate")
     dense = torch.empty(B, t, h, n, w, n, encoder.width)
     for i, j in np.ndindex(n, n):
         shifted = padded[..., i * step : i * step + H, j * step : j * step + W]
@@ -488,10 +422,8 @@ def draw_frames(videos, frames, count):
         rows.append(F.pad(cells, (0, 0, 0, 2 * gap), value=255).flatten(1, 2))  # a wider gap between clips
     image = torch.cat(rows)[:-gap, : -3 * gap].byte().numpy()
     scale = min(1.3, 9 / (len(frames) * len(videos[0][1]))) / size  # inches per pixel
-    height, width = image.shape[0] * scale, image.shape[1] * scale
-    total = width + 1.5, height + 0.1  # with room for the labels
-    figure = plt.figure(figsize=total)
-    ax = figure.add_axes((1.45 / total[0], 0.05 / total[1], width / total[0], height / total[1]))
+    size_in_inches = image.shape[1] * scale + 1.1, image.shape[0] * scale + 0.1  # with room for the labels
+    figure, ax = plt.subplots(figsize=size_in_inches, layout="constrained")
     ax.imshow(image, interpolation="nearest")
     ax.set_yticks([size / 2 + i * (size + gap) for i in range(len(videos))], [label for label, _ in videos], fontsize=9)
     ax.set_xticks([])
@@ -507,7 +439,6 @@ def save_gif(figures, path):
         figure.canvas.draw()
         images.append(PIL.Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB"))
         plt.close(figure)
-    path.parent.mkdir(parents=True, exist_ok=True)
     images[0].save(path, save_all=True, append_images=images[1:], duration=200, loop=0)
     print(path)
 
@@ -539,10 +470,8 @@ def parse_args():
     flag("--features", action="store_true", help="draw the features of teachers, too, and not what they fill in")
     add_command(table, "table.md", "folders that probe.py wrote")
     add_command(compare, "compare.png", "folders of variants")
-    add_command(labels, "labels.png", "folders with probes in them")
     flag = add_command(correlate, "correlate.png", "folders that probe.py wrote", clips=2000)
-    names = f"what to correlate the accuracy with: {', '.join(AGAINST)}"
-    flag("--against", nargs="+", metavar="NAME", choices=AGAINST, default=["loss"], help=names)
+    flag("--against", nargs="+", choices=AGAINST, default=["loss"], help="what to correlate the accuracy with")
     return parser.parse_args()
 
 

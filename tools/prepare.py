@@ -15,8 +15,6 @@ It prints how many clips of each split are
     duplicate   annotated more than once, or in the same file as an earlier clip
     excluded    training clips that a validation set also has (panda70m: clips shorter than 4 s or longer than 50 s)
 
-tools/transcode.py can then check the videos and make smaller copies of them.
-
 To add a dataset, write a reader and add its row to DATASETS. A reader is a function of the paths given to --annotations
 and the folders given to --videos, both lists, and of --split if the dataset has several. It returns the names of the
 classes in order, a list of `Sample`, and the files found. Its docstring is the command's --help.
@@ -36,7 +34,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cli import Parser, Progress, fail, require_at_least, write_lines
+from cli import Parser, fail, require_at_least, write_lines
 from data import read_manifest, write_manifest
 from tools.transcode import check_video, print_bad, work_through
 from video import IMAGE_SUFFIXES, is_clutter
@@ -44,9 +42,7 @@ from video import IMAGE_SUFFIXES, is_clutter
 VIDEO_SUFFIXES = {".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".flv", ".mpg", ".mpeg", ".wmv", ".3gp", ".ts"}
 CHECKED_CLIP = [16, 4]  # frames and frame step of the clips that `folder` decodes to check a video, as in training
 COUNTS = ("annotated", "found", "missing", "duplicate", "excluded")
-PANDA70M_CLIPS, V36M_CLIPS = 2_799_959, 3_626_129  # in the paper
 SHORTEST, LONGEST = 4, 50  # seconds of a Panda-70M clip (paper, appendix A)
-SYNSET = re.compile("n[0-9]{8}")
 # Kinetics classes by their old names ("picking fruit" in K400 and K600, the others in K400), and their names in K700.
 # The names of K400, K600 and K700 are 724 different ones; with this table, they are the 710 classes of K710. Source:
 # the first 400 lines of https://github.com/open-mmlab/mmaction2/blob/main/tools/data/kinetics710/label_map_k710.txt
@@ -122,7 +118,7 @@ def k710(annotations, videos):
     A clip (YouTube id, start, end) that several sets have is used once, with its label in the newest set. A training
     clip is excluded if any of the three validation sets has a clip of the same video. Classes that Kinetics renamed
     (RENAMED in tools/prepare.py) or whose names differ only in case or punctuation are merged. val.csv holds all three
-    validation sets.
+    validation sets. The paper has 710 classes and 657,257 clips to train on.
 
     --annotations: the three folders of k400, k600 and k700, in this order (see `python -m tools.prepare k400 --help`)
     --videos: the video folders of all three
@@ -196,17 +192,13 @@ def jester(annotations, videos):
 
     A line of the manifests names a folder of images. `python -m tools.transcode copy` turns them into videos.
     """
-    with open_annotations(annotations[0], "jester-v1-labels.csv", "labels.csv") as file:
+    with open_annotations(annotations[0], "jester-v1-labels.csv") as file:
         classes = [line.strip() for line in file if line.strip()]
-    val, train = ("jester-v1-validation.csv", "validation.csv"), ("jester-v1-train.csv", "train.csv")
     samples = []
-    for split, file in open_splits(annotations[0], val, train):
-        for number, line in enumerate(file, start=1):
-            clip, _, label = line.strip().partition(";")
-            if clip.isdigit() and label:
-                samples.append(whole_video(split, clip, label.strip()))
-            elif line.strip() and (number > 1 or not label):  # a header has a semicolon, too
-                raise ValueError(f"in {file.name} line {number}: expected id;label, not {line.strip()!r}")
+    for split, file in open_splits(annotations[0], ["jester-v1-validation.csv"], ["jester-v1-train.csv"]):
+        for line in filter(str.strip, file):
+            clip, label = line.split(";")
+            samples.append(whole_video(split, clip.strip(), label.strip()))
     return classes, samples, find_files(videos, frame_folders={s.clip for s in samples})
 
 
@@ -241,8 +233,8 @@ def hmdb51(annotations, videos, split):
     """
     end = f"_test_split{split}.txt"
     # In the order of the files' names, in which "sword_exercise" comes before "sword".
-    names = sorted(path.name for path in Path(annotations[0]).glob(f"*{end}") if not is_clutter(path.name))
-    classes = [name.removesuffix(end) for name in names]
+    files = sorted(path.name for path in Path(annotations[0]).glob(f"*{end}") if not is_clutter(path.name))
+    classes = [name.removesuffix(end) for name in files]
     kinds, samples = {"0": None, "1": "train", "2": "val"}, []  # 0: in neither
     for label in classes or ["CLASS"]:  # without any, the error names one
         with open_annotations(annotations[0], label + end) as file:
@@ -264,38 +256,35 @@ def imagenet1k(annotations, videos):
     """
     files, synsets, samples = find_files(videos, IMAGE_SUFFIXES), {}, []
     if annotations:
-        with open_annotations(Path(annotations[0]).parent, Path(annotations[0]).name) as file:
+        with open(annotations[0], encoding="utf-8-sig", newline="") as file:
             synsets = {row["ImageId"]: row["PredictionString"].split()[0] for row in csv.DictReader(file)}
     for name, path in sorted(files.items()):
         folder = Path(path).parent
-        if SYNSET.fullmatch(folder.name) and folder.parent.name in ("train", "val"):
+        if re.fullmatch("n[0-9]{8}", folder.name) and folder.parent.name in ("train", "val"):
             samples.append(whole_video(folder.parent.name, name, folder.name))
-        elif folder.name == "val" and not synsets:
-            fail(f"{path} is not in a folder named by its synset, so --annotations is needed (see --help)")
     samples += [whole_video("val", name, synset) for name, synset in synsets.items()]
     return sorted({s.label for s in samples}), samples, files
 
 
 class Dataset(NamedTuple):
     read: Callable
-    paper: str = ""  # its size in the paper
     num_annotations: int = 1  # paths that --annotations takes
     needs_annotations: bool = True
     splits: tuple = ()  # numbers of its official splits, if there are several
 
 
 DATASETS = {
-    "k400": Dataset(kinetics, "400 classes"),
+    "k400": Dataset(kinetics),
     "k600": Dataset(kinetics),
     "k700": Dataset(kinetics),
-    "k710": Dataset(k710, "710 classes, 657,257 clips to train on", num_annotations=3),
-    "ssv2": Dataset(ssv2, "174 classes, 168,913 clips to train on"),
-    "coin": Dataset(coin, "180 classes"),
-    "diving48": Dataset(diving48, "48 classes"),
-    "jester": Dataset(jester, "27 classes"),
+    "k710": Dataset(k710, num_annotations=3),
+    "ssv2": Dataset(ssv2),
+    "coin": Dataset(coin),
+    "diving48": Dataset(diving48),
+    "jester": Dataset(jester),
     "ucf101": Dataset(ucf101, splits=(1, 2, 3)),
     "hmdb51": Dataset(hmdb51, splits=(1, 2, 3)),
-    "imagenet1k": Dataset(imagenet1k, "1000 classes", needs_annotations=False),
+    "imagenet1k": Dataset(imagenet1k, needs_annotations=False),
 }
 
 
@@ -319,36 +308,28 @@ def open_splits(folder, val, train):
 
 
 def list_files(root, suffixes=VIDEO_SUFFIXES, frame_folders=frozenset()):
-    """List all files below `root` with these suffixes: their sorted absolute paths, and a Counter of other suffixes.
+    """List all files below `root` with these suffixes: their absolute paths, sorted. OSError if a folder is unreadable.
 
     A folder named in `frame_folders` counts as a file. Follows symbolic links, but searches no folder twice. Leaves out
-    clutter, and reports paths that a manifest cannot hold. Ends the script if a folder cannot be read.
+    clutter, and reports paths that a manifest cannot hold.
     """
-
-    def unreadable(error):
-        fail(f"{error.filename}: {error.strerror}")
-
-    paths, others, searched, progress = [], Counter(), set(), Progress()
-    for parent, folders, names in os.walk(os.path.abspath(root), followlinks=True, onerror=unreadable):
-        if os.path.realpath(parent) in searched:  # symbolic links may form circles
-            folders.clear()
+    paths, searched, folders = [], set(), [os.path.abspath(root)]
+    while folders:
+        folder = folders.pop()
+        if os.path.realpath(folder) in searched:  # symbolic links may form circles
             continue
-        searched.add(os.path.realpath(parent))
-        names += frame_folders.intersection(folders)
-        folders[:] = sorted(name for name in folders if name not in frame_folders and not is_clutter(name))
-        for name in names:
-            if is_clutter(name):
+        searched.add(os.path.realpath(folder))
+        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name, reverse=True):
+            if is_clutter(entry.name):
                 continue
-            path, suffix = os.path.join(parent, name), os.path.splitext(name)[1].lower()
-            if suffix not in suffixes and name not in frame_folders:
-                others[suffix] += 1
-            elif path.isprintable():
-                paths.append(path)
-            else:  # line breaks, or bytes that are not UTF-8
-                print(f"  {path!a} is left out: a manifest cannot hold this name")
-        progress.show(f"{len(paths):,} files")
-    progress.clear()
-    return sorted(paths), others
+            if entry.is_dir() and entry.name not in frame_folders:
+                folders.append(entry.path)
+            elif entry.is_dir() or os.path.splitext(entry.name)[1].lower() in suffixes:
+                paths.append(entry.path)
+    for path in paths:
+        if not path.isprintable():  # line breaks, or bytes that are not UTF-8
+            print(f"  {path!a} is left out: a manifest cannot hold this name")
+    return sorted(filter(str.isprintable, paths))
 
 
 def find_files(folders, suffixes=VIDEO_SUFFIXES, frame_folders=frozenset()):
@@ -357,22 +338,18 @@ def find_files(folders, suffixes=VIDEO_SUFFIXES, frame_folders=frozenset()):
     Of several files with the same name, one with "replacement" in its path is used (for K400's corrupted files), else
     the first in alphabetical order. Some downloaders write ID.mp4.webm: the name is ID.
     """
-    paths = [path for folder in folders for path in list_files(folder, suffixes, frame_folders)[0]]
+    paths = [path for folder in folders for path in list_files(folder, suffixes, frame_folders)]
     found = {}
     for path in sorted(paths, key=lambda path: ("replacement" not in path, path)):
         name = os.path.basename(path)
         while name not in frame_folders and os.path.splitext(name)[1].lower() in suffixes:
             name = os.path.splitext(name)[0]
         found.setdefault(name, path)
-    print(f"{len(found):,} files in {', '.join(map(str, folders))}")
     return found
 
 
 def select(samples, files):
-    """Select the samples that have a file and are neither duplicate nor excluded.
-
-    Returns {split: [(path, label)]} and {split: Counter of COUNTS}.
-    """
+    """The samples that have a file, {split: [(path, label)]}, and {split: Counter of COUNTS}."""
     chosen, counts = {"train": [], "val": []}, {"train": Counter(), "val": Counter()}
     clips, val_sources, used = set(), set(), set()
     for sample in sorted(samples, key=lambda s: s.split != "val"):  # validation first
@@ -381,12 +358,10 @@ def select(samples, files):
         path = next((files[name] for name in sample.names if name in files), None)
         if sample.split == "train" and sample.source in val_sources:
             count["excluded"] += 1
-        elif sample.clip in clips:
+        elif sample.clip in clips or path in used:  # a whole video (ID.mp4) is the file of all its time spans
             count["duplicate"] += 1
         elif not path:
             count["missing"] += 1
-        elif path in used:  # another time span of the same video, if files are whole videos (ID.mp4)
-            count["duplicate"] += 1
         else:
             count["found"] += 1
             chosen[sample.split].append((path, sample.label))
@@ -397,23 +372,9 @@ def select(samples, files):
     return chosen, counts
 
 
-def print_counts(counts):
-    """Print {split: Counter} as a table."""
-    print(" " * 8 + "".join(f"{name:>12}" for name in COUNTS))
-    for split, count in counts.items():
-        print(f"{split:8}" + "".join(f"{count[name]:>12,}" for name in COUNTS))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# commands
-
-
-def save_manifest(path, lines):
-    """Write a list of (path, label) as a manifest. Ends the script if that fails."""
-    try:
-        write_manifest(path, lines)
-    except OSError as error:
-        fail(f"{path}: {error.strerror}")
+def print_counts(split, count):
+    """Print a Counter of COUNTS in one line."""
+    print(f"{split}: " + ", ".join(f"{count[name]:,} {name}" for name in COUNTS))
 
 
 def write_dataset(args):
@@ -422,24 +383,18 @@ def write_dataset(args):
     try:
         classes, samples, files = dataset.read(args.annotations, args.videos, *split)
         numbers = {label: number for number, label in enumerate(classes)}
-        for sample in samples:
-            if sample.label not in numbers:
-                raise ValueError(f"{sample.label!r} is not in its list of classes")
+        samples = [sample._replace(label=numbers[sample.label]) for sample in samples]
     except (KeyError, ValueError, TypeError, IndexError, csv.Error) as error:
-        reason = f"{type(error).__name__} {error}"
-        fail(f"--annotations: not in {args.command}'s format: {reason} (--help lists the files)")
+        fail(f"--annotations: not in {args.command}'s format: {type(error).__name__} {error} (--help lists the files)")
     chosen, counts = select(samples, files)
     for split, count in counts.items():  # before anything is written: an older manifest must not pass for a new one
+        print_counts(split, count)
         if not chosen[split]:
-            reasons = ", ".join(f"{count[name]:,} are {name}" for name in ("missing", "duplicate", "excluded"))
-            fail(
-                f"no {split} clips in --videos: of {count['annotated']:,} annotated, {reasons} (--help lists the files)"
-            )
+            fail(f"no {split} clips found in --videos (--help lists the files)")
     for split, lines in chosen.items():
-        save_manifest(args.out / f"{split}.csv", [(path, numbers[label]) for path, label in lines])
+        write_manifest(args.out / f"{split}.csv", lines)
     write_lines(args.out / "classes.txt", classes)
-    print(f"{args.out / 'classes.txt'}: {len(classes)} classes" + (dataset.paper and f" (paper: {dataset.paper})"))
-    print_counts(counts)
+    print(f"{args.out / 'classes.txt'}: {len(classes)} classes")
 
 
 def panda70m(args):
@@ -454,78 +409,60 @@ def panda70m(args):
     all it has. The labels are -1. The default of --count is the paper's number. The sample depends on which files are
     there, on --count and on --seed.
     """
-    strata, count = read_panda70m(Path(args.annotations), find_files(args.videos))
-    chosen = draw_evenly(strata, args.count, np.random.default_rng(args.seed))
+    strata, count = read_panda70m(args.annotations, find_files(args.videos))
+    chosen, rng = [], np.random.default_rng(args.seed)
+    for i, stratum in enumerate(sorted(strata, key=len)):  # shortest first: the longer ones make up for them
+        share = min(len(stratum), (args.count - len(chosen)) // (len(strata) - i))
+        chosen += [stratum[k] for k in rng.choice(len(stratum), share, replace=False)]
     if not chosen:
         fail(f"--videos {' '.join(args.videos)}: none of the {count['annotated']:,} clips is there")
-    save_manifest(args.out / "train.csv", [(path, -1) for *_, path in sorted(chosen)])
-    print(f"clips found per second of duration, from {SHORTEST} s: " + ", ".join(f"{len(s):,}" for s in strata))
-    print_counts({"train": count})
+    write_manifest(args.out / "train.csv", [(path, -1) for *_, path in sorted(chosen)])
+    print_counts("train", count)
 
 
-def read_panda70m(path, files):
+def read_panda70m(csv_file, files):
     """The clips found, by duration: a list with one list of (row, clip, path) per second. And a Counter of COUNTS."""
     strata, count, checked = [[] for _ in range(LONGEST - SHORTEST)], Counter(), False
     csv.field_size_limit(2**31 - 1)  # one field has the captions of all clips of a video
-    with open_annotations(path.parent, path.name) as file:
+    with open(csv_file, encoding="utf-8-sig", newline="") as file:
         rows = csv.DictReader(file)
         if not {"videoID", "url", "timestamp"} <= set(rows.fieldnames or ()):
-            fail(f"--annotations {path}: no columns videoID, url and timestamp (--help lists the files)")
+            fail(f"--annotations {csv_file}: no columns videoID, url and timestamp (--help lists the files)")
         for number, row in enumerate(rows):
-            for clip, seconds in enumerate(clip_durations(row["timestamp"])):
+            # "[['0:00:01.5', '0:00:10.0'], ...]", start and end of each clip
+            times = re.findall(r"(\d+):(\d+):([\d.]+)", row["timestamp"])
+            seconds = [int(h) * 3600 + int(m) * 60 + float(s) for h, m, s in times]
+            for clip, (start, end) in enumerate(zip(seconds[::2], seconds[1::2], strict=True)):
                 count["annotated"] += 1
-                file_path = files.get(f"{number:07}_{clip:05}") or files.get(f"{row['videoID']}_{clip:05}")
-                if not file_path:
+                path = files.get(f"{number:07}_{clip:05}") or files.get(f"{row['videoID']}_{clip:05}")
+                if not path:
                     count["missing"] += 1
                     continue
-                metadata = Path(file_path).with_suffix(".json")  # video2dataset writes one beside each clip
+                metadata = Path(path).with_suffix(".json")  # video2dataset writes one beside each clip
                 if not checked and metadata.is_file():
                     checked = True
                     if row["videoID"] not in metadata.read_text(encoding="utf-8"):
-                        fail(f"--annotations {path}: {file_path} was downloaded with another csv file")
-                if SHORTEST <= seconds <= LONGEST:
+                        fail(f"--annotations {csv_file}: {path} was downloaded with another csv file")
+                if SHORTEST <= end - start <= LONGEST:
                     count["found"] += 1
-                    strata[min(int(seconds), LONGEST - 1) - SHORTEST].append((number, clip, file_path))
+                    strata[min(int(end - start), LONGEST - 1) - SHORTEST].append((number, clip, path))
                 else:
                     count["excluded"] += 1
     return strata, count
 
 
-def clip_durations(timestamps):
-    """Seconds of each clip of a video; timestamps is "[['0:00:01.5', '0:00:10.0'], ...]"."""
-    times = [int(h) * 3600 + int(m) * 60 + float(s) for h, m, s in re.findall(r"(\d+):(\d+):([\d.]+)", timestamps)]
-    return [end - start for start, end in zip(times[::2], times[1::2], strict=True)]
-
-
-def draw_evenly(strata, count, rng):
-    """Draw `count` elements without replacement, equally many from each list; short lists contribute all they have."""
-    chosen = []
-    for i, stratum in enumerate(sorted(strata, key=len)):  # shortest first: the longer ones make up for them
-        share = min(len(stratum), (count - len(chosen)) // (len(strata) - i))
-        chosen += [stratum[k] for k in rng.choice(len(stratum), share, replace=False)]
-    return chosen
-
-
 def v36m(args):
-    """V-3.6M: the manifests of K710, SSv2 and the Panda-70M sample joined into one (paper, table 2).
+    """V-3.6M: the manifests of K710, SSv2 and the Panda-70M sample joined into one, 3,626,129 in the paper (table 2).
 
     --manifests: the three manifests, as the commands k710, ssv2 and panda70m write them
 
     Training visits every video of the joined manifest once per pass, so each part is weighted by its size. Labels
     become -1, because the same number means a different class in each part.
     """
-    joined = {}  # a dictionary drops duplicates and keeps the order
-    for manifest in args.manifests:
-        try:
-            paths = list(map(os.path.abspath, read_manifest(manifest)[0]))
-        except (OSError, ValueError) as error:
-            fail(f"--manifests: {error}")
-        before = len(joined)
-        joined.update(dict.fromkeys(paths, -1))
-        added = len(joined) - before
-        print(f"{manifest}: {added:,} videos, and {len(paths) - added:,} duplicates")
-    save_manifest(args.out / "train.csv", list(joined.items()))
-    print(f"the paper has {V36M_CLIPS:,}; to train on these: --data {args.out / 'train.csv'}")
+    paths = [os.path.abspath(path) for manifest in args.manifests for path in read_manifest(manifest)[0]]
+    joined = dict.fromkeys(paths, -1)  # drops duplicates and keeps the order
+    write_manifest(args.out / "train.csv", list(joined.items()))
+    print(f"{len(paths) - len(joined):,} duplicates are left out")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -551,8 +488,7 @@ def write_folder(args):
     About --val-fraction of each class's videos, at least one, go to val.csv and the others to train.csv. The choice is
     random, but the same every time. Without --group, it is made by file. If several videos are cut from the same
     recording, that makes validation too easy. --group 'g(\\d+)' keeps those together whose file names have the same
-    number after a "g", whatever their class: a source is the first group of the regular expression's first match in the
-    file name, or the whole match.
+    number after a "g": a source is the first group of the regular expression's first match, or the whole match.
     """
     if not 0 < args.val_fraction < 1:
         fail(f"--val-fraction {args.val_fraction}: must be above 0 and below 1")
@@ -563,60 +499,39 @@ def write_folder(args):
     work = functools.partial(check_video, num_frames=CHECKED_CLIP[0], frame_step=CHECKED_CLIP[1])
     records = work_through(args, paths, work, CHECKED_CLIP, log)
     print_bad(records, log)
-    good = [v for v in videos if "error" not in records[v.path]]
-    splits = split(good, labels, args.val_fraction)
-
+    splits = split([v for v in videos if "error" not in records[v.path]], labels, args.val_fraction)
     classes = [label for label in labels if label]
     numbers = {"": -1, **{label: number for number, label in enumerate(classes)}}
     for name, members in splits.items():
-        save_manifest(args.out / f"{name}.csv", [(v.path, numbers[v.label]) for v in members])
+        write_manifest(args.out / f"{name}.csv", [(v.path, numbers[v.label]) for v in members])
     write_lines(args.out / "classes.txt", classes)
-    sizes = {name: Counter(v.label for v in members).values() for name, members in splits.items()}
-    ranges = " and ".join(f"{min(size):,} to {max(size):,} {name}" for name, size in sizes.items())
-    contents = f"{len(classes)} classes, each with {ranges} videos" if classes else "no classes, so all labels are -1"
-    print(f"{args.out / 'classes.txt'}: {contents}")
-    if args.group:
-        print("sources: " + ", ".join(f"{len({v.source for v in members})} {name}" for name, members in splits.items()))
+    print(f"{args.out / 'classes.txt'}: {len(classes)} classes" + ("" if classes else ", so all labels are -1"))
 
 
 def list_videos(folder, group, unlabeled):
-    """The videos of a folder, sorted by path. Ends the script if there are none, or if their classes are unclear.
-
-    The source of a video is what the regular expression `group` finds in its file name; without one, its path.
-    """
-    absolute, others = list_files(folder)
-    paths = [os.path.relpath(path, folder) for path in absolute]
-    suffixes = ", ".join(f"{suffix or 'none'} {count:,}" for suffix, count in others.most_common(8))
-    ignored = f"; ignored by suffix: {suffixes}" if others else ""
+    """The videos of a folder, sorted by path. Ends the script if there are none, or if their classes are unclear."""
+    absolute = list_files(folder)
+    paths = sources = [os.path.relpath(path, folder) for path in absolute]
     if not paths:
-        fail(f"{folder}: no files with the suffixes {' '.join(sorted(VIDEO_SUFFIXES))} in it{ignored}")
-    print(f"{len(paths):,} videos in {folder}{ignored}")
-    sources = paths
+        fail(f"{folder}: no files with the suffixes {' '.join(sorted(VIDEO_SUFFIXES))} in it")
+    print(f"{len(paths):,} videos in {folder}")
     if group is not None:
-        try:
-            matches = [re.search(group, os.path.basename(path)) for path in paths]
-        except re.error as error:
-            fail(f"--group {group} is not a regular expression: {error}")
+        matches = [re.search(group, os.path.basename(path)) for path in paths]
         if None in matches:
-            first = paths[matches.index(None)]
-            fail(
-                f"--group {group} does not match {matches.count(None):,} of {len(paths):,} file names, such as {first}"
-            )
+            fail(f"--group does not match {matches.count(None):,} file names, such as {paths[matches.index(None)]}")
         sources = [match[1] if match.re.groups and match[1] is not None else match[0] for match in matches]
     labels = [Path(path).parts[0] if os.sep in path and not unlabeled else "" for path in paths]
     if len(set(labels)) > 1 and "" in labels:
-        loose = (
-            f"{labels.count(''):,} videos, such as {paths[labels.index('')]}, are in no class folder, but others are"
-        )
+        loose = f"{labels.count(''):,} videos are in no class folder, such as {paths[labels.index('')]}"
         fail(f"{folder}: {loose}; move them into one, or give --unlabeled")
     return [Video(*video) for video in zip(absolute, sources, labels, strict=True)]
 
 
-def choose_sources(videos, fraction):
-    """The sources of the validation set.
+def split(videos, labels, fraction):
+    """{"train": videos, "val": videos}. Ends the script if one of the labels is not in both.
 
-    Visits the sources in a random order that depends on their names only. Chooses a source if that brings the numbers
-    of validation videos of its classes closer to `fraction` of each class, at least one.
+    Visits the sources in a random order that depends on their names only. Chooses a source for "val" if that brings the
+    numbers of validation videos of its classes closer to `fraction` of each class, at least one.
     """
     sizes = defaultdict(Counter)  # of each source: the number of its videos in each class
     for video in videos:
@@ -630,22 +545,15 @@ def choose_sources(videos, fraction):
             chosen.add(source)
             for label, n in size.items():
                 missing[label] -= n
-    return chosen
-
-
-def split(videos, labels, fraction):
-    """{"train": videos, "val": videos}. Ends the script if one of the labels is not in both."""
-    chosen, splits = choose_sources(videos, fraction), {"train": [], "val": []}
+    splits = {"train": [], "val": []}
     for video in videos:
         splits["val" if video.source in chosen else "train"].append(video)
     train, val = (Counter(v.label for v in members) for members in splits.values())
     for label in labels:
         if not train[label] or not val[label]:
-            name, sources = f"class {label}" if label else "the folder", {v.source for v in videos if v.label == label}
-            fail(
-                f"{name}: {train[label]} videos for train and {val[label]} for val, from {len(sources)} sources; "
-                "add readable videos, change --val-fraction or --group, or leave the class out"
-            )
+            name = f"class {label}" if label else "the folder"
+            advice = "add readable videos, change --val-fraction or --group, or leave the class out"
+            fail(f"{name}: {train[label]} videos for train and {val[label]} for val; {advice}")
     return splits
 
 
@@ -674,7 +582,7 @@ def parse_args():
     flag = add_command("panda70m", panda70m, panda70m)
     flag("--annotations", required=True, metavar="FILE", help="see above")
     flag("--videos", nargs="+", required=True, metavar="DIR", help="see above")
-    flag("--count", type=int, default=PANDA70M_CLIPS, help="number of clips to sample")
+    flag("--count", type=int, default=2_799_959, help="number of clips to sample")
     flag("--seed", type=int, default=0, help="of the sample")
     flag = add_command("v3.6m", v36m, v36m)
     parts = [f"data/{name}/train.csv" for name in ("k710", "ssv2", "panda70m")]
@@ -692,11 +600,13 @@ def parse_args():
 
 def main():
     args = parse_args()
-    if args.command == "panda70m":
-        require_at_least(args, 1, "count")
-    if args.command == "folder":
-        require_at_least(args, 1, "workers", "timeout")
-    args.run(args)
+    require_at_least(args, 1, *(name for name in ("count", "workers", "timeout") if name in args))
+    try:
+        args.run(args)
+    except re.error as error:
+        fail(f"--group {args.group}: {error}")
+    except (OSError, ValueError) as error:
+        fail(str(error))
 
 
 if __name__ == "__main__":
