@@ -104,36 +104,30 @@ def paper_rows():
           for size, printed in (("L", 1.2), ("H", 1.5), ("g", 1.9), ("G", 2.6))),
         ("10", "SALT g, 80k + 160k steps", salt["g"], 1.8, "misprint: tables 1 and 11 have 1.9 for this run"),
         ("11", "SALT stage 1 L, 80k steps", run("L", 80), 0.24),
-        ("16", "teacher L, 20k steps", run("L", 20), 0.061),
-        ("16", "teacher L, 40k steps", run("L", 40), 0.121),
-        ("16", "teacher L, 80k steps", run("L", 80), 0.241, "twice 0.121 is 0.242"),
+        *(("16", f"teacher L, {thousands}k steps", run("L", thousands), *printed)
+          for thousands, *printed in ((20, 0.061), (40, 0.121), (80, 0.241, "twice 0.121 is 0.242"))),
         *(("16", f"student L, {thousands}k steps", run("L", thousands, "L"), printed)
           for thousands, printed in ((40, 0.238), (80, 0.476), (100, 0.595), (120, 0.714), (140, 0.833), (160, 0.951),
                                      (200, 1.190), (220, 1.309))),
         ("16", "two-step teacher L, 80k + 80k steps", run("L", 80) + run("L", 80, "L"), 0.717),
         ("16", "two-step teacher L, 40k + 80k steps", run("L", 40) + run("L", 80, "L"), 0.597),
-        ("16", "V-JEPA 2 L, 240k steps, as if at 256", run("L", 240, "L", 256), 1.9,
-         "the run at 256 of table 1, rounded; at the ablation's 224: 1.43"),
-        ("16", "V-JEPA 2 L, 160k steps, as if at 256", run("L", 160, "L", 256), 1.26,
-         "two thirds of a rounded 1.89 (or 1.9, truncated); at 224: 0.95"),
-        ("16", "V-JEPA 2 L, 120k steps, as if at 256", run("L", 120, "L", 256), 0.951,
-         "half of a rounded 1.9, or the figure of 160k steps at 224; at 224: 0.72"),
+        *(("16", f"V-JEPA 2 L, {thousands}k steps, as if at 256", run("L", thousands, "L", 256), *printed)
+          for thousands, *printed in (
+              (240, 1.9, "the run at 256 of table 1, rounded; at the ablation's 224: 1.43"),
+              (160, 1.26, "two thirds of a rounded 1.89 (or 1.9, truncated); at 224: 0.95"),
+              (120, 0.951, "half of a rounded 1.9, or the figure of 160k steps at 224; at 224: 0.72"))),
     ]  # fmt: skip
 
 
-def agrees(ours, printed):
-    """Whether two counts agree within 1%, or when rounded to the printed digits (the paper prints 1.194 as 1.2)."""
-    digits = len(f"{printed:g}".partition(".")[2])
-    return abs(ours / printed - 1) <= 0.01 or round(ours, digits) == round(printed, digits)
-
-
 def print_paper_tables():
+    """Print all rows; mark those that differ by more than 1% and also when rounded to the paper's digits."""
     print("FLOPs in units of 1e21; 'ours' is the formula of appendix F with our parameter counts\n")
     print(f"{'table':11}{'run':44}{'ours':>7}{'paper':>8}{'ratio':>8}")
     for table, run, ours, printed, *note in paper_rows():
-        mark = "" if agrees(ours, printed) else "!"
-        line = f"{table:11}{run:44}{ours:7.3f}{printed:>8g}{ours / printed:8.3f} {mark:2}{''.join(note)}"
-        print(line.rstrip())
+        digits = len(f"{printed:g}".partition(".")[2])  # the paper prints 1.194 as 1.2
+        differs = abs(ours / printed - 1) > 0.01 and round(ours, digits) != round(printed, digits)
+        line = f"{table:11}{run:44}{ours:7.3f}{printed:>8g}{ours / printed:8.3f} {'!' if differs else '':2}"
+        print((line + "".join(note)).rstrip())
     print("\n! differs by more than 1%, and not only in rounding")
 
 
@@ -149,7 +143,7 @@ def stages(args):
     The EMA baseline gets as many steps as teacher and student together (paper section 3).
     """
     student = cli.encoder_config(args)
-    teacher = student | (SIZES[args.teacher] if args.teacher else {})
+    teacher = student | SIZES.get(args.teacher, {})
     pixels = 3 * args.tubelet_size * args.patch_size**2
     t, s = teacher["width"], student["width"]
     return {
@@ -243,7 +237,7 @@ def print_hours(args, plan, masks, tokens):
 
 def main():
     parser = cli.training_flags(__doc__, out="out", steps=160_000)
-    what = parser.add_mutually_exclusive_group()
+    what = parser.add_mutually_exclusive_group(required=len(sys.argv) > 1)  # no flags: the paper's tables
     what.add_argument("--executed", action="store_true", help="print the executed FLOPs per clip, step and run")
     what.add_argument("--match", action="store_true", help="print the EMA steps that cost as much as a SALT run")
     what.add_argument("--hours", type=float, metavar="TFLOPS", help="print the hours of the runs and of probe.py, and "
@@ -258,16 +252,14 @@ def main():
     if len(sys.argv) == 1:
         print_paper_tables()
         return
-    if not (args.executed or args.match or args.hours is not None):
-        cli.fail("other flags need --executed, --match or --hours; without any flag, the paper's tables are printed")
-    cli.require_at_least(args, 1, "teacher_steps", "steps", "batch_size", "gpus")
+    cli.require_at_least(args, 1, "teacher_steps", "steps", "batch_size", "gpus", "clips_per_core")
     if args.micro_batch_size is None:
         args.micro_batch_size = cli.default_micro_batch_size(args.batch_size)
     cli.require_at_least(args, 1, "micro_batch_size")
-    if args.clips_per_core <= 0 or (args.hours is not None and args.hours <= 0):
-        cli.fail("--hours and --clips-per-core must be more than 0")
     plan = stages(args)
     cli.check_mask_flags(args)
+    if args.hours is not None and args.hours <= 0:
+        cli.fail("--hours: must be more than 0")
     show = print_executed if args.executed else print_match if args.match else print_hours
     show(args, plan, drawn_masks(args), math.prod(cli.clip_grid(args)))
 

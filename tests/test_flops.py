@@ -29,11 +29,6 @@ def test_our_counts_agree_with_the_paper_or_a_note_explains_the_difference(capfd
     ]
 
 
-def test_counts_agree_within_one_percent_or_after_rounding():
-    assert flops.agrees(1.251, 1.26) and flops.agrees(1.851, 1.9) and flops.agrees(2.4, 2)
-    assert not flops.agrees(1.246, 1.26) and not flops.agrees(1.851, 1.8)
-
-
 def encoder(**changes):
     shape = dict(width=48, depth=2, heads=2, mlp_ratio=4.0, num_frames=4, resolution=32, patch_size=8, tubelet_size=2)
     return shape | changes
@@ -193,7 +188,7 @@ def test_cost_of_a_probe():
 
 @pytest.mark.parametrize("flags, message", [
     ("--executed --match", "not allowed with argument --executed"),
-    ("--model vit_l", "other flags need --executed, --match or --hours"),
+    ("--model vit_l", "--executed --match --hours is required"),
     ("--executed --heads 3", "3 heads"),
     ("--executed --mask causal --num-frames 2", "too small"),
     ("--match --batch-size 0", "--batch-size 0"),

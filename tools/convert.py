@@ -50,8 +50,9 @@ PREDICTOR_NAMES = [
     ("proj", "predictor_proj", "predictor.proj"),
 ]
 
-# By width. The weights do not show the number of heads. V-JEPA 2's ViT-g has 22; the paper's table 3 says 16.
+# The weights do not show the number of heads. By width; V-JEPA 2's ViT-g has 22, and 16 in the paper's table 3.
 RELEASED_HEADS = {size["width"]: size["heads"] for size in SIZES.values()} | {1408: 22}
+PREDICTOR_HEADS = 12
 
 
 def their_names(name, table, column, rows):
@@ -99,7 +100,7 @@ def make_checkpoint(networks, column):
         if part != "student":  # it has the encoder's configuration
             checkpoint["model"][part] = module.config
     if "predictor" not in networks:
-        print("predictor: there is none; the checkpoint holds the encoder alone")
+        print("predictor: none; the checkpoint holds the encoder alone")
     return checkpoint
 
 
@@ -117,24 +118,21 @@ def read_vjepa2(path):
 
     A file that is itself a state dict counts as an encoder. OSError if it cannot be read; ValueError if it is neither.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no file {path}")
     try:
         file = torch.load(path, map_location="cpu", weights_only=True)  # never runs code from the file
     except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
-        reason = "damaged, not made by torch.save, or unsafe"
-        raise ValueError(f"{path} cannot be read as a checkpoint ({reason})") from error
-    file = {"encoder": file} if _is_state_dict(file) else file if isinstance(file, dict) else {}
-    held = {key: file[key] for key in ("target_encoder", "encoder", "predictor") if key in file}
-    if not held.keys() - {"predictor"}:
+        raise ValueError(f"{path} cannot be read: damaged, not made by torch.save, or unsafe") from error
+    if _is_state_dict(file):
+        file = {"encoder": file}
+    parts = ("target_encoder", "encoder", "predictor") if isinstance(file, dict) else ()
+    held = {key: file[key] for key in parts if key in file}
+    if not held.keys() - {"predictor"} or not all(map(_is_state_dict, held.values())):
         raise ValueError(f"{path} has no state dict 'target_encoder' or 'encoder'; V-JEPA 2's files have both")
-    for key, weights in held.items():
-        if not _is_state_dict(weights):
-            raise ValueError(f"{path}: {key!r} is no state dict")
-        held[key] = strip_wrappers(weights)
-        for name in ("pos_embed", "predictor_pos_embed"):  # from before RoPE; V-JEPA 2's loader ignores them too
-            if held[key].pop(name, None) is not None:
-                print(f"{key}: ignoring {name} (V-JEPA 2 does not use it; V-JEPA 1 does, and cannot be converted)")
+    held = {key: strip_wrappers(weights) for key, weights in held.items()}
+    for weights in held.values():
+        for name in {"pos_embed", "predictor_pos_embed"} & weights.keys():  # V-JEPA 2's loader ignores them too
+            print(f"ignoring {name} (V-JEPA 2 does not use it; V-JEPA 1 does, and cannot be converted)")
+            del weights[name]
     return held
 
 
@@ -149,51 +147,45 @@ def shape_of(weights, name, ndim):
     return weights[name].shape
 
 
-def depth_of(weights, blocks):
-    """The number of blocks, from the tensors named `blocks`.0., `blocks`.1., ..."""
-    matches = (re.match(rf"{blocks}\.(\d+)\.", name) for name in weights)
-    return 1 + max((int(match[1]) for match in matches if match), default=-1)
+def depth_of(weights):
+    """The number of blocks."""
+    numbers = (re.match(r"(predictor_)?blocks\.(\d+)\.", name) for name in weights)
+    return 1 + max((int(match[2]) for match in numbers if match), default=-1)
 
 
-def infer_encoder(weights, args):
+def infer_encoder(weights, heads, resolution):
     """Infer the Encoder, without weights, from the shapes of V-JEPA 2's tensors; ValueError if that is impossible."""
     width, _, tubelet_size, patch_size, _ = shape_of(weights, "patch_embed.proj.weight", 5)
     hidden, _ = shape_of(weights, "blocks.0.mlp.fc1.weight", 2)
-    heads = args.heads or RELEASED_HEADS.get(width)
+    heads = RELEASED_HEADS.get(width) if heads is None else heads
     if heads is None:
         raise ValueError(f"no released encoder has width {width}: give its number of attention heads with --heads")
-    sizes = args.num_frames, args.resolution, patch_size, tubelet_size
     with torch.device("meta"):
-        return Encoder(width, depth_of(weights, "blocks"), heads, hidden / width, *sizes)
+        return Encoder(width, depth_of(weights), heads, hidden / width, 64, resolution, patch_size, tubelet_size)
 
 
-def infer_predictor(weights, args):
+def infer_predictor(weights):
     """Infer the Predictor, without weights, likewise."""
     width, in_width = shape_of(weights, "predictor_embed.weight", 2)
     out_width, _ = shape_of(weights, "predictor_proj.weight", 2)
-    depth, num_mask_tokens = depth_of(weights, "predictor_blocks"), sum("mask_tokens." in name for name in weights)
+    num_mask_tokens = sum("mask_tokens." in name for name in weights)
     with torch.device("meta"):
-        return Predictor(in_width, out_width, width, depth, args.predictor_heads, num_mask_tokens)
+        return Predictor(in_width, out_width, width, depth_of(weights), PREDICTOR_HEADS, num_mask_tokens)
 
 
 def from_vjepa2(args):
-    """Convert a V-JEPA 2 file to our checkpoint, a dictionary.
-
-    The checkpoint's encoder is the file's target_encoder, which V-JEPA 2 evaluates and whose latents its predictor
-    predicts; its student is the file's encoder, with which the predictor was trained. If the file has only one of the
-    two, that is the checkpoint's encoder, and there is no student.
-    """
+    """Convert a V-JEPA 2 file to our checkpoint, a dictionary. A file with a single encoder gives no student."""
     file = read_vjepa2(args.source)
-    first, *second = (key for key in ("target_encoder", "encoder") if key in file)
-    encoder = infer_encoder(file[first], args)
+    first = "target_encoder" if "target_encoder" in file else "encoder"
+    encoder = infer_encoder(file[first], args.heads, args.resolution)
     networks = {"encoder": (encoder, file[first])}
-    if second:
+    if {"target_encoder", "encoder"} <= file.keys():
         print("target_encoder becomes the checkpoint's encoder, encoder its student")
         networks["student"] = encoder, file["encoder"]
     else:
         print(f"the file has only {first}: it becomes the checkpoint's encoder, for contexts and targets")
     if "predictor" in file:
-        networks["predictor"] = infer_predictor(file["predictor"], args), file["predictor"]
+        networks["predictor"] = infer_predictor(file["predictor"]), file["predictor"]
     return make_checkpoint(networks, VJEPA2)
 
 
@@ -225,13 +217,9 @@ def to_hf(checkpoint):
     weights = to_theirs(build(Encoder, e, checkpoint["encoder"]).state_dict(), e, ENCODER_NAMES, HF)
     if "student" in checkpoint:
         print("student: left out (Hugging Face's model has a single encoder)")
-    missing = None
-    if "predictor" not in checkpoint:
-        missing = "there is none"
-    elif not p["in_width"] == p["out_width"] == e["width"]:
-        missing = f"it predicts {p['out_width']} values, but Hugging Face's can only predict {e['width']}"
-    if missing:
-        print(f"predictor: left out ({missing}); Hugging Face will report that it initializes one at random")
+    if not p or not p["in_width"] == p["out_width"] == e["width"]:
+        why = f"it predicts {p['out_width']} values, but Hugging Face's can only predict {e['width']}" if p else "none"
+        print(f"predictor: left out ({why}); Hugging Face will report that it initializes one at random")
     else:
         config.pred_hidden_size, config.pred_num_hidden_layers = p["width"], p["depth"]
         config.pred_num_attention_heads, config.pred_num_mask_tokens = p["heads"], p["num_mask_tokens"]
@@ -242,7 +230,6 @@ def to_hf(checkpoint):
 
 
 def save_hf(model, weights, folder):
-    """Write a Hugging Face folder."""
     import transformers
 
     model.save_pretrained(folder, state_dict=weights)
@@ -250,42 +237,35 @@ def save_hf(model, weights, folder):
     transformers.VJEPA2VideoProcessor(crop_size=model.config.crop_size).save_pretrained(folder)
 
 
-def read_hf(folder):
-    """Read a Hugging Face folder: (config, state dict). OSError if it is none; ValueError if it holds another model.
+def from_hf(args):
+    """Convert a Hugging Face folder to our checkpoint, a dictionary, with a predictor if the folder has one.
 
-    Of a VJEPA2ForVideoClassification, takes the VJEPA2Model.
+    Of a VJEPA2ForVideoClassification, takes the VJEPA2Model. OSError if there is no folder; ValueError if it holds
+    another model.
     """
     import transformers
     from safetensors import SafetensorError  # comes with transformers
     from safetensors.torch import load_file
 
+    folder = Path(args.source)
     files = sorted(folder.glob("[!.]*.safetensors"))  # macOS leaves files ._NAME
     if not (folder / "config.json").is_file() or not files:
         raise FileNotFoundError(f"{folder} is no Hugging Face folder: config.json or model.safetensors is missing")
-    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-    if config.model_type != "vjepa2":
-        raise ValueError(f"{folder} holds a {config.model_type} model, not vjepa2")
-    if config.layer_norm_eps != 1e-6 or config.hidden_act != "gelu":
-        found = f"{config.layer_norm_eps} and {config.hidden_act}"
-        raise ValueError(f"our networks have layer_norm_eps 1e-6 and gelu, not {found}")
+    c = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    if c.model_type != "vjepa2" or c.layer_norm_eps != 1e-6 or c.hidden_act != "gelu":
+        raise ValueError(f"{folder} holds a {c.model_type} model: only vjepa2 with layer_norm_eps 1e-6 and gelu fits")
     try:
         weights = strip_wrappers({name: tensor for file in files for name, tensor in load_file(file).items()})
     except SafetensorError as error:
         raise ValueError(f"the tensors in {folder} cannot be read: {error}") from error
-    left_out = [name for name in weights if name.startswith(("pooler.", "classifier."))]
-    if left_out:
+    if left_out := [name for name in weights if name.startswith(("pooler.", "classifier."))]:
         print(f"pooler and classifier: left out ({len(left_out)} tensors); probe.py trains its own")
-    return config, {name.removeprefix("vjepa2."): weights[name] for name in weights.keys() - set(left_out)}
-
-
-def from_hf(args):
-    """Convert a Hugging Face folder to our checkpoint, a dictionary, with a predictor if the folder has one."""
-    c, weights = read_hf(Path(args.source))
+    weights = {name.removeprefix("vjepa2."): weights[name] for name in weights.keys() - set(left_out)}
     predictor_weights = {name: weights.pop(name) for name in list(weights) if name.startswith("predictor.")}
+    mlp_ratio = int(c.hidden_size * c.mlp_ratio) / c.hidden_size
+    sizes = c.hidden_size, c.num_hidden_layers, c.num_attention_heads, mlp_ratio
+    clip = c.frames_per_clip, c.crop_size, c.patch_size, c.tubelet_size
     with torch.device("meta"):
-        mlp_ratio = int(c.hidden_size * c.mlp_ratio) / c.hidden_size
-        sizes = c.hidden_size, c.num_hidden_layers, c.num_attention_heads, mlp_ratio
-        clip = c.frames_per_clip, c.crop_size, c.patch_size, c.tubelet_size
         networks = {"encoder": (Encoder(*sizes, *clip), weights)}
         if predictor_weights:
             sizes = c.pred_hidden_size, c.pred_num_hidden_layers, c.pred_num_attention_heads, c.pred_num_mask_tokens
@@ -327,9 +307,7 @@ def main():
         command.add_argument("out", type=Path, metavar="OUT", help=f"{out}; nothing is overwritten")
     flag = command.add_argument  # of from-vjepa2
     flag("--heads", type=int, help="attention heads of the encoder; default: the released encoder's of this width")
-    flag("--predictor-heads", type=int, default=12, help="attention heads of the predictor")
-    flag("--num-frames", type=int, default=64, help="frames of the clips it was trained on, for the record")
-    flag("--resolution", type=int, default=256, help="height and width of these clips, for the record")
+    flag("--resolution", type=int, default=256, help="height and width of its training clips; 384 for vitg-384")
     args = parser.parse_args()
     try:
         converted = args.convert(args)
