@@ -33,8 +33,8 @@ def test_read_manifest(tmp_path):
     )
     paths, labels = read_manifest(tmp_path / "m.csv")
     expected = ["a.mp4", "sub dir/b c.mp4", "d é.mp4", "no label.mp4", "/f.mp4", "g h.mp4", "i.mp4 x", "j ²"]
-    assert list(paths) == [str(tmp_path / name) for name in expected]
-    assert labels.tolist() == [3, 0, 12, -1, -1, -1, -1, -1] and len(paths) == 8
+    assert paths == [str(tmp_path / name) for name in expected]
+    assert labels == [3, 0, 12, -1, -1, -1, -1, -1] and len(paths) == 8
 
 
 @pytest.mark.parametrize(
@@ -60,13 +60,13 @@ def test_a_missing_file_in_another_format_says_what_is_expected(tmp_path, line):
         read_manifest(tmp_path / "m.csv")
     (tmp_path / "v5.mp4,1").touch()
     (tmp_path / "m.csv").write_text("v5.mp4,1\n")
-    assert list(read_manifest(tmp_path / "m.csv")[0]) == [f"{tmp_path}/v5.mp4,1"]
+    assert read_manifest(tmp_path / "m.csv")[0] == [f"{tmp_path}/v5.mp4,1"]
 
 
 def test_write_manifest(tmp_path):
     data.write_manifest(tmp_path / "new" / "m.csv", [("a b.mp4", 3), ("/é.mp4", -1)])
     paths, labels = read_manifest(tmp_path / "new" / "m.csv")
-    assert list(paths) == [f"{tmp_path}/new/a b.mp4", "/é.mp4"] and labels.tolist() == [3, -1]
+    assert paths == [f"{tmp_path}/new/a b.mp4", "/é.mp4"] and labels == [3, -1]
     with pytest.raises(OSError):
         data.write_manifest(tmp_path / "new" / "m.csv" / "m.csv", [])
 
