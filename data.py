@@ -132,15 +132,6 @@ def read_manifest(path, num_classes=None):
     return paths, labels
 
 
-def write_manifest(path, lines):
-    """Write a list of (path, label) as a manifest, and its folder if needed. OSError if that fails."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")  # renamed when it is complete
-    temporary.write_text("".join(f"{name} {label}\n" for name, label in lines), "utf-8")
-    temporary.replace(path)
-    print(f"{path}: {len(lines):,} lines")
-
-
 class Manifest:
     """Clips of the videos and images in manifests: augmented for training, center crops in order for evaluation.
 

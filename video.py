@@ -78,11 +78,6 @@ def read_clips(path, num_frames, frame_step, places, fps=None, crops=None, resol
         return [_to_rgb(frames, crop, resolution) for frames, crop in zip(clips, crops, strict=True)]
 
 
-def read_clip(path, num_frames, frame_step, place, fps=None):
-    """Read one clip of whole frames; see `read_clips`."""
-    return read_clips(path, num_frames, frame_step, [place], fps)[0]
-
-
 @contextlib.contextmanager
 def bad_video(path):
     """Turn every exception into a BadVideo of one line: damaged files also raise IndexError, UnicodeDecodeError, ..."""

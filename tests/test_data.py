@@ -63,14 +63,6 @@ def test_a_missing_file_in_another_format_says_what_is_expected(tmp_path, line):
     assert read_manifest(tmp_path / "m.csv")[0] == [f"{tmp_path}/v5.mp4,1"]
 
 
-def test_write_manifest(tmp_path):
-    data.write_manifest(tmp_path / "new" / "m.csv", [("a b.mp4", 3), ("/é.mp4", -1)])
-    paths, labels = read_manifest(tmp_path / "new" / "m.csv")
-    assert paths == [f"{tmp_path}/new/a b.mp4", "/é.mp4"] and labels == [3, -1]
-    with pytest.raises(OSError):
-        data.write_manifest(tmp_path / "new" / "m.csv" / "m.csv", [])
-
-
 def image_manifest(folder, count, name="m.csv", first=0):
     """A manifest of gray images; image n has label n and brightness 8 n."""
     for n in range(first, first + count):

@@ -12,11 +12,11 @@ import PIL.ImageOps
 import pytest
 import torch
 from av.stream import Disposition
-from conftest import SHARED_DATA, frame_numbers, numbered, set_matrix, write_images, write_video
+from conftest import SHARED_DATA, frame_numbers, numbered, read_clip, set_matrix, write_images, write_video
 from torchvision.transforms import v2
 
 import video
-from video import BadVideo, read_clip, read_clips
+from video import BadVideo, read_clips
 
 # Containers with and without an index; with and without B-frames; short and long groups of pictures; odd time stamps.
 VIDEOS = {
