@@ -64,7 +64,7 @@ def test_check_reports_videos_that_are_broken_hang_or_crash_the_decoder(videos, 
     assert {"width": 32, "height": 32}.items() <= log["a.mp4"].items()
     assert {n: log[n]["error"] for n in log if "error" in log[n]} == {
         "text.mp4": "Invalid data found when processing input",
-        "gone.mp4": "no such file",
+        "gone.mp4": "No such file or directory",
         "b.mp4": "the process that read it died (SIGSEGV)",
         "c.mp4": "not done after 2 s",
     }
@@ -115,7 +115,7 @@ def test_check_and_copy_say_why_a_file_is_bad(videos):
     errors = {
         "unknown.mp4": "unknown codec, or encrypted",
         "fifo.mp4": "a special file, not a regular one",
-        "gone.mp4": "no such file",
+        "gone.mp4": "No such file or directory",
         "images": f"{videos}/images/90.jpg: ",
     }
     for name, error in errors.items():

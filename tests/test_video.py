@@ -383,7 +383,7 @@ def test_errors_name_the_file_and_the_reason(tmp_path):
         **dict.fromkeys((*contents, "null\0byte.mp4")), "unknown.mp4": "unknown codec, or encrypted",
         **dict.fromkeys(("audio.mp4", "audio.png", "audio/1.png", "cover.mp4"), "no video stream"),
         **dict.fromkeys(("fifo.mp4", "fifo.png", "fifos/1.png", "device.mp4"), "a special file, not a regular one"),
-        "loop.mp4": "Too many levels of symbolic links", "missing.mp4": "no such file", "missing.png": "no such file",
+        **dict.fromkeys(("x.mp4", "x.png"), "No such file or directory"), "loop.mp4": "Too many levels of symbolic links"
     }  # fmt: skip
     for name, reason in reasons.items():
         with pytest.raises(BadVideo) as error:
