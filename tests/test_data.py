@@ -216,8 +216,11 @@ def test_workers_need_no_dev_shm_make_two_batches_ahead_and_end_with_the_loader(
     with open("/proc/self/maps") as maps:
         lines = [line for line in maps if "memfd:clips" in line or "/dev/shm" in line]
     assert len(lines) == 2 and all("memfd:clips" in line for line in lines)
-    time.sleep(0.3)
-    assert sum(Counting.made[:]) <= 6
+    end = time.monotonic() + 20
+    while sum(Counting.made[:]) < 6 and time.monotonic() < end:
+        time.sleep(0.01)
+    time.sleep(0.1)
+    assert sum(Counting.made[:]) == 6
     assert pinned == [batch.clips.shape for batch in batches]
     loader.close()
     assert not any(os.path.exists(f"/proc/{worker.pid}") for worker in workers) and len(workers) == 2
