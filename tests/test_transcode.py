@@ -11,17 +11,7 @@ import time
 import av
 import numpy as np
 import pytest
-from conftest import (
-    flat,
-    frame_numbers,
-    numbered,
-    read_clip,
-    refusal,
-    run_script,
-    set_matrix,
-    write_images,
-    write_video,
-)  # fmt: skip
+from conftest import frame_numbers, numbered, read_clip, refusal, run_script, set_matrix, write_images, write_video
 
 import data
 import video
@@ -177,7 +167,7 @@ def test_copy_is_scaled_to_the_short_side_never_enlarged_and_has_even_sides(tmp_
 
 
 def test_copy_is_upright(tmp_path):
-    picture = flat(30, 64)[:48]
+    picture = np.full((48, 64, 3), 30, np.uint8)
     picture[:24, :32], picture[24:, :32] = (220, 40, 40), (40, 40, 220)
     source = set_matrix(write_video(tmp_path / "v.mp4", [picture] * 3), (0, 1, -1, 0))
     want, copied = (read_clip(path, 1, 1, 0)[0].int() for path in (source, copy_of(source)[0]))
