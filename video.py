@@ -83,10 +83,7 @@ def bad_video(path):
 
 
 def is_folder(path):
-    """Whether the path is a folder (True) or a regular file (False). BadVideo if it is neither.
-
-    Opening a FIFO blocks until another process writes to it, and a device may never end.
-    """
+    """Whether the path is a folder. BadVideo if it is no regular file either: opening a FIFO blocks."""
     with bad_video(path):
         mode = os.stat(path).st_mode
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
@@ -95,15 +92,15 @@ def is_folder(path):
 
 
 def is_clutter(name):
-    """Whether a file or folder is hidden or left behind by an operating system: .DS_Store, ._video.mp4, __MACOSX."""
+    """Whether a file or folder is hidden or left behind by an operating system: ._video.mp4, __MACOSX."""
     return name.startswith(".") or name in CLUTTER
 
 
 def list_frames(folder):
     """The paths of the images in a folder that is a video, in the order of all numbers in their names.
 
-    Leaves out clutter and names without a number. BadVideo if there are no images, if their names differ in more than
-    the numbers, which may be pictures and their optical flow, or if two have the same numbers.
+    Leaves out clutter and names without a number. BadVideo if there are no images, if two have the same numbers, or if
+    their names differ in more than the numbers: these may be pictures and their optical flow.
     """
     frames, patterns = [], set()  # frames: (numbers, name)
     for name in os.listdir(folder):
@@ -302,9 +299,8 @@ def _decode(container, stream, times, duration):
 def _decode_needed(codec, packets, wanted):
     """Decode the frames with the time stamps `wanted`: {time stamp: frame}. Any exception if in doubt.
 
-    Go backward to find the packets that these depend on: those between the last wanted frame and the next keyframe are
-    not needed. Decoding starts again at a keyframe unless a wanted frame is shown before it (open group of pictures):
-    that one also depends on packets before the keyframe.
+    Go backward to find the packets that these depend on. Those between the last wanted frame and the next keyframe are
+    not needed. Decoding starts again at a keyframe, unless a wanted frame is shown before it (open group of pictures).
     """
     needed, earliest = [], math.inf  # earliest: time stamp of the first wanted frame since decoding starts
     for packet in reversed(packets):
@@ -340,7 +336,7 @@ def _decode_needed(codec, packets, wanted):
 
 def _to_rgb(frames, crop, resolution):
     """Convert decoded frames to RGB, uint8 (T, 3, H, W), upright, cropped and scaled."""
-    height, width = upright(frames[0])[0]
+    (height, width), _ = upright(frames[0])
     box = crop(height, width) if crop else (0, 0, height, width)
     out = np.empty((len(frames), 3, resolution or box[2], resolution or box[3]), np.uint8)
     for t, picture in enumerate(convert(frames, box, out.shape[2:], "gbrp")):
