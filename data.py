@@ -112,8 +112,7 @@ def read_manifest(path, num_classes=None):
     except UnicodeDecodeError as error:
         number = error.object.count(b"\n", 0, error.start) + 1
         raise ValueError(f"{path} line {number}: not UTF-8; a manifest is a text of 'path label' lines") from error
-    for number, line in enumerate(text.split("\n"), start=1):
-        line = line.strip()
+    for number, line in enumerate(map(str.strip, text.split("\n")), start=1):
         if not line:
             continue
         name, _, label = line.rpartition(" ")

@@ -228,6 +228,15 @@ def test_a_worker_that_dies_or_hangs_is_reported_with_its_video(fault, message, 
         next(loader)
 
 
+def test_a_worker_that_is_dead_before_it_is_asked_is_reported(workers):
+    loader = data.clip_loader(data.Synthetic(2, 16), ([n] for n in range(20)), 2)
+    next(loader)
+    os.kill(workers[0].pid, signal.SIGKILL)
+    os.waitid(os.P_PID, workers[0].pid, os.WEXITED | os.WNOWAIT)
+    with pytest.raises(data.LoaderFailed, match=r"died \(status or signal 9\)$"):
+        list(loader)
+
+
 def test_signals_to_a_whole_run_leave_its_workers_alone(workers):
     loader = data.clip_loader(data.Synthetic(2, 16), ([n] for n in range(10)), 2)
     next(loader), next(loader)  # both have started
