@@ -200,7 +200,7 @@ def test_copy_writes_a_manifest_and_resumes(videos, capfd, monkeypatch):
         assert not os.path.exists(f"{copy}.tmp") and at == os.stat(videos / "copy" / "a.mp4").st_mtime_ns
         copy.unlink()
     run_script(transcode, *flags, "--short-side", 16)
-    assert read_clip(copy, 1, 1, 0).shape == (1, 3, 16, 16)
+    assert read_clip(videos / "copy" / "a.mp4", 1, 1, 0).shape == (1, 3, 16, 16)
 
 
 def test_full_disk_stops_the_command_and_marks_no_video_as_bad(videos, monkeypatch, capfd):
