@@ -8,9 +8,9 @@ Letters: B clips, T frames, H and W pixels. A manifest is V-JEPA's: one "path la
 with paths relative to the manifest. Pretraining needs no labels.
 """
 
-import array
 import codecs
 import collections
+import contextlib
 import functools
 import itertools
 import math
@@ -35,8 +35,8 @@ from synthetic import synthetic_clips
 from video import BadVideo, center_crop, random_crop
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as V-JEPA
-INTEGER = re.compile(rb"-?[0-9]{1,9}")
-OTHER_FORMAT = re.compile(rb'\.[a-z]\w{1,3}"?[,;\t ]\s*-?[0-9.]*$', re.IGNORECASE)  # "v.mp4,1" or "v.mp4 300"
+INTEGER = re.compile("-?[0-9]{1,9}")
+OTHER_FORMAT = re.compile(r'\.[a-z]\w{1,3}"?[,;\t ]\s*-?[0-9.]*$', re.IGNORECASE)  # "v.mp4,1" or "v.mp4 300"
 MAX_REPLACEMENTS = 1000  # give up on a sample after this many unreadable replacements
 TIMEOUT = 600  # seconds to wait for a loader worker
 
@@ -84,66 +84,51 @@ def denormalize(clips):
 # manifests and sources
 
 
-class Paths:
+class _Paths:
     """A sequence of paths as one string of bytes, so that forked loader workers share its memory.
 
     They would copy a list of strings, because reading a Python object writes its reference count.
     """
 
-    def __init__(self, text, lengths):
-        self.text, self.lengths, self.ends = text, lengths, np.cumsum(lengths, dtype=np.int64)
+    def __init__(self, paths):
+        encoded = [path.encode() for path in paths]
+        self.text, self.bounds = b"".join(encoded), np.cumsum([0, *map(len, encoded)])
 
     def __len__(self):
-        return len(self.ends)
+        return len(self.bounds) - 1
 
     def __getitem__(self, line):
-        end = self.ends[line]
-        return self.text[end - self.lengths[line] : end].decode()
+        return self.text[self.bounds[line] : self.bounds[line + 1]].decode()
 
 
 def read_manifest(path, num_classes=None):
-    """Read a manifest: (`Paths`, int32 array of labels); the label is -1 where a line has none.
+    """Read a manifest: its paths and their labels, two lists; the label is -1 where a line has none.
 
     With num_classes, each line needs a label from 0 to num_classes - 1. OSError; ValueError naming the file and line.
     """
-
-    def error(what):
-        return ValueError(f"{path} line {number}: {what}: {line[:200].decode(errors='replace')!r}")
-
-    folder, text, lengths, labels = os.fsencode(Path(path).parent), bytearray(), array.array("i"), array.array("i")
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            line = (line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).strip()
-            if not line:
-                continue
-            try:
-                line.isascii() or line.decode()
-            except UnicodeDecodeError as cause:
-                raise error("not UTF-8; a manifest is a text of 'path label' lines") from cause
-            name, _, label = line.rpartition(b" ")
-            if not name or not INTEGER.fullmatch(label):
-                name, label = line, b"-1"
-            name = name.strip().strip(b'"')
-            name = name if name.startswith(b"/") else folder + b"/" + name
-            if num_classes and not 0 <= int(label) < num_classes:
-                raise error(f"a label from 0 to {num_classes - 1} is needed")
-            if OTHER_FORMAT.search(name) and not os.path.exists(name):
-                raise error("no such file; a path, and after a space an integer label or nothing, is expected")
-            text += name
-            lengths.append(len(name))
-            labels.append(int(label))
-    if not labels:
+    paths, labels, folder, content = [], [], f"{Path(path).parent}/", Path(path).read_bytes()
+    try:
+        text = content.removeprefix(codecs.BOM_UTF8).decode()
+    except UnicodeDecodeError as error:
+        number = error.object.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path} line {number}: not UTF-8; a manifest is a text of 'path label' lines") from error
+    for number, line in enumerate(map(str.strip, text.split("\n")), start=1):
+        if not line:
+            continue
+        name, _, label = line.rpartition(" ")
+        name, label = (name, int(label)) if name and INTEGER.fullmatch(label) else (line, -1)
+        name = name.strip().strip('"')
+        name = name if name.startswith("/") else folder + name
+        if num_classes and not 0 <= label < num_classes:
+            raise ValueError(f"{path} line {number}: a label from 0 to {num_classes - 1} is needed: {line[:200]!r}")
+        if OTHER_FORMAT.search(name) and not os.path.exists(name):
+            what = "no such file; a path, and after a space an integer label or nothing, is expected"
+            raise ValueError(f"{path} line {number}: {what}: {line[:200]!r}")
+        paths.append(name)
+        labels.append(label)
+    if not paths:
         raise ValueError(f"{path} names no videos")
-    return Paths(text, np.frombuffer(lengths, np.int32)), np.frombuffer(labels, np.int32)
-
-
-def write_manifest(path, lines):
-    """Write a list of (path, label) as a manifest, and its folder if needed. OSError if that fails."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")  # renamed when it is complete
-    temporary.write_text("".join(f"{name} {label}\n" for name, label in lines), "utf-8")
-    temporary.replace(path)
-    print(f"{path}: {len(lines):,} lines")
+    return paths, labels
 
 
 class Manifest:
@@ -165,8 +150,7 @@ class Manifest:
         if fps is not None and not 0 < fps < math.inf:
             raise ValueError(f"--fps {fps}: must be positive")
         paths, labels = zip(*(read_manifest(m, num_classes) for m in manifests), strict=True)
-        self.paths = Paths(b"".join(p.text for p in paths), np.concatenate([p.lengths for p in paths]))
-        self.labels = np.concatenate(labels)
+        self.paths, self.labels = _Paths(itertools.chain(*paths)), np.array([*itertools.chain(*labels)], np.int32)
         self.bounds = np.cumsum([0, *map(len, paths)])  # manifest m has the lines from bounds[m] to bounds[m + 1] - 1
         self.shuffled, weights = not weights, weights or [len(p) for p in paths]
         self.weights = np.array(weights) / sum(weights)
@@ -264,16 +248,15 @@ def note_reading(line):
 _Worker = collections.namedtuple("_Worker", "pid pipe reading")  # reading: its `_reading`, in shared memory
 
 
-def _start_worker(source, number_lists):
-    """Fork a process that makes these batches, at most two ahead of those that were received, until its pipe is closed.
+def _start_worker(source):
+    """Fork a process that makes the batches whose sample numbers are sent to it, until its pipe is closed.
 
-    Clips are handed over in a memfd. torch's DataLoader takes /dev/shm, of which Docker gives only 64 MB.
+    It hands clips over in a memfd: a pipe would copy them twice, and in Docker, /dev/shm has only 64 MB.
     """
     global _reading
     reading, (ours, pipe) = np.frombuffer(mmap.mmap(-1, 8), np.int64), multiprocessing.Pipe()
     reading[0] = -1
-    pid = os.fork()
-    if pid:
+    if pid := os.fork():
         return _Worker(pid, ours, reading)
     try:
         _reading = reading
@@ -281,22 +264,17 @@ def _start_worker(source, number_lists):
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # a run that is stopped finishes its step first
             signal.signal(number, signal.SIG_IGN)
         torch.set_num_threads(1)
-        for count, numbers in enumerate(number_lists):
-            if count >= 2:
-                pipe.recv_bytes()  # another batch has been received
+        while True:
             try:
-                batch = source.batch(numbers)
+                batch = source.batch(pipe.recv())
             except BadVideo as error:
                 pipe.send(error)
                 continue
             with open(os.memfd_create("clips"), "wb") as file:
                 file.write(batch.clips.contiguous().numpy())
                 file.flush()
-                pipe.send_bytes(pickle.dumps((batch._replace(clips=None), batch.clips.shape)))
+                pipe.send_bytes(pickle.dumps(batch._replace(clips=batch.clips.shape)))
                 multiprocessing.reduction.send_handle(pipe, file.fileno(), None)
-        pipe.send(None)
-        while True:
-            pipe.recv_bytes()
     except (EOFError, ConnectionError):  # the pipe is closed
         pass
     except Exception:
@@ -306,19 +284,16 @@ def _start_worker(source, number_lists):
 
 
 def _receive(worker, source):
-    """The next batch of a worker, None at the end. BadVideo; LoaderFailed if the worker has died or hangs."""
+    """The next batch of a worker. BadVideo; LoaderFailed if the worker has died or hangs."""
     try:
         if worker.pipe.poll(TIMEOUT):
-            found = worker.pipe.recv()
-            if isinstance(found, BadVideo):
-                raise found
-            if found:
-                batch, shape = found
-                file = multiprocessing.reduction.recv_handle(worker.pipe)
-                found = batch._replace(clips=torch.frombuffer(mmap.mmap(file, 0), dtype=torch.uint8).view(shape))
-                os.close(file)
-                worker.pipe.send_bytes(b"received")
-            return found
+            batch = worker.pipe.recv()
+            if isinstance(batch, BadVideo):
+                raise batch
+            file = multiprocessing.reduction.recv_handle(worker.pipe)
+            clips = torch.frombuffer(mmap.mmap(file, 0), dtype=torch.uint8).view(batch.clips)
+            os.close(file)
+            return batch._replace(clips=clips)
         how = f"made no batch for {TIMEOUT} seconds"
     except (EOFError, ConnectionError):
         how = f"died (status or signal {os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT).si_status})"
@@ -327,16 +302,21 @@ def _receive(worker, source):
 
 
 def _receive_all(source, number_lists, num_workers):
-    """The batches in order. Worker w of W makes every W-th batch, from the w-th on."""
-    workers = []
+    """The batches in order. Worker w of W makes every W-th batch, from the w-th on, at most two ahead."""
+    workers, asked = [], collections.deque()
     try:
-        for first in range(num_workers):
-            workers.append(_start_worker(source, itertools.islice(number_lists, first, None, num_workers)))
-        for worker in itertools.cycle(workers):
-            batch = _receive(worker, source)
-            if batch is None:
+        for _ in range(num_workers):
+            workers.append(_start_worker(source))
+        requests = zip(itertools.cycle(workers), number_lists, strict=False)
+        while True:
+            # Two per worker while the batch that is received now is used.
+            for worker, numbers in itertools.islice(requests, 2 * num_workers + 1 - len(asked)):
+                asked.append(worker)
+                with contextlib.suppress(ConnectionError):  # a worker that has died: `_receive` will report it
+                    worker.pipe.send(numbers)
+            if not asked:
                 return
-            yield batch
+            yield _receive(asked.popleft(), source)
     finally:
         for worker in workers:
             worker.pipe.close()
@@ -349,15 +329,12 @@ def clip_loader(source, number_lists, workers=0):
 
     On a GPU, clips are in pinned memory. LoaderFailed if a worker dies or makes no batch for TIMEOUT seconds.
     """
-    batches = _receive_all(source, number_lists, workers) if workers else map(source.batch, number_lists)
-    while True:
-        started = time.perf_counter()
-        batch = next(batches, None)
-        if batch is None:
-            return
+    started = time.perf_counter()
+    for batch in _receive_all(source, number_lists, workers) if workers else map(source.batch, number_lists):
         if torch.cuda.is_initialized():
             batch = batch._replace(clips=batch.clips.pin_memory())
-        yield batch._replace(waited=time.perf_counter() - started) if isinstance(batch, Batch) else batch
+        yield batch._replace(waited=time.perf_counter() - started)
+        started = time.perf_counter()
 
 
 def clip_source(args):
@@ -365,11 +342,8 @@ def clip_source(args):
     seed = stream_seed("data", args.stage, args.seed)
     if not args.data:
         return Synthetic(args.num_frames, args.resolution, seed)
-    shape, options = (
-        (args.num_frames, args.frame_step, args.resolution),
-        {"weights": args.data_weights, "fps": args.fps},
-    )
-    return Manifest(args.data, *shape, seed, **options)
+    shape = args.num_frames, args.frame_step, args.resolution
+    return Manifest(args.data, *shape, seed, weights=args.data_weights, fps=args.fps)
 
 
 def micro_batch_indices(args):

@@ -222,12 +222,6 @@ class Videos(data.Manifest):
         self.segments, self.views = args.segments, 1 if train else args.views
         self.side = SINGLE_VIEW_SIDE if args.views == 1 else 1  # of the views, as a fraction of the short side
 
-    def batch(self, numbers):
-        """The videos of the samples with these numbers."""
-        clips, labels, skipped, paths = zip(*map(self.sample, numbers), strict=True)
-        labels, replaced = torch.tensor(labels).unsqueeze(1), sum(map(bool, skipped))
-        return data.Batch(torch.stack(clips), labels, list(itertools.chain(*skipped)), replaced, list(paths))
-
     def sample(self, number):
         """One video: (clips (V, S, 3, T, H, W) uint8, label, "path: reason" of each unreadable video, path)."""
         skipped = []

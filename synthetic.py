@@ -11,6 +11,7 @@ import torch
 
 MOTIONS = ("right", "up-right", "up", "up-left", "left", "down-left", "down", "down-right")
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+PROPERTIES = ("permanence", "shape", "continuity")  # of physics pairs, as in IntPhys O1, O2, O3
 TAU = 2 * math.pi
 ANGLES = 360  # angles at which `shape_outlines` gives the radius
 FLICKER, GRAIN = 0.1, 0.04  # largest change of brightness; standard deviation of the noise
@@ -81,10 +82,9 @@ def synthetic_clips(seed, numbers, num_frames, resolution):
     """Render the clips with these numbers: a bright textured shape that moves over a smooth moving background.
 
     The shape moves in one of 8 directions; its speed, size, angle, position and texture vary from clip to clip. What
-    leaves the frame on one side comes back on the other. The background (camera motion) moves independently. Colors
-    vary from clip to clip, brightness flickers a little from frame to frame, and there is film grain. Positions are
-    uniform, so a single frame does not reveal the motion, and colors do not reveal the shape. The shape moves
-    0.28 to 0.42 frame widths in a clip, so that its direction shows only over many frames.
+    leaves the frame on one side comes back on the other. The background (camera motion) moves independently. Brightness
+    flickers a little from frame to frame, and there is film grain. Positions are uniform and colors independent of the
+    shape, so that a single frame does not reveal the motion. A clip's direction shows only over many frames.
 
     numbers: (B,) int64; its device renders. Returns clips (B, 3, T, S, S) uint8 and labels (B, 2) int64: the motion and
     the shape, independent of each other, as indices of MOTIONS and SHAPES.
@@ -161,12 +161,6 @@ def _grain(count, device):
     return noise.to(device).unfold(0, count, 1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# physics pairs
-
-PROPERTIES = ("permanence", "shape", "continuity")  # as in IntPhys O1, O2, O3
-
-
 def synthetic_pair(seed, number, num_frames, resolution):
     """Render built-in pair `number`: a shape that moves to the right over a textured background.
 
@@ -177,7 +171,7 @@ def synthetic_pair(seed, number, num_frames, resolution):
     shape       it turns into another shape
     continuity  it jumps up or down
 
-    Returns the property, and the possible and the impossible video, (T, 3, S, S) uint8, identical until the event.
+    Returns the property, and the possible and the impossible video, (T, 3, S, S) uint8.
     """
     T, property = num_frames, PROPERTIES[number % len(PROPERTIES)]
     numbers = torch.tensor([number, number])  # two equal scenes, (2, 3, T, S, S)

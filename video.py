@@ -6,14 +6,10 @@ With `frame_step`, a clip shows every frame_step-th frame in the order of presen
 Decoding is what costs time, so `read_clips` tries two ways to get the frames:
 
 1. Fast (`_read_needed`): packets, the compressed frames, carry time stamps and can be listed without decoding them. So
-   choose the frames first, then decode only these and the frames they depend on, from the keyframe before them. This
-   relies on what the file says about itself. If something does not add up (no time stamps, a seek to the wrong place,
-   a frame that does not come out), it raises an exception.
-2. Careful (`_read_all`): decode the whole video and choose among the frames that come out. Slow, but works for every
-   file that FFmpeg can decode. Used only if the fast way fails.
-
-To find frame number n, the fast way trusts the header's frame rate only if the file's index has evenly spaced time
-stamps. Otherwise it lists the time stamps of all packets, for which it has to read the whole file (see `_timeline`).
+   choose the frames first, then decode only these and the frames they depend on, from the keyframe before them. If
+   what the file says about itself does not add up, such as a seek to the wrong place, it raises an exception.
+2. Careful (`_read_all`), if the fast way fails: decode the whole video and choose among the frames that come out. Slow,
+   but works for every file that FFmpeg can decode.
 
 Letters: T frames, H and W pixels. Time stamps are integers in the unit of the video stream (`_Timeline.unit` seconds).
 """
@@ -53,14 +49,12 @@ def read_clips(path, num_frames, frame_step, places, fps=None, crops=None, resol
 
     A clip has num_frames frames that are frame_step frames apart, or, with fps, 1 / fps seconds. A place in [0, 1]
     positions the clip in the video: 0 first possible, 0.5 middle, 1 last. If the video is too short, the clip repeats
-    its last wanted frame. An image is a video of one frame; a folder of numbered images is a video, too (see
-    `list_frames`). Frames are turned upright by their metadata. Alpha is dropped.
+    its last wanted frame. An image is a video of one frame; a folder of numbered images is a video, too. Frames are
+    turned upright by their metadata. Alpha is dropped. BadVideo if nothing can be decoded.
 
     crops: one function per clip, (height, width) -> (top, left, height, width), the box that is cut out and scaled to
     resolution x resolution (bilinear, antialiased). Default: whole frames in their own size. Where color is subsampled,
     as in most videos, FFmpeg rounds the box down to even numbers.
-
-    BadVideo if nothing can be decoded.
     """
     with bad_video(path):
         if is_folder(path):
@@ -70,17 +64,10 @@ def read_clips(path, num_frames, frame_step, places, fps=None, crops=None, resol
         else:
             try:
                 clips = _read_needed(path, num_frames, frame_step, places, fps)
-            except BadVideo:
-                raise
             except Exception:  # damaged files raise anything in PyAV
                 clips = _read_all(path, num_frames, frame_step, places, fps)
         crops = crops or [None] * len(places)
         return [_to_rgb(frames, crop, resolution) for frames, crop in zip(clips, crops, strict=True)]
-
-
-def read_clip(path, num_frames, frame_step, place, fps=None):
-    """Read one clip of whole frames; see `read_clips`."""
-    return read_clips(path, num_frames, frame_step, [place], fps)[0]
 
 
 @contextlib.contextmanager
@@ -96,53 +83,47 @@ def bad_video(path):
 
 
 def is_folder(path):
-    """Whether the path is a folder (True) or a regular file (False). BadVideo if it is neither.
-
-    Opening a FIFO blocks until another process writes to it, and a device may never end.
-    """
+    """Whether the path is a folder. BadVideo if it is no regular file either: opening a FIFO blocks."""
     with bad_video(path):
-        try:
-            mode = os.stat(path).st_mode
-        except FileNotFoundError as error:
-            raise BadVideo(f"{path}: no such file") from error
+        mode = os.stat(path).st_mode
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         raise BadVideo(f"{path}: a special file, not a regular one")
     return stat.S_ISDIR(mode)
 
 
 def is_clutter(name):
-    """Whether a file or folder is hidden or left behind by an operating system: .DS_Store, ._video.mp4, __MACOSX."""
+    """Whether a file or folder is hidden or left behind by an operating system: ._video.mp4, __MACOSX."""
     return name.startswith(".") or name in CLUTTER
 
 
 def list_frames(folder):
     """The paths of the images in a folder that is a video, in the order of all numbers in their names.
 
-    Leaves out clutter and names without a number. BadVideo if there are no images, if their names differ in more than
-    the numbers, which may be pictures and their optical flow, or if two have the same numbers.
+    Leaves out clutter and names without a number. BadVideo if there are no images, if two have the same numbers, or if
+    their names differ in more than the numbers: these may be pictures and their optical flow.
     """
-    frames, patterns = {}, set()  # frames: the name for each tuple of numbers
-    for name in sorted(os.listdir(folder)):
+    frames, patterns = [], set()  # frames: (numbers, name)
+    for name in os.listdir(folder):
         stem, suffix = os.path.splitext(name)
-        numbers = tuple(map(int, re.findall("[0-9]+", stem)))
-        if suffix.lower() not in IMAGE_SUFFIXES or not numbers or is_clutter(name):
-            continue
-        patterns.add(re.sub("[0-9]+", "*", stem) + suffix.lower())
-        if len(patterns) > 1:
-            raise BadVideo(f"{folder}: the images have several name patterns: {', '.join(sorted(patterns))}")
-        if numbers in frames:
-            raise BadVideo(f"{folder}: {frames[numbers]} and {name} have the same number")
-        frames[numbers] = name
+        numbers = list(map(int, re.findall("[0-9]+", stem)))
+        if suffix.lower() in IMAGE_SUFFIXES and numbers and not is_clutter(name):
+            patterns.add(re.sub("[0-9]+", "*", stem) + suffix.lower())
+            frames.append((numbers, name))
     if not frames:
         raise BadVideo(f"{folder}: a folder without numbered images")
-    return [os.path.join(folder, frames[numbers]) for numbers in sorted(frames)]
+    if len(patterns) > 1:
+        raise BadVideo(f"{folder}: the images have several name patterns: {', '.join(sorted(patterns)[:5])}")
+    frames.sort()
+    for (numbers, name), (others, other) in itertools.pairwise(frames):
+        if numbers == others:
+            raise BadVideo(f"{folder}: {name} and {other} have the same number")
+    return [os.path.join(folder, name) for _, name in frames]
 
 
 def read_image(path):
     """The decoded frame of an image. BadVideo if there is none."""
     with bad_video(path):
-        if is_folder(path):
-            raise BadVideo(f"{path}: a folder, not an image")
+        is_folder(path)  # raises BadVideo if it is a special file
         with open_container(path) as container:
             for frame in container.decode(video_stream(path, container)):
                 return frame
@@ -155,10 +136,7 @@ def open_container(path, **options):
 
 
 def video_stream(path, container):
-    """The first video stream of an open file, to be decoded in this thread. BadVideo if none can be decoded.
-
-    A cover, as in files of music, is an attached picture, not a video.
-    """
+    """The first video stream of an open file that is no cover, to be decoded in this thread. BadVideo if none."""
     streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
     if not streams:
         raise BadVideo(f"{path}: no video stream")
@@ -247,13 +225,12 @@ def _read_all(path, num_frames, frame_step, places, fps):
         raise BadVideo(f"{path}: no frame can be decoded")
     if None in shown or any(a >= b for a, b in itertools.pairwise(shown)):  # useless time stamps: number the frames
         shown, unit = np.arange(len(shown)), 1 / rate if rate else None
-    timeline = _Timeline.from_time_stamps(shown, unit)
-    clips = timeline.clip_times(path, num_frames, frame_step, places, fps)
-    clips = [(np.searchsorted(timeline.shown, clip, side="right") - 1).tolist() for clip in clips]
+    clips = _Timeline.from_time_stamps(shown, unit).clip_times(path, num_frames, frame_step, places, fps)
+    clips = [(np.searchsorted(shown, clip, side="right") - 1).tolist() for clip in clips]
     wanted = set(itertools.chain(*clips))
     with open_container(path) as container:
-        stream = video_stream(path, container)
-        frames = {n: frame for n, frame in enumerate(container.decode(stream)) if n in wanted}
+        decoded = enumerate(container.decode(video_stream(path, container)))
+        frames = {n: frame for n, frame in decoded if n in wanted}
     return [[frames[n] for n in clip] for clip in clips]
 
 
@@ -279,7 +256,7 @@ def _timeline(container, stream, fps):
     """The timeline that the file's header states, else that of its packets.
 
     The header states only the average frame rate. That is enough for `fps`, which is about times, and for a constant
-    frame rate, which the index of mp4, mov and avi files shows without reading the file. Other files are read.
+    frame rate, which the index of mp4, mov and avi files shows. To list the packets of others, the whole file is read.
     """
     rate = stream.average_rate or stream.guessed_rate
     if stream.frames and rate:
@@ -294,9 +271,8 @@ def _is_evenly_spaced(stream, duration):
     """Whether the index has all frames of the stream, each within a quarter of a frame of n * duration.
 
     An index has decoding times. Encoders derive these from the times of presentation, so that both have the same gaps.
-    Frames cut by an edit list, and an avi file's empty ones, do not count.
     """
-    entries = stream.index_entries
+    entries = stream.index_entries  # of edited mp4 files some are cut (discard), of avi files some empty (size 0)
     times = np.array([entry.timestamp for entry in entries if entry.size and not entry.is_discard])
     if not len(times) == len(entries) == stream.frames:
         return False
@@ -323,9 +299,8 @@ def _decode(container, stream, times, duration):
 def _decode_needed(codec, packets, wanted):
     """Decode the frames with the time stamps `wanted`: {time stamp: frame}. Any exception if in doubt.
 
-    Go backward to find the packets that these depend on: those between the last wanted frame and the next keyframe are
-    not needed. Decoding starts again at a keyframe unless a wanted frame is shown before it (open group of pictures):
-    that one also depends on packets before the keyframe.
+    Go backward to find the packets that these depend on. Those between the last wanted frame and the next keyframe are
+    not needed. Decoding starts again at a keyframe, unless a wanted frame is shown before it (open group of pictures).
     """
     needed, earliest = [], math.inf  # earliest: time stamp of the first wanted frame since decoding starts
     for packet in reversed(packets):
@@ -361,7 +336,7 @@ def _decode_needed(codec, packets, wanted):
 
 def _to_rgb(frames, crop, resolution):
     """Convert decoded frames to RGB, uint8 (T, 3, H, W), upright, cropped and scaled."""
-    height, width = upright(frames[0])[0]
+    (height, width), _ = upright(frames[0])
     box = crop(height, width) if crop else (0, 0, height, width)
     out = np.empty((len(frames), 3, resolution or box[2], resolution or box[3]), np.uint8)
     for t, picture in enumerate(convert(frames, box, out.shape[2:], "gbrp")):

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from model import load_checkpoint
+from video import read_clips
 
 os.environ["OMP_NUM_THREADS"] = "1"  # for loader workers and subprocesses
 torch.set_num_threads(1)
@@ -86,6 +87,11 @@ def set_matrix(path, matrix):
     at = content.index(old, content.index(b"tkhd"))
     path.write_bytes(content[:at] + new + content[at + len(old) :])
     return path
+
+
+def read_clip(path, num_frames, frame_step, place, fps=None):
+    """Read one clip of whole frames."""
+    return read_clips(path, num_frames, frame_step, [place], fps)[0]
 
 
 def flat(value, size=32):

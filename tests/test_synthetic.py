@@ -5,7 +5,7 @@ import math
 import torch
 
 import physics
-from synthetic import PROPERTIES, SHAPES, synthetic_clips, synthetic_pair, uniforms
+from synthetic import PROPERTIES, synthetic_clips, synthetic_pair, uniforms
 
 
 def test_uniforms_are_uniform_independent_and_depend_only_on_seed_and_number():
@@ -21,12 +21,6 @@ def test_uniforms_are_uniform_independent_and_depend_only_on_seed_and_number():
     assert torch.equal(uniforms(7, torch.tensor([3000, 5]), 64), u[[3000, 5]])
     for seed in (8, 7 + 2**31):
         assert (uniforms(seed, torch.arange(n), 64) == u).float().mean() < 1e-3
-
-
-def test_labels_are_uniform_and_independent():
-    motion, shape = synthetic_clips(0, torch.arange(4800), 1, 2)[1].unbind(1)
-    table = torch.bincount(motion * len(SHAPES) + shape, minlength=8 * 6).float()
-    assert ((table - 100).square() / 100).sum() < 83  # chi-square with 47 degrees of freedom: 99.9%
 
 
 def test_clips_are_the_ones_of_all_earlier_runs():
@@ -60,17 +54,15 @@ def test_motion_label_is_the_direction_of_the_shapes():
 
 
 def test_pairs_are_identical_until_the_event_and_differ_from_each_other():
-    firsts = []
+    firsts = set()
     for number in range(12):
         property, possible, impossible = synthetic_pair(0, number, 24, 32)
         assert property == PROPERTIES[number % 3] and possible.shape == impossible.shape == (24, 3, 32, 32)
         event = physics.shared_frames(possible, impossible)
-        assert 8 <= event < 16
         changed = (possible[event:].int() - impossible[event:].int()).abs().amax((1, 2, 3))
-        assert changed.min() > 40  # visible in each frame from the event on
-        firsts.append(possible[0])
-    assert len({tuple(first.flatten().tolist()) for first in firsts}) == 12
-    assert torch.equal(synthetic_pair(0, 11, 24, 32)[1][0], firsts[-1])
+        assert 8 <= event < 16 and changed.min() > 40  # visible in each frame from the event on
+        firsts.add(tuple(possible[0].flatten().tolist()))
+    assert len(firsts) == 12
 
 
 def object_rows(video):

@@ -487,7 +487,7 @@ def test_unreadable_videos_are_counted_and_too_many_end_the_run(bad, fails, tmp_
     counted = [n for (n,) in read_metrics(tmp_path / "run", "bad_videos")]
     assert counted == ([2, 4, 6] if fails else [1, 2, 3, 4, 5])  # a step draws each of the 25 videos once
     *reported, last = capfd.readouterr().err.splitlines() + [""] * (not fails)
-    assert len(reported) == bad and "missing0.png: no such file" in "".join(reported)  # reported once
+    assert len(reported) == bad and "missing0.png: No such file" in "".join(reported)  # reported once
     assert ("8 of 100 samples are unreadable, more than --max-bad 5%" in last) == fails
 
 
@@ -500,7 +500,7 @@ def test_a_manifest_of_unreadable_videos_ends_the_run(workers, tmp_path, capfd, 
     with pytest.raises(SystemExit, match="2"):
         training._exception_hook(BadVideo, error.value, None)
     printed = capfd.readouterr().err
-    assert "unreadable, and no other video to replace it: " in printed and printed.endswith(".mp4: no such file\n")
+    assert "no other video to replace it: " in printed and printed.endswith(".mp4: No such file or directory\n")
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, capfd):

@@ -1,6 +1,5 @@
 """Clips hold exactly the frames they should, from any file that FFmpeg can decode; what they cannot read they name."""
 
-import contextlib
 import os
 import types
 from fractions import Fraction
@@ -12,16 +11,15 @@ import PIL.ImageOps
 import pytest
 import torch
 from av.stream import Disposition
-from conftest import SHARED_DATA, frame_numbers, numbered, set_matrix, write_images, write_video
+from conftest import SHARED_DATA, frame_numbers, numbered, read_clip, set_matrix, write_images, write_video
 from torchvision.transforms import v2
 
 import video
-from video import BadVideo, read_clip, read_clips
+from video import BadVideo, read_clips
 
 # Containers with and without an index; with and without B-frames; short and long groups of pictures; odd time stamps.
 VIDEOS = {
     "keyframes only.mp4": dict(gop=1),
-    "gop 12.mp4": dict(gop=12),
     "b-frames.mp4": dict(gop=12, bframes=3),
     "long gop.mp4": dict(gop=250, bframes=2),
     "ntsc.mp4": dict(gop=30, bframes=2, rate="30000/1001"),
@@ -53,10 +51,6 @@ def gradients(height, width):
     """A smooth RGB image (H, W, 3) that differs everywhere."""
     y, x = np.mgrid[:height, :width] / 10
     return (128 + 100 * np.sin(np.stack((x * y / 3, x + y, x * x / 8), -1))).astype(np.uint8)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# which frames
 
 
 def test_clips_have_exactly_the_wanted_frames(sample, monkeypatch):
@@ -122,19 +116,6 @@ def test_files_with_a_constant_frame_rate_are_not_read_as_a_whole(tmp_path, monk
         assert bool(listed) == is_read, (name, gap)  # a mkv file has no index of all frames
 
 
-@pytest.mark.parametrize("times, expected", [
-    ([0, 10, 20, 30], True), ([5, 15, 25, 35], True), ([0, 12, 19, 31], True), ([0, 10, 20, 33], False),
-    ([0, 20, 30, 40], False), ([0, 10, 20], False), ([0, 10, 20, 30, 40], False),
-])  # fmt: skip
-def test_evenly_spaced_up_to_a_quarter_of_a_frame(times, expected):
-    """Cameras jitter a little; a grid of frames is still exact."""
-    entries = [types.SimpleNamespace(timestamp=time, size=1, is_discard=False) for time in times]
-    stream = types.SimpleNamespace(frames=4, index_entries=entries)
-    assert video._is_evenly_spaced(stream, duration=10.0) == expected
-    entries[2].size = 0
-    assert not video._is_evenly_spaced(stream, duration=10.0)
-
-
 def test_fps_goes_by_time(tmp_path):
     """50 frames in the time of 60, none between 20 and 30: with fps, the last frame before the gap repeats."""
     pts = [n for n in range(60) if not 20 <= n < 30]
@@ -144,7 +125,7 @@ def test_fps_goes_by_time(tmp_path):
     assert all(abs(n - 2 * i) <= 1 for i, n in enumerate(shown) if not 20 <= 2 * i < 30)
 
 
-@pytest.mark.parametrize("rate", [24, 25, 30, 60])
+@pytest.mark.parametrize("rate", [24, 60])
 def test_fps_shows_the_same_times_at_any_frame_rate(tmp_path, rate):
     """Up to half a frame."""
     path = write_video(tmp_path / "v.mp4", map(numbered, range(3 * rate)), rate=rate)
@@ -152,10 +133,6 @@ def test_fps_shows_the_same_times_at_any_frame_rate(tmp_path, rate):
     assert np.abs(shown - np.arange(8) / 5).max() <= 0.5 / rate + 1e-9
     last = frame_numbers(read_clip(path, 8, None, 1, fps=5))
     assert abs(last[-1] - (3 * rate - 1)) <= 1 and last[-1] - last[0] == round(7 / 5 * rate)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# folders of images
 
 
 @pytest.mark.parametrize("name", ["{}.png", "{}.00000.jpg", "frame{}.JPG", "img_{:05}_3.Jpeg"])
@@ -183,59 +160,38 @@ def test_folders_that_are_no_video(tmp_path, names, reason):
         read_clip(tmp_path, 4, 1, 0)
 
 
-@pytest.mark.parametrize("name, expected", [
-    ("__MACOSX", True), ("._1.mp4", True), (".DS_Store", True), ("@eaDir", True), ("1.mp4", False), ("_1", False),
-])  # fmt: skip
-def test_clutter(name, expected):
-    assert video.is_clutter(name) == expected
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# what is decoded
-
-
 def test_only_needed_frames_are_decoded(tmp_path, monkeypatch):
-    """Not unwanted B-frames, nor the ends of groups of pictures. The clips equal those cut from the whole video."""
+    """Not unwanted B-frames, nor the ends of groups of pictures."""
     path = write_video(tmp_path / "v.mp4", map(numbered, range(LENGTH)), gop=30, bframes=3)
-    packets, decoded, decode = [], [], video._decode_needed
+    packets, decoded, decode_needed = [], [], video._decode_needed
 
-    def decode_needed(codec, *arguments):
-        spy = types.SimpleNamespace(name=codec.name, open=codec.open, flush_buffers=codec.flush_buffers)
+    class Codec:
+        def __init__(self, codec):
+            self.codec, self.name, self.open, self.flush_buffers = codec, codec.name, codec.open, codec.flush_buffers
 
-        def decode_and_note(packet):
+        def decode(self, packet):
             packets.append(packet)
-            codec.skip_frame = spy.skip_frame
-            frames = codec.decode(packet)
+            self.codec.skip_frame = self.skip_frame
+            frames = self.codec.decode(packet)
             decoded.extend(frame.pts // 512 for frame in frames)  # a frame lasts 512 time units
             return frames
 
-        spy.decode = decode_and_note
-        return decode(spy, *arguments)
-
-    monkeypatch.setattr(video, "_decode_needed", decode_needed)
+    monkeypatch.setattr(video, "_decode_needed", lambda codec, *args: decode_needed(Codec(codec), *args))
     assert frame_numbers(read_clip(path, 3, 21, 0)) == [0, 21, 42]  # 21 is a B-frame that no other depends on
     assert {0, 21, 30, 42} <= set(decoded) and not {19, *range(23, 30)} & set(decoded) and len(decoded) < 0.55 * 43
     assert len(packets) < 43 - 5
-    monkeypatch.undo()
-    whole = read_clip(path, LENGTH, 1, 0)
-    for first in range(LENGTH - 40):
-        clip = read_clip(path, 3, 20, (first + 0.5) / (LENGTH - 40))
-        assert torch.equal(clip, whole[[first, first + 20, first + 40]])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# from decoded frames to clips
-
-
-def test_reading_starts_no_threads(sample, monkeypatch):
+def test_reading_starts_no_threads(tmp_path, monkeypatch):
     def filter_graph(*arguments, make=video._filter_graph):
         graphs.append(make(*arguments))
         assert len(os.listdir("/proc/self/task")) == before
         return graphs[-1]
 
+    path = write_video(tmp_path / "v.mp4", map(numbered, range(9)))
     graphs, before = [], len(os.listdir("/proc/self/task"))
     monkeypatch.setattr(video, "_filter_graph", filter_graph)
-    assert len(read_clip(sample[0], 4, 1, 0.5)) == 4 and graphs
+    assert len(read_clip(path, 4, 1, 0.5)) == 4 and graphs
 
 
 @pytest.mark.parametrize("name, mode", [("x.png", "L"), ("x.png", "RGBA"), ("x.jpg", "RGB"), ("x.JPEG", "L")])
@@ -247,43 +203,27 @@ def test_images(tmp_path, name, mode):
     assert (clip.int() - image.int()).abs().max() < (1 if name == "x.png" else 30)
 
 
-# Display matrices (a, b, c, d), and what they make of a picture.
-MATRICES = {
-    (1, 0, 0, 1): lambda p: p,
-    (0, 1, -1, 0): lambda p: np.rot90(p, -1),
-    (-1, 0, 0, -1): lambda p: np.rot90(p, 2),
-    (0, -1, 1, 0): np.rot90,
-    (-1, 0, 0, 1): np.fliplr,
-    (1, 0, 0, -1): np.flipud,
-    (0, 1, 1, 0): lambda p: p.swapaxes(0, 1),
-    (0, -1, -1, 0): lambda p: np.rot90(p, 2).swapaxes(0, 1),
-}
+# Display matrices (a, b, c, d) that do to a picture what the EXIF orientations 1 to 8 do.
+MATRICES = [
+    (1, 0, 0, 1), (-1, 0, 0, 1), (-1, 0, 0, -1), (1, 0, 0, -1),
+    (0, 1, 1, 0), (0, 1, -1, 0), (0, -1, -1, 0), (0, -1, 1, 0),
+]  # fmt: skip
 BLOCKS = np.kron(np.random.default_rng(0).integers(0, 256, (4, 6, 1), np.uint8), np.ones((16, 16, 3), np.uint8))
 
 
-def assert_shows(path, expected):
-    clip = read_clip(path, 2, 1, 0)
-    assert clip.shape[2:] == expected.shape[:2]
-    assert (clip[1].permute(1, 2, 0).int() - torch.from_numpy(expected.copy()).int()).abs().float().mean() < 4
-
-
-@pytest.mark.parametrize("matrix", MATRICES, ids=str)
-def test_videos_are_turned_and_mirrored(tmp_path, matrix):
-    assert_shows(set_matrix(write_video(tmp_path / "v.mp4", [BLOCKS] * 3), matrix), MATRICES[matrix](BLOCKS))
-
-
-@pytest.mark.parametrize("suffix", ["jpg", "png"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_images_are_turned_and_mirrored(tmp_path, orientation, suffix):
-    """As Pillow does by their EXIF orientation."""
+def test_videos_and_images_are_turned_and_mirrored_as_pillow_does(tmp_path, orientation):
+    set_matrix(write_video(tmp_path / "v.mp4", [BLOCKS] * 3), MATRICES[orientation - 1])
+    (tmp_path / "folder").mkdir()
     exif = PIL.Image.Exif()
     exif[0x112] = orientation
-    (tmp_path / "folder").mkdir()
-    for path in (tmp_path / f"x.{suffix}", tmp_path / "folder" / f"1.{suffix}"):
-        PIL.Image.fromarray(BLOCKS).save(path, exif=exif, quality=98)
-    expected = np.asarray(PIL.ImageOps.exif_transpose(PIL.Image.open(path)))
-    assert_shows(tmp_path / f"x.{suffix}", expected)
-    assert_shows(tmp_path / "folder", expected)
+    for name in ("x.jpg", "x.png", "folder/1.jpg"):
+        PIL.Image.fromarray(BLOCKS).save(tmp_path / name, exif=exif, quality=98)
+    expected = np.array(PIL.ImageOps.exif_transpose(PIL.Image.open(tmp_path / "x.png")))
+    for name in ("v.mp4", "x.jpg", "x.png", "folder"):
+        clip = read_clip(tmp_path / name, 2, 1, 0)[1].permute(1, 2, 0)
+        assert clip.shape == expected.shape
+        assert (clip.int() - torch.from_numpy(expected).int()).abs().float().mean() < 4, name
 
 
 def test_crops_are_exact_and_antialiased(tmp_path):
@@ -326,64 +266,49 @@ def test_size_and_format_may_change_within_a_clip():
         assert (right[t, :, :, 2:].int() - value - 50).abs().max() < 3
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# bad and odd files
-
-
-def write_audio(path, cover=False, frames=()):
-    """Write an mp4 file of sound, of a video if there are frames, and of a cover, which becomes the first stream."""
+def write_audio(path, cover=False):
+    """Write an mp4 file of sound, with or without a cover."""
+    sound = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+    sound.rate = 44100
     with av.open(str(path), "w", format="mp4") as container:
-        streams = [container.add_stream("aac", rate=44100)]
-        content = [[av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")]]
-        content[0][0].rate = 44100
+        content = {container.add_stream("aac", rate=44100): sound}
         if cover:
-            streams.append(container.add_stream("png", rate=1, width=32, height=32, pix_fmt="rgb24"))
-            streams[-1].disposition = Disposition.attached_pic
-            content.append([av.VideoFrame.from_ndarray(numbered(255), format="rgb24")])
-        if frames:
-            streams.append(container.add_stream("libx264", rate=25, width=32, height=32, pix_fmt="yuv420p"))
-            content.append([av.VideoFrame.from_ndarray(frame, format="rgb24") for frame in frames])
-        for stream, stream_frames in zip(streams, content, strict=True):
-            for frame in (*stream_frames, None):
-                container.mux(stream.encode(frame))
-    if cover:  # move the box "udta", which has it, before the boxes of the streams
-        data = path.read_bytes()
-        at, track = data.rindex(b"udta") - 4, data.index(b"trak") - 4
-        end = at + int.from_bytes(data[at : at + 4], "big")
-        path.write_bytes(data[:track] + data[at:end] + data[track:at] + data[end:])
+            picture = container.add_stream("png", rate=1, width=32, height=32, pix_fmt="rgb24")
+            picture.disposition = Disposition.attached_pic
+            content[picture] = av.VideoFrame.from_ndarray(numbered(255), format="rgb24")
+        for stream, frame in content.items():
+            container.mux([*stream.encode(frame), *stream.encode()])
 
 
 def test_a_cover_is_no_video(tmp_path):
-    write_audio(tmp_path / "v.mp4", cover=True, frames=list(map(numbered, range(20))))
-    with av.open(str(tmp_path / "v.mp4")) as container:
-        assert container.streams.video[0].codec_context.name == "png"
-    assert frame_numbers(read_clip(tmp_path / "v.mp4", 4, 3, 0)) == [0, 3, 6, 9]
+    write_audio(tmp_path / "cover.mp4", cover=True)
+    path = write_video(tmp_path / "v.mp4", map(numbered, range(9)))
+    with av.open(str(tmp_path / "cover.mp4")) as sound, av.open(str(path)) as container:
+        streams = [*sound.streams.video, *container.streams.video]
+        both = types.SimpleNamespace(streams=types.SimpleNamespace(video=streams))
+        assert len(streams) == 2 and video.video_stream("v.mp4", both) is streams[1]
 
 
 def test_errors_name_the_file_and_the_reason(tmp_path):
     """Without opening what is no file: a FIFO would block."""
     good = write_video(tmp_path / "good.mp4", map(numbered, range(30))).read_bytes()
     contents = {
-        "empty.mp4": b"", "text.mp4": b"not a video\n" * 50, "cut.mp4": good[: len(good) // 2],
-        "unknown.mp4": good.replace(b"avc1", b"zzzz"), "no frame.gif": b"GIF89a" + bytes(7) + b";",
-        "empty.png": b"", "text.jpg": b"hello", "noise.mp4": np.random.default_rng(0).bytes(5000),
+        "empty.mp4": b"", "text.mp4": b"not a video\n" * 50, "cut.mp4": good[: len(good) // 2], "empty.png": b"",
+        "no frame.gif": b"GIF89a" + bytes(7) + b";", "unknown.mp4": good.replace(b"avc1", b"zzzz"),
     }  # fmt: skip
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
-    for folder in ("audio", "fifos"):
-        (tmp_path / folder).mkdir()
-    for name in ("audio.mp4", "audio.png", "audio/1.png"):
-        write_audio(tmp_path / name)
-    write_audio(tmp_path / "cover.mp4", cover=True)
+    (tmp_path / "fifos").mkdir()
     for name in ("fifo.mp4", "fifo.png", "fifos/1.png"):
         os.mkfifo(tmp_path / name)
-    (tmp_path / "loop.mp4").symlink_to("loop.mp4")
+    write_audio(tmp_path / "audio.mp4")
+    write_audio(tmp_path / "cover.mp4", cover=True)
     (tmp_path / "device.mp4").symlink_to("/dev/zero")
     reasons = {
         **dict.fromkeys((*contents, "null\0byte.mp4")), "unknown.mp4": "unknown codec, or encrypted",
-        **dict.fromkeys(("audio.mp4", "audio.png", "audio/1.png", "cover.mp4"), "no video stream"),
+        **dict.fromkeys(("audio.mp4", "cover.mp4"), "no video stream"),
         **dict.fromkeys(("fifo.mp4", "fifo.png", "fifos/1.png", "device.mp4"), "a special file, not a regular one"),
-        "loop.mp4": "Too many levels of symbolic links", "missing.mp4": "no such file", "missing.png": "no such file",
+        **dict.fromkeys(("missing.mp4", "missing.png"), "No such file or directory"),
     }  # fmt: skip
     for name, reason in reasons.items():
         with pytest.raises(BadVideo) as error:
@@ -399,20 +324,6 @@ def test_text_that_is_not_utf8_is_no_error(tmp_path):
     assert b"VideoHandler" in content
     path.write_bytes(content.replace(b"VideoHandler", b"Vid\xe4oHandler"))
     assert frame_numbers(read_clip(path, 4, 2, 0)) == [0, 2, 4, 6]
-
-
-def test_random_damage_is_a_bad_video_or_none(tmp_path):
-    """No other exception. (A longer run of this test found UnicodeDecodeError and IndexError in PyAV.)"""
-    rng = np.random.default_rng(0)
-    for name, codec in (("v.mp4", "libx264"), ("v.mkv", "libx264"), ("v.avi", "mpeg4"), ("v.ts", "libx264")):
-        path = write_video(tmp_path / name, map(numbered, range(12)), codec=codec)
-        good = np.frombuffer(path.read_bytes(), np.uint8)
-        for _ in range(15):
-            damaged = good.copy()
-            damaged[rng.integers(len(good), size=8)] = rng.integers(256, size=8)
-            path.write_bytes(damaged.tobytes())
-            with contextlib.suppress(BadVideo):
-                read_clip(path, 4, 2, 0.5)
 
 
 def test_unexpected_errors_name_their_type(tmp_path, monkeypatch):

@@ -35,8 +35,8 @@ from typing import NamedTuple
 import numpy as np
 
 from cli import Parser, fail, require_at_least, write_lines
-from data import read_manifest, write_manifest
-from tools.transcode import check_video, print_bad, work_through
+from data import read_manifest
+from tools.transcode import check_video, print_bad, work_through, write_manifest
 from video import IMAGE_SUFFIXES, is_clutter
 
 VIDEO_SUFFIXES = {".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".flv", ".mpg", ".mpeg", ".wmv", ".3gp", ".ts"}
@@ -594,7 +594,6 @@ def parse_args():
     flag("--unlabeled", action="store_true", help="subfolders are no classes: all labels are -1")
     flag("--workers", type=int, default=os.cpu_count(), help="number of processes that try to decode the videos")
     flag("--timeout", type=float, default=120, help="seconds after which a video counts as bad")
-    flag("--retry", action="store_true", help="try the videos again that were bad before")
     return parser.parse_args()
 
 

@@ -18,8 +18,6 @@ import multiprocessing
 import os
 import signal
 import sys
-import time
-from collections import Counter
 from fractions import Fraction
 from pathlib import Path
 
@@ -28,8 +26,8 @@ import pebble
 from av.video.reformatter import ColorRange
 
 import video
-from cli import Parser, Progress, duration, fail, require_at_least, write_atomically
-from data import read_manifest, write_manifest
+from cli import Parser, Progress, fail, require_at_least, write_lines
+from data import read_manifest
 from video import BadVideo, bad_video, is_folder, list_frames
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
@@ -40,7 +38,7 @@ FOLDER_RATE = Fraction(12)  # frames per second of the copy of a folder of image
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# processes that may die
+# every video of a manifest, in processes that may die, with a log of the results
 
 
 def in_processes(work, paths, num_workers, timeout):
@@ -74,39 +72,30 @@ def _start_worker():
         signal.signal(number, signal.SIG_IGN)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# every video of a manifest, with a log of the results
-
-
 def work_through(args, paths, work, settings, log, copy_of=None):
-    """Compute work(path) for all paths, in processes, except for those that an earlier run has in `log`.
+    """Compute work(path) for all paths, in processes, except for those that an earlier run has in `log` as good.
 
     Returns {path: record} and appends each record to the log when it is done. A record is what `work` returned (it has
     "error" if the video is bad) with the path, the file's `state` and the settings. Ends the script on Ctrl-C and
     SIGTERM, and if a result has "stop", which is a reason that no other video would succeed either.
     """
-    records, total = earlier_records(log, set(paths), settings, args.retry, copy_of), len(set(paths))
+    records, total = earlier_records(log, set(paths), settings, copy_of), len(set(paths))
     todo = [path for path in dict.fromkeys(paths) if path not in records]
     if records:
         print(f"{len(records):,} of {total:,} were done before ({log})")
     progress, bad = Progress(), 0
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # raises KeyboardInterrupt
     try:
-        log.parent.mkdir(parents=True, exist_ok=True)
-        lines = "".join(json.dumps(record) + "\n" for record in records.values())
-        write_atomically(log, lambda temporary: temporary.write_text(lines, "utf-8"))
+        write_lines(log, map(json.dumps, records.values()))
         results = in_processes(work, todo, args.workers, args.timeout)
         with open(log, "a", encoding="utf-8") as file, contextlib.closing(results):
             for done, (path, result) in enumerate(results, 1):
                 if "stop" in result:
                     fail(f"{result['stop']}; the same command continues from here")
-                records[path] = {"path": path, **state(path), "settings": settings, **result}
-                file.write(json.dumps(records[path]) + "\n")
-                file.flush()
+                records[path] = {"path": path, "state": state(path), "settings": settings, **result}
+                print(json.dumps(records[path]), file=file, flush=True)
                 bad += "error" in result
-                rate = done / (time.monotonic() - progress.started)
-                text = f"{done:,}/{len(todo):,} videos, {bad:,} bad, {rate:.1f}/s, {progress.left(done, len(todo))}"
-                progress.show(text, last=done == len(todo))
+                progress.show(f"{done:,}/{len(todo):,} videos, {bad:,} bad", last=done == len(todo))
     except KeyboardInterrupt:
         print(f"\nstopped; {len(records):,} of {total:,} are done, and the same command continues from here")
         sys.exit(130)
@@ -115,35 +104,29 @@ def work_through(args, paths, work, settings, log, copy_of=None):
     return records
 
 
-def earlier_records(log, paths, settings, retry, copy_of):
-    """{path: record} of the records in a log that are still valid.
+def earlier_records(log, paths, settings, copy_of):
+    """{path: record} of the good videos in a log, without those that have changed and those made with other settings.
 
-    Not valid are records made with other settings or from a file that has changed, those of a good video whose copy is
-    gone (copy_of(path), if there are copies), and, with `retry`, those of bad videos.
+    copy_of: gives the path of a video's copy, which must still exist; None: there are no copies.
     """
     records = {}
     for line in log.read_text(encoding="utf-8").splitlines() if log.is_file() else ():
-        try:
+        with contextlib.suppress(json.JSONDecodeError):  # an incomplete line, if the script was killed
             record = json.loads(line)
-        except json.JSONDecodeError:  # an incomplete line, if the script was killed
-            continue
-        path, bad = record["path"], "error" in record
-        usable = not retry if bad else not copy_of or os.path.isfile(copy_of(path))
-        if path in paths and usable and record["settings"] == settings and record.items() >= state(path).items():
-            records[path] = record
+            path, exists = record["path"], not copy_of or os.path.isfile(copy_of(record["path"]))
+            usable = path in paths and "error" not in record and exists and record["settings"] == settings
+            if usable and record.get("state") == state(path):
+                records[path] = record
     return records
 
 
 def state(path):
-    """What changes with a video: its size in "bytes"; of a folder, the "images" and when one of them was "modified"."""
+    """What changes with a video: number of files (images of a folder), bytes, last modification. None: unreadable."""
     try:
         files = [os.stat(file) for file in (list_frames(path) if os.path.isdir(path) else [path])]
     except (BadVideo, OSError, ValueError):
-        return {"bytes": None}
-    size = {"bytes": sum(file.st_size for file in files)}
-    if os.path.isdir(path):
-        return {**size, "images": len(files), "modified": max(file.st_mtime_ns for file in files)}
-    return size
+        return None
+    return [len(files), sum(file.st_size for file in files), max(file.st_mtime_ns for file in files)]
 
 
 def print_bad(records, log):
@@ -154,33 +137,26 @@ def print_bad(records, log):
     print(f"{len(records) - len(bad):,} videos are good, {len(bad):,} bad; details in {log}")
 
 
+def write_manifest(path, pairs):
+    """Write a list of (path, label) as a manifest. Ends the script if that fails."""
+    write_lines(path, [f"{name} {label}" for name, label in pairs])
+    print(f"{path}: {len(pairs):,} lines")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# check
+# the commands
 
 
 def check_video(path, num_frames, frame_step):
-    """Decode a video's first, middle and last clip. Returns what its header says, or {"error": reason}."""
+    """Decode a video's first, middle and last clip. Returns its height and width, or {"error": reason}."""
     try:
         with bad_video(path):
-            images = list_frames(path) if is_folder(path) else []
-            if empty := [image for image in images if not os.path.getsize(image)]:
-                raise BadVideo(f"{empty[0]}: an empty file")
-            with video.open_container(images[0] if images else path) as container:
-                stream = video.video_stream(path, container)
-                codec, rate = stream.codec_context, None if images else stream.average_rate
-                seconds = stream.duration * stream.time_base if stream.duration else (container.duration or 0) / 1e6
-                properties = {
-                    "codec": codec.name,
-                    "pix_fmt": codec.pix_fmt,
-                    "width": codec.width,
-                    "height": codec.height,
-                    "fps": round(float(rate), 3) if rate else None,
-                    "frames": len(images) or stream.frames,
-                    "seconds": None if images else float(seconds),
-                }
-            for place in (0, 0.5, 1):
-                video.read_clips(path, num_frames, frame_step, [place])
-        return properties
+            for image in list_frames(path) if is_folder(path) else ():  # clips leave out most images
+                if not os.path.getsize(image):
+                    raise BadVideo(f"{image}: an empty file")
+        for place in (0, 0.5, 1):
+            (clip,) = video.read_clips(path, num_frames, frame_step, [place])
+        return {"height": clip.shape[2], "width": clip.shape[3]}
     except BadVideo as error:
         return {"error": str(error).removeprefix(f"{path}: ")}
 
@@ -189,36 +165,30 @@ def check(args, paths, labels):
     """Decode the first, middle and last clip of every video of a manifest.
 
     Writes two files next to the manifest NAME.csv: NAME.clean.csv, a manifest of the good videos, and NAME.check.jsonl,
-    with one line per video: its properties, or why it is bad. A video is also bad if it hangs or crashes the decoder.
-    After Ctrl-C, the same command continues where it stopped.
+    with one line per video: its size, or why it is bad. A video is also bad if it hangs or crashes the decoder. After
+    Ctrl-C, the same command continues where it stopped. Started again, it tries bad and changed videos again.
     """
     log, settings = args.manifest.with_suffix(".check.jsonl"), [args.num_frames, args.frame_step]
     work = functools.partial(check_video, num_frames=args.num_frames, frame_step=args.frame_step)
     records = work_through(args, paths, work, settings, log)
-    for key in ("codec", "pix_fmt", "fps", "width", "height"):
-        values = Counter(str(record[key]) for record in records.values() if "error" not in record)
-        print(f"{key}: " + ", ".join(f"{value} {count:,}" for value, count in values.most_common(8)))
     print_bad(records, log)
     good = [pair for pair in zip(paths, labels, strict=True) if "error" not in records[pair[0]]]
     write_manifest(args.manifest.with_suffix(".clean.csv"), good)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# copy
+def copy_video(path, folder, out, short_side, crf):
+    """Write a copy of a video of a manifest in `folder` to its `copy_path` in `out`.
 
-
-def copy_video(path, out, short_side, crf):
-    """Write a copy of a video to the path `out`.
-
-    Returns the copy's "frames", "width", "height" and "bytes_out"; {"error": reason} if the video is bad; {"stop":
-    reason} if the disk is full.
+    Returns the copy's height, width and number of frames; {"error": reason} if the video is bad; {"stop": reason} if
+    the disk is full.
     """
-    temporary = out + ".tmp"
+    target = copy_path(path, folder, out)
+    temporary = target + ".tmp"
     try:
         if Path(path).suffix.lower() in video.IMAGE_SUFFIXES and not is_folder(path):
             raise BadVideo("an image, not a video")
         with bad_video(path):
-            os.makedirs(os.path.dirname(out), exist_ok=True)
+            os.makedirs(os.path.dirname(target), exist_ok=True)
             if is_folder(path):
                 frames = (video.read_image(image) for image in list_frames(path))
                 record = write_copy(frames, FOLDER_RATE, None, temporary, short_side, crf)
@@ -227,14 +197,14 @@ def copy_video(path, out, short_side, crf):
                     stream = video.video_stream(path, container)
                     rate, frames = stream.average_rate or Fraction(25), container.decode(stream)
                     record = write_copy(frames, rate, stream.time_base, temporary, short_side, crf)
-            os.replace(temporary, out)
-            return {**record, "bytes_out": os.path.getsize(out)}
+            os.replace(temporary, target)
+        return record
     except BadVideo as error:
         with contextlib.suppress(OSError):
             os.remove(temporary)
         text = str(error).removeprefix(f"{path}: ")
         full = getattr(error.__cause__, "errno", None) in DISK_FULL
-        return {"stop": f"{out}: {text}"} if full else {"error": text}
+        return {"stop": f"{target}: {text}"} if full else {"error": text}
 
 
 def write_copy(frames, rate, unit, path, short_side, crf):
@@ -286,9 +256,10 @@ def copy(args, paths, labels):
     counted from the first frame, even if the frame rate varies. Videos are rotated and mirrored as their metadata says.
 
     DIR gets the copies, a manifest of them named like the original NAME.csv, and NAME.copy.jsonl, with one line per
-    video: the copy's properties, or why it failed. After Ctrl-C, the same command continues where it stopped.
+    video: the copy's size, or why it failed. After Ctrl-C, the same command continues where it stopped. Started again,
+    it tries bad and changed videos again.
     """
-    folder, started = os.path.dirname(os.path.abspath(args.manifest)), time.monotonic()
+    folder = os.path.dirname(os.path.abspath(args.manifest))
     targets = {path: copy_path(path, folder, args.out) for path in paths}
     if len(set(targets.values())) < len(targets):
         fail(f"{args.manifest}: lists both FILE and FILE.mp4, whose copies would have the same name")
@@ -296,23 +267,12 @@ def copy(args, paths, labels):
         fail(f"--out {args.out}: the copies would replace the originals there")
     settings = {"short_side": args.short_side, "crf": args.crf}
     log = args.out / f"{args.manifest.stem}.copy.jsonl"
-    work = functools.partial(copy_into, folder=folder, out=args.out, **settings)
+    work = functools.partial(copy_video, folder=folder, out=args.out, **settings)
     records = work_through(args, paths, work, settings, log, targets.get)
-    for path, record in records.items():
-        if "error" in record:  # a killed process leaves its file
-            Path(targets[path] + ".tmp").unlink(missing_ok=True)
     print_bad(records, log)
-    good = {path: record for path, record in records.items() if "error" not in record}
-    before, after = (sum(record[key] or 0 for record in good.values()) / 1e9 for key in ("bytes", "bytes_out"))
-    print(f"{before:.3f} GB became {after:.3f} GB in {duration(time.monotonic() - started)}")
-    pairs = [pair for pair in zip(paths, labels, strict=True) if pair[0] in good]
-    lines = [(os.path.relpath(targets[path], args.out), label) for path, label in pairs]
+    good = [pair for pair in zip(paths, labels, strict=True) if "error" not in records[pair[0]]]
+    lines = [(os.path.relpath(targets[path], args.out), label) for path, label in good]
     write_manifest(args.out / args.manifest.name, lines)
-
-
-def copy_into(path, folder, out, **settings):
-    """`copy_video` to where a video of a manifest in `folder` belongs."""
-    return copy_video(path, copy_path(path, folder, out), **settings)
 
 
 def copy_path(path, folder, out):
@@ -322,9 +282,6 @@ def copy_path(path, folder, out):
     """
     name = os.path.relpath(path, folder) if path.startswith(folder + os.sep) else path.lstrip(os.sep)
     return os.path.join(os.path.abspath(out), name if name.endswith(".mp4") else name + ".mp4")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def parse_args():
@@ -339,7 +296,6 @@ def parse_args():
         flag("manifest", type=Path, metavar="MANIFEST")
         flag("--workers", type=int, default=os.cpu_count(), help="number of processes")
         flag("--timeout", type=float, default=timeout, help="seconds after which a video counts as bad")
-        flag("--retry", action="store_true", help="try the videos again that were bad before")
         return flag
 
     flag = add_command(check, timeout=120)
@@ -354,16 +310,13 @@ def parse_args():
 
 def main():
     args = parse_args()
-    own_flags = {"check": ("num_frames", "frame_step"), "copy": ("short_side",)}
-    require_at_least(args, 1, "workers", "timeout", *own_flags[args.command])
+    own_flags = ("num_frames", "frame_step") if args.command == "check" else ("short_side",)
+    require_at_least(args, 1, "workers", "timeout", *own_flags)
     try:
         paths, labels = read_manifest(args.manifest)
     except (OSError, ValueError) as error:
         fail(str(error))
-    try:
-        args.run(args, list(map(os.path.abspath, paths)), labels)
-    except OSError as error:
-        fail(f"{error.filename or args.manifest}: {error.strerror}")
+    args.run(args, list(map(os.path.abspath, paths)), labels)
 
 
 if __name__ == "__main__":
