@@ -347,7 +347,6 @@ def list_files(root, suffixes=VIDEO_SUFFIXES, frame_folders=frozenset()):
             else:  # line breaks, or bytes that are not UTF-8
                 print(f"  {path!a} is left out: a manifest cannot hold this name")
         progress.show(f"{len(paths):,} files")
-    progress.clear()
     return sorted(paths), others
 
 
