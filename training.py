@@ -45,7 +45,6 @@ from cli import fail, launched, plain_flags, rank_and_world, require_at_least, w
 from video import BadVideo
 
 PAPER_LR, PAPER_WARMUP_STEPS = 6.25e-4, 10_000  # table 5
-STATES_KEPT = 2  # newest states in resume/
 RANK_EVERY = 100  # steps between logged effective ranks, which take an eigendecomposition
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -447,7 +446,7 @@ def save(args, step, networks, optimizer, log, teacher=None):
         if rank_and_world()[0] == 0:
             (temporary / "run.json").write_text(json.dumps(record | {"totals": log.totals}))
             temporary.rename(folder)
-            for old in _states(args)[STATES_KEPT:]:
+            for old in sorted((args.out / "resume").glob("step-????????"))[:-2]:  # keep the newest two
                 shutil.rmtree(old)
         _write_checkpoint(args, record, networks)
     except (OSError, RuntimeError, dcp.api.CheckpointException) as error:  # torch.save: RuntimeError on a full disk
@@ -469,11 +468,6 @@ def _write_checkpoint(args, record, networks):
             write_atomically(args.out / name, lambda path: torch.save(record | weights, path))
 
 
-def _states(args):
-    """The folders of complete states, newest first."""
-    return sorted((p for p in (args.out / "resume").glob("step-*") if p.suffix != ".tmp"), reverse=True)
-
-
 def resume(args, networks, optimizer, log, teacher=None):
     """Open the run folder, and restore networks and optimizer, in place, from the newest state in it, if there is one.
 
@@ -485,8 +479,8 @@ def resume(args, networks, optimizer, log, teacher=None):
             _open_folder(args, log)
         if dist.is_initialized():
             dist.barrier()
-        if states := _states(args):
-            start = _restore(args, states[0], networks, optimizer, log, teacher)
+        if states := sorted((args.out / "resume").glob("step-????????")):  # complete ones
+            start = _restore(args, states[-1], networks, optimizer, log, teacher)
         elif (args.out / "checkpoint.pt").exists():
             fail(f"{args.out} holds a checkpoint, but no state to continue from; --fresh starts over", agreed=True)
         elif rank == 0:

@@ -73,17 +73,15 @@ def run_process(rank, world, port, script, flags, patch):
         sys.exit(1)
 
 
-def start(world, script, *flags, patch=None):
-    """Start the processes of a run. Each calls patch(rank) first. Process N prints to OUT.N.out and OUT.N.err."""
+def run(world, script, *flags, patch=None, seconds=120):
+    """Run a script in processes that call patch(rank) first. Process N prints to OUT.N.out and OUT.N.err.
+
+    Returns their exit statuses, minus the signal's number for a killed process.
+    """
     args = (world, free_port(), script.__name__, [str(flag) for flag in flags], patch)
     processes = [SERVER.Process(target=run_process, args=(rank, *args)) for rank in range(world)]
     for process in processes:
         process.start()
-    return processes
-
-
-def wait(processes, seconds=120):
-    """Wait for the processes to end. Returns their exit statuses, minus the signal's number for a killed process."""
     deadline = time.monotonic() + seconds
     for process in processes:
         process.join(max(0, deadline - time.monotonic()))
@@ -97,7 +95,7 @@ def wait(processes, seconds=120):
 
 def train(world, script, *flags, out, code=0, patch=None):
     """Run a script that must end with exit status `code`. Returns its folder."""
-    codes = wait(start(world, script, *flags, "--out", out, patch=patch))
+    codes = run(world, script, *flags, "--out", out, patch=patch)
     assert codes == [code] * world, "".join(printed(out, rank) for rank in range(world))
     return out
 
@@ -125,7 +123,7 @@ def assert_close_runs(a, b):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# patches, which disturb a process: `start` calls them with its rank before it trains
+# patches, which disturb a process: `run` calls them with its rank before it trains
 
 
 def at_call(ranks, function, call, action, after, rank):
@@ -159,7 +157,7 @@ def limit_files(size, *_):
 
 
 def patch(ranks, function, call, action, *args, after=False):
-    """A patch for `start`: see `at_call`."""
+    """A patch for `run`: see `at_call`."""
     return functools.partial(at_call, ranks, function, call, functools.partial(action, *args), after)
 
 
@@ -168,12 +166,9 @@ def kill(ranks, function, call, after=False):
     return patch(ranks, function, call, send_signal, signal.SIGKILL, 1, after=after)
 
 
-def break_loss(optimizer, loss, args):
-    loss.mul_(float("nan"))
-
-
-def break_gradients(optimizer, loss, args):
-    optimizer.param_groups[0]["params"][0].grad.mul_(float("nan"))
+def make_nan(name, optimizer, loss, args):
+    """Spoil the loss, or a gradient, that `training.optimizer_step` gets."""
+    (loss if name == "loss" else optimizer.param_groups[0]["params"][0].grad).mul_(float("nan"))
 
 
 def check_sharding(fraction, rank):
@@ -266,7 +261,7 @@ def test_a_killed_run_resumes_exactly(
     script, world, victims, function, call, after, step, undisturbed, teacher, tmp_path
 ):
     flags, out = [*TINY, *extra_flags(script, teacher), *EVERY_STEP, "--snapshot-every", 2], tmp_path / "run"
-    codes = wait(start(world, script, *flags, "--out", out, patch=kill(victims, function, call, after)))
+    codes = run(world, script, *flags, "--out", out, patch=kill(victims, function, call, after))
     assert [code == -signal.SIGKILL for code in codes] == [rank in victims for rank in range(world)]
     for rank in set(range(world)) - set(victims):
         lost = f"{script.__name__}.py: process {rank} ends: it lost another process, whose message says why ("
@@ -282,7 +277,7 @@ def test_a_killed_run_resumes_exactly(
 def test_a_run_resumes_on_another_number_of_processes(script, before, after, undisturbed, teacher, tmp_path):
     flags, out = [*EIGHT, *extra_flags(script, teacher), *EVERY_STEP], tmp_path / "run"
     killed = kill(range(before), "training.optimizer_step", 9)
-    assert wait(start(before, script, *flags, "--out", out, patch=killed)) == [-signal.SIGKILL] * before
+    assert run(before, script, *flags, "--out", out, patch=killed) == [-signal.SIGKILL] * before
     train(after, script, *flags, out=out)
     assert "at step 8 of 20" in printed(out, 0, "out")
     assert_close_runs(out, undisturbed(script, 1, EIGHT))
@@ -307,7 +302,7 @@ def test_a_signal_ends_a_run_after_its_step(world, ranks, number, undisturbed, t
 
 def test_a_second_ctrl_c_ends_a_run_at_once(tmp_path):
     twice = patch((0,), "training.optimizer_step", 3, send_signal, signal.SIGINT, 2)
-    assert wait(start(1, train_teacher, *TINY, "--out", tmp_path / "run", patch=twice)) == [-signal.SIGINT]
+    assert run(1, train_teacher, *TINY, "--out", tmp_path / "run", patch=twice) == [-signal.SIGINT]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -332,10 +327,10 @@ def test_only_a_lost_process_is_reported_as_one(message, lost, capfd, monkeypatc
     assert ("lost another process" in printed) == lost and message in printed
 
 
-@pytest.mark.parametrize("broken, loss, norm", [(break_loss, "nan", r"\d\S+"), (break_gradients, r"\d\S+", "nan")])
+@pytest.mark.parametrize("broken, loss, norm", [("loss", "nan", r"\d\S+"), ("gradient", r"\d\S+", "nan")])
 def test_a_step_that_is_not_finite_in_one_process_ends_the_run(broken, loss, norm, tmp_path):
-    disturbed, out = patch((1,), "training.optimizer_step", 3, broken), tmp_path / "run"
-    assert wait(start(2, train_teacher, *TINY, *EVERY_STEP, "--out", out, patch=disturbed)) == [2, 2]
+    disturbed, out = patch((1,), "training.optimizer_step", 3, make_nan, broken), tmp_path / "run"
+    assert run(2, train_teacher, *TINY, *EVERY_STEP, "--out", out, patch=disturbed) == [2, 2]
     line = rf"train_teacher.py: step 3: loss {loss}, gradient norm {norm}, lr 0.003; .*\n"
     assert re.fullmatch(line, printed(out, 0)) and printed(out, 1) == "", printed(out, 0)
     assert load_checkpoint(out)["step"] == 2 and saved_states(out) == ["step-00000001", "step-00000002"]
@@ -353,14 +348,14 @@ def test_a_step_that_is_not_finite_in_one_process_ends_the_run(broken, loss, nor
 def test_a_full_disk_loses_nothing_that_was_saved(world, ranks, function, after, step, undisturbed, teacher, tmp_path):
     flags, out = [*TINY, "--teacher", teacher, *EVERY_STEP], tmp_path / "run"
     full = patch(ranks, function, 3, limit_files, 20_000, after=after)
-    codes = wait(start(world, train_student, *flags, "--out", out, patch=full))
+    codes = run(world, train_student, *flags, "--out", out, patch=full)
     assert all(codes[rank] == 2 for rank in ranks), codes
     for rank in ranks:
         assert printed(out, rank).startswith("train_student.py: step 3 could not be saved in ")
         assert printed(out, rank).count("\n") == 1 and "is the disk full?" in printed(out, rank), printed(out, rank)
     assert load_checkpoint(out)["step"] == 2 and saved_states(out)[-1] == f"step-{step:08}"
     still_full = patch((0,), "training.setup", 1, limit_files, 1500)  # less than args.json has
-    assert wait(start(world, train_student, *flags, "--out", out, "--fresh", patch=still_full))[0] == 2
+    assert run(world, train_student, *flags, "--out", out, "--fresh", patch=still_full)[0] == 2
     assert printed(out, 0).startswith(f"train_student.py: {out / 'args.json'}: ") and printed(out, 0).count("\n") == 1
     (older,) = tmp_path.glob("run.[0-9]")
     assert same_runs(train(world, train_student, *flags, out=older), undisturbed(train_student, world))
