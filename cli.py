@@ -20,8 +20,8 @@ def fail(message, agreed=False):
     Before the process group exists, only local rank 0 prints. Later, the rank that fails prints, or only rank 0 if all
     ranks have `agreed` to fail.
     """
-    prints = os.environ.get("RANK", "0") == "0" if agreed else os.environ.get("LOCAL_RANK", "0") == "0"
-    if prints or (dist.is_initialized() and not agreed):
+    rank = os.environ.get("RANK" if agreed else "LOCAL_RANK", "0")
+    if rank == "0" or (dist.is_initialized() and not agreed):
         print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr, flush=True)
     sys.exit(2)
 
@@ -92,11 +92,8 @@ def training_flags(description, out, steps):
     flag("--device", choices=("cpu", "cuda"), help="default: cuda if there is a GPU")
     flag("--dtype", choices=("float32", "bfloat16"), help="of the forward pass; default: bfloat16 on a GPU")
     flag("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the blocks; default: only on a GPU")
-    flag(
-        "--activation-checkpointing", action="store_true", help="recompute activations: less memory, a third more FLOPs"
-    )
-    flag("--hybrid", action="store_true", help="shard within a node, replicate across nodes; default: shard over all "
-         "processes (FSDP2)")  # fmt: skip
+    flag("--activation-checkpointing", action="store_true", help="recompute activations: less memory, 1/3 more FLOPs")
+    flag("--hybrid", action="store_true", help="shard within a node only; default: over all processes (FSDP2)")
     flag("--replicate", action="store_true", help="keep all weights in every process")
 
     flag = parser.add_argument_group("output").add_argument
@@ -130,14 +127,12 @@ def check_mask_flags(args):
 
 
 def resolve_device(args):
-    """Fill in --device and --dtype, in place, where the user left them to the machine.
-
-    Without bfloat16 units (V100, T4), torch emulates bfloat16, and attention materializes all scores.
-    """
+    """Fill in --device and --dtype, in place, where the user left them to the machine."""
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if args.device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda: torch finds no GPU on this machine")
     if args.dtype is None:
+        # A V100 or T4 only emulates bfloat16, and its attention then materializes all scores.
         fast = args.device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         args.dtype = "bfloat16" if fast else "float32"
         if args.device == "cuda" and not fast and rank_and_world()[0] == 0:
@@ -154,14 +149,11 @@ def launched(name, default):
 
     `default` without torchrun. Ends the script if only some of the four are set.
     """
-    values = {x: os.environ.get(x) for x in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
-    found = [x for x, value in values.items() if value]
-    if not found:
-        return default
-    if len(found) < len(values):
+    found = [x for x in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE") if os.environ.get(x)]
+    if 0 < len(found) < 4:
         print(f"only {', '.join(found)} is set: start with torchrun, or unset {', '.join(found)}", file=sys.stderr)
         sys.exit(2)
-    return int(values[name])
+    return int(os.environ[name]) if found else default
 
 
 def default_micro_batch_size(clips):
@@ -206,27 +198,21 @@ def predictor_config(args, in_width, out_width, model=None):
 
 
 class Progress:
-    """A line of progress. In a terminal it is rewritten every second; in a file it is a new line every 30 seconds."""
+    """Prints a line of progress every ten seconds."""
 
     def __init__(self, silent=False):
-        self.silent, self.terminal = silent, sys.stdout.isatty()
-        self.started = self.shown = time.monotonic()
+        self.silent, self.started = silent, time.monotonic()
+        self.shown = self.started
 
     def due(self, last=False):
-        """Whether `show` would show a text now; to ask where the text is expensive."""
-        return not self.silent and (last or time.monotonic() > self.shown + (1 if self.terminal else 30))
+        """Whether `show` would print now; to ask where the text is expensive."""
+        return not self.silent and (last or time.monotonic() > self.shown + 10)
 
     def show(self, text, last=False):
-        """Show a text if it is time to. The last one is always shown."""
+        """Print a text if it is time to. The last one is always printed."""
         if self.due(last):
             self.shown = time.monotonic()
-            start, end = ("\r\x1b[K", "\n" if last else "") if self.terminal else ("", "\n")
-            print(f"{start}{text}", end=end, flush=True)
-
-    def clear(self):
-        """Clear the line, in a terminal."""
-        if self.terminal and not self.silent:
-            print("\r\x1b[K", end="", flush=True)
+            print(text, flush=True)
 
     def left(self, done, total):
         """The time left, as text."""
@@ -236,9 +222,8 @@ class Progress:
 def duration(seconds):
     """Format seconds as 1h02m, 3m20s or 12s."""
     minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours}h{minutes:02}m"
+    if minutes >= 60:
+        return f"{minutes // 60}h{minutes % 60:02}m"
     return f"{minutes}m{seconds:02}s" if minutes else f"{seconds}s"
 
 

@@ -31,12 +31,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_state_dict,
-    set_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -50,7 +45,6 @@ from cli import fail, launched, plain_flags, rank_and_world, require_at_least, w
 from video import BadVideo
 
 PAPER_LR, PAPER_WARMUP_STEPS = 6.25e-4, 10_000  # table 5
-STATES_KEPT = 2  # newest states in resume/
 RANK_EVERY = 100  # steps between logged effective ranks, which take an eigendecomposition
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -93,8 +87,7 @@ def setup(args, kind, stage):
             torch.cuda.set_device(launched("LOCAL_RANK", 0))
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
     sys.excepthook = _exception_hook
-    _received.clear()
-    for number in STOP_SIGNALS:
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, _receive_signal)
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nobody writes into that view
     warnings.filterwarnings("ignore", "torch.distributed is disabled")  # intended with a single process
@@ -105,8 +98,7 @@ def setup(args, kind, stage):
             print("no --data: training on the built-in synthetic videos")
         name = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads (no GPU is used)"
         print(f"running on {world} x {name}, {args.dtype}; batch of {args.batch_size} clips = {world} processes x "
-              f"{clips // args.micro_batch_size} micro-batches x {args.micro_batch_size} clips; learning rate "
-              f"{args.lr:.3g} after {args.warmup_steps} steps of warm-up")  # fmt: skip
+              f"{clips // args.micro_batch_size} micro-batches x {args.micro_batch_size} clips")  # fmt: skip
         if cores < local * (1 + args.workers):
             print(f"WARNING: {local} processes with {args.workers} loader workers each share {cores} cores: ask for "
                   "more (SLURM: --cpus-per-task), or lower --workers")  # fmt: skip
@@ -274,8 +266,8 @@ def due(step, every):
 class Log:
     """Counts what happens in the steps since the last logged one, and writes metrics.jsonl.
 
-    networks: "encoder" and "predictor", whose sizes decide the FLOPs; teacher: the network that makes the targets, if
-    there is one. Tensors are read only when a line is written, so that no other step waits for the device.
+    teacher: the network that makes the targets, if any, for the FLOPs. Tensors are read only when a line is written, so
+    that no other step waits for the device.
     """
 
     def __init__(self, args, networks, teacher=None):
@@ -285,11 +277,10 @@ class Log:
         self.tokens = math.prod(cli.clip_grid(args))
         self.totals = dict(seconds=0.0, flops=0.0, clips=0, bad_videos=0)  # since the run began, over all processes
         self.reported, self.tensorboard, self.saved_at = set(), None, time.monotonic()
-        self.start()
 
     def start(self):
         """Start to count for the next line."""
-        self.started, self.waited, self.steps, self.names = time.perf_counter(), 0.0, [], []
+        self.started, self.waited, self.steps = time.perf_counter(), 0.0, []
         self.sums = collections.Counter()  # of this process
 
     def count(self, batch, masks):
@@ -306,15 +297,13 @@ class Log:
             target_lost=sum(mask.target_lost.sum().item() for mask in masks),
         )
         self.waited += batch.waited
-        self.names += batch.names
         for reason in sorted(set(batch.skipped) - self.reported):
             print(f"unreadable, replaced by another video: {reason}", file=sys.stderr, flush=True)
         self.reported.update(batch.skipped)
 
     def add_step(self, step, loss, grad_norm):
         """Remember what `optimizer_step` returned."""
-        self.steps.append((step, torch.stack((loss, grad_norm)), self.names))
-        self.names = []
+        self.steps.append((step, torch.stack((loss, grad_norm))))
 
     def write(self, **metrics):
         """Write a line of metrics.jsonl and print a shorter one: the mean loss since the last line, the last gradient
@@ -323,15 +312,13 @@ class Log:
         Ends the run if a step was not finite, or if too many videos are unreadable. All processes must call it.
         """
         args, (rank, world) = self.args, rank_and_world()
-        values = torch.stack([tensor for _, tensor, _ in self.steps]).double().tolist()
-        for (step, _, names), (loss, norm) in zip(self.steps, values, strict=True):  # leaves the last step's
+        values = torch.stack([tensor for _, tensor in self.steps]).double().tolist()
+        for (step, _), (loss, norm) in zip(self.steps, values, strict=True):  # leaves the last step's
             lr = learning_rate(step, args)
             if not math.isfinite(loss + norm):
                 fail(f"step {step + 1}: loss {loss:.4g}, gradient norm {norm:.4g}, lr {lr:.3g}; the weights were not "
-                     "updated and the last checkpoint is kept; a lower --lr may help. Clips of process "
-                     f"{rank}: {', '.join(names)}")  # fmt: skip
+                     "updated and the last checkpoint is kept; a lower --lr may help", agreed=True)  # fmt: skip
         sums = all_reduce(torch.tensor(list(self.sums.values()), dtype=torch.float64)).tolist()
-        memory = all_reduce(torch.tensor(peak_memory(torch.device(args.device))), dist.ReduceOp.MAX)
         seconds = time.perf_counter() - self.started
         sums = dict(zip(self.sums, sums, strict=True)) | {"seconds": seconds}
         self.totals = {name: total + type(total)(sums[name]) for name, total in self.totals.items()}
@@ -351,7 +338,7 @@ class Log:
             "seconds": self.totals["seconds"],
             "flops": self.totals["flops"],  # executed
             "tflops_per_process": sums["flops"] / seconds / world / 1e12,
-            "peak_memory_gib": memory.item() / 2**30,
+            "peak_memory_gib": peak_memory(torch.device(args.device)) / 2**30,  # of this process
             **{name: sums[name] / sums["clips"] for name in sums if name.endswith(("kept", "lost"))},  # of all masks
             "bad_videos": bad,
         }
@@ -406,7 +393,6 @@ def peak_memory(device):
 # ---------------------------------------------------------------------------------------------------------------------
 # stopping, saving and resuming
 
-STOP_SIGNALS = signal.SIGTERM, signal.SIGUSR1, signal.SIGINT
 _received = []  # signals, by this process
 
 
@@ -428,11 +414,7 @@ def agree_on_saving(step, args, log):
 
 
 def finish(args, log, stop):
-    """Print how the run ended and leave the process group. After a signal, exit with the status of a killed process,
-    so that no script goes on with an unfinished run.
-    """
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_DFL)
+    """Print how the run ended. After a signal, exit as if killed: no script should go on with an unfinished run."""
     if rank_and_world()[0] == 0:
         message = f"{args.kind} done: {args.steps} steps in {cli.duration(log.totals['seconds'])}, "
         message += f"{log.totals['flops']:.3g} FLOPs; {args.out / 'checkpoint.pt'}"
@@ -454,18 +436,19 @@ def save(args, step, networks, optimizer, log, teacher=None):
     The state comes first: a cluster that stops a run may leave it little time. Both are written aside and renamed, so
     that they are complete or absent. teacher: the identity of a frozen teacher (`train_student.load_teacher`).
     """
+    record = {"format": model.CHECKPOINT_FORMAT, "kind": args.kind, "stage": args.stage, "step": step,
+              "model": log.model, "args": plain_flags(args), "teacher": teacher}  # fmt: skip
     folder = args.out / "resume" / f"step-{step:08}"
     temporary = folder.with_suffix(".tmp")
     try:
         weights, moments = get_state_dict(nn.ModuleDict(networks), optimizer)
         dcp.save({"networks": weights, "optimizer": moments["state"]}, checkpoint_id=temporary)  # each process's shards
         if rank_and_world()[0] == 0:
-            record = _record(args, step, log, teacher) | {"totals": log.totals}
-            (temporary / "run.json").write_text(json.dumps(record))
+            (temporary / "run.json").write_text(json.dumps(record | {"totals": log.totals}))
             temporary.rename(folder)
-            for old in _states(args)[STATES_KEPT:]:
+            for old in sorted((args.out / "resume").glob("step-????????"))[:-2]:  # keep the newest two
                 shutil.rmtree(old)
-        _write_checkpoint(args, step, networks, log, teacher)
+        _write_checkpoint(args, record, networks)
     except (OSError, RuntimeError, dcp.api.CheckpointException) as error:  # torch.save: RuntimeError on a full disk
         if _lost_a_process(error):
             raise
@@ -475,26 +458,14 @@ def save(args, step, networks, optimizer, log, teacher=None):
     log.saved_at = time.monotonic()
 
 
-def _record(args, step, log, teacher):
-    """What a state and a checkpoint say about the run."""
-    record = {"format": model.CHECKPOINT_FORMAT, "kind": args.kind, "step": step, "model": log.model}
-    return record | {"args": plain_flags(args), "stage": args.stage, "teacher": teacher}
-
-
-def _write_checkpoint(args, step, networks, log, teacher):
+def _write_checkpoint(args, record, networks):
     """Write checkpoint.pt, and before it checkpoint-N.pt if --snapshot-every asks for one."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights = {name: get_model_state_dict(network, options=options) for name, network in networks.items()}
-    checkpoint = _record(args, step, log, teacher) | weights
-    snapshot = [f"checkpoint-{step:06}.pt"] if due(step - 1, args.snapshot_every) else []
+    weights = {name: get_state_dict(network, (), options=options)[0] for name, network in networks.items()}
+    snapshot = [f"checkpoint-{record['step']:06}.pt"] if due(record["step"] - 1, args.snapshot_every) else []
     if rank_and_world()[0] == 0:
         for name in (*snapshot, "checkpoint.pt"):
-            write_atomically(args.out / name, lambda path: torch.save(checkpoint, path))
-
-
-def _states(args):
-    """The folders of complete states, newest first."""
-    return sorted((p for p in (args.out / "resume").glob("step-*") if p.suffix != ".tmp"), reverse=True)
+            write_atomically(args.out / name, lambda path: torch.save(record | weights, path))
 
 
 def resume(args, networks, optimizer, log, teacher=None):
@@ -508,8 +479,8 @@ def resume(args, networks, optimizer, log, teacher=None):
             _open_folder(args, log)
         if dist.is_initialized():
             dist.barrier()
-        if states := _states(args):
-            start = _restore(args, states[0], networks, optimizer, log, teacher)
+        if states := sorted((args.out / "resume").glob("step-????????")):  # complete ones
+            start = _restore(args, states[-1], networks, optimizer, log, teacher)
         elif (args.out / "checkpoint.pt").exists():
             fail(f"{args.out} holds a checkpoint, but no state to continue from; --fresh starts over", agreed=True)
         elif rank == 0:
@@ -542,15 +513,13 @@ def _open_folder(args, log):
 def _lock(folder):
     """Keep other runs out of a folder while this process lives. Returns the lock, an open file."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "lock"
-    lock = open(path, "a")  # noqa: SIM115
+    lock = open(folder / "lock", "w")  # noqa: SIM115
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        fail(f"{folder} is in use by another run ({path.read_text()}); choose another --out")
+        fail(f"{folder} is in use by another run; choose another --out")
     except OSError as error:  # some Lustre and NFS mounts have no locks
         print(f"{folder} cannot be locked ({error.strerror}): do not start two runs in it")
-    path.write_text(f"process {os.getpid()} on {platform.node()}")
     return lock
 
 
@@ -561,27 +530,25 @@ def _restore(args, folder, networks, optimizer, log, teacher):
     if record["kind"] != args.kind or record["model"] != log.model:
         fail(f"{args.out} holds a run of another kind or model; choose another --out, or --fresh", agreed=True)
     if teacher and teacher["sha256"] != earlier["sha256"]:
-        before, now = (f"{one['path']} at step {one['step']}" for one in (earlier, teacher))
-        message = f"{args.out} was trained with another teacher: {before}, now {now}"
-        fail(f"{message}; restore that teacher, or start over with --fresh", agreed=True)
+        fail(f"{args.out} was trained with another teacher, {earlier['path']} at step {earlier['step']}; restore it "
+             "or start over with --fresh", agreed=True)  # fmt: skip
     if step > args.steps:
         fail(f"{args.out} is already at step {step}, beyond --steps {args.steps}", agreed=True)
     modules = nn.ModuleDict(networks)
     weights, moments = get_state_dict(modules, optimizer)
     dcp.load({"networks": weights, "optimizer": moments["state"]}, checkpoint_id=folder)  # in place
     set_state_dict(modules, optimizer, model_state_dict=weights, optim_state_dict=moments)
-    log.totals = record["totals"]
+    log.totals = record.pop("totals")
     if rank_and_world()[0] == 0:
         path = args.out / "metrics.jsonl"  # a killed process may leave lines of later steps, and an unfinished one
         lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
         write_lines(path, [line for line in lines if json.loads(line)["step"] <= step])
         now = plain_flags(args)
-        flags = [name for name in now.keys() - {"fresh", "out", "teacher"} if record["args"].get(name) != now[name]]
-        changed = f"; flags that changed: {', '.join(sorted(flags)).replace('_', '-')}" if flags else ""
-        print(f"continuing {args.out} at step {step} of {args.steps}{changed}")
+        changed = sorted(x for x in now.keys() - {"fresh", "out", "teacher"} if record["args"].get(x) != now[x])
+        print(f"continuing {args.out} at step {step} of {args.steps}; changed flags: {', '.join(changed) or 'none'}")
     checkpoint = args.out / "checkpoint.pt"  # missing or older if the run was killed after it had written the state
     if not checkpoint.exists() or model.load_checkpoint(checkpoint)["step"] != step:
-        _write_checkpoint(args, step, networks, log, teacher)
+        _write_checkpoint(args, record, networks)
     return step
 
 

@@ -20,10 +20,6 @@ from video import read_clips
 os.environ["OMP_NUM_THREADS"] = "1"  # for loader workers and subprocesses
 torch.set_num_threads(1)
 
-# For tests that run on the CPU, and also on a GPU if there is one: `pytest -k cuda`.
-NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU")
-DEVICES = ["cpu", pytest.param("cuda", marks=NO_GPU)]
-
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 
 # 4 frames of 32x32 in tubelets of 2x8x8: a grid of (2, 4, 4), 32 tokens.
@@ -138,11 +134,8 @@ def refusal(capfd, module, *flags):
 
 def extra_flags(script, teacher):
     """The flags of a training script beyond those that all of them have. The EMA teacher moves visibly."""
-    return {
-        "train_teacher": (),
-        "train_student": ("--teacher", teacher),
-        "train_ema_baseline": ("--ema-momentum", 0.9),
-    }[script.__name__]
+    flags = {"train_student": ("--teacher", teacher), "train_ema_baseline": ("--ema-momentum", 0.9)}
+    return flags.get(script.__name__, ())
 
 
 @pytest.fixture(scope="session")
