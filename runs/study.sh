@@ -111,11 +111,11 @@ labels() {
     ema
     for seed in 0 1 2 3 4; do
         for clips in 100 350 2000; do
-            queue all_probes "$OUT/labels/$clips" "$seed" "$clips" "$OUT/ema/$best/seed$seed/ema"
+            queue all_probes "$OUT/labels/$clips-labels" "$seed" "$clips" "$OUT/ema/$best/seed$seed/ema"
         done
     done
     finish_all
-    compare labels "$OUT"/labels/{100,350,2000}
+    compare labels "$OUT"/labels/{100,350,2000}-labels
 }
 
 loss() {
