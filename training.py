@@ -1,8 +1,8 @@
 """What the three training scripts share: processes and sharding, AdamW and schedules, the log, saving and resuming.
 
 A run depends only on its flags: samples, masks and initial weights are functions of the step, --seed and the stage.
-Neither a restart nor a different number of processes changes a run. A student shares no randomness with its teacher, and
-all of it with the EMA baseline of the same --seed.
+Neither a restart nor a different number of processes changes a run. A student shares no randomness with its teacher,
+but all of it with the EMA baseline of the same --seed.
 
 A run folder (--out) holds args.json (flags, model, versions), metrics.jsonl (one line per logged step), checkpoint.pt
 (what `model.load_checkpoint` reads) and resume/ (the newest states to continue from).
@@ -231,7 +231,7 @@ def all_reduce(tensor, op=dist.ReduceOp.SUM):
 def optimizer_step(optimizer, loss, args):
     """Clip the gradients and take an optimizer step, unless the loss or the gradient norm is not finite.
 
-    loss: this process's mean, a detached tensor. Returns the mean over all processes and the global gradient norm before
+    loss: this process's mean, detached. Returns the mean over all processes and the global gradient norm before
     clipping, as tensors: nothing here waits for the device.
     """
     params = [p for group in optimizer.param_groups for p in group["params"]]
@@ -302,7 +302,7 @@ class Log:
         self.steps.append((step, torch.stack((loss, grad_norm))))
 
     def write(self, **metrics):
-        """Write a line of metrics.jsonl, with these metrics (floats or tensors of one element), and print a shorter one.
+        """Write a line of metrics.jsonl with these metrics (floats or tensors of one element), and print a shorter one.
 
         Ends the run if a step was not finite, or if too many videos are unreadable. All processes must call it.
         """
@@ -397,7 +397,7 @@ def _receive_signal(number, frame):
 
 
 def agree_on_saving(step, args, log):
-    """Whether to save after this step, and the signal to stop for (0: none). What one process wants, all processes do."""
+    """Whether to save after this step, and the signal to stop for (0: none). What one process wants, all do."""
     overdue = time.monotonic() - log.saved_at >= 60 * args.save_minutes
     wanted = torch.tensor([max(_received, default=0), overdue])  # on the CPU, so that nothing waits for the GPU
     stop, overdue = all_reduce(wanted, dist.ReduceOp.MAX).tolist()
