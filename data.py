@@ -322,14 +322,6 @@ def clip_loader(source, number_lists, workers=0):
         started = time.perf_counter()
 
 
-def clip_source(args):
-    """The training data that the flags name. OSError or ValueError if the flags or a manifest are wrong."""
-    seed, frames, size = stream_seed("data", args.stage, args.seed), args.num_frames, args.resolution
-    if not args.data:
-        return Synthetic(frames, size, seed)
-    return Manifest(args.data, frames, args.frame_step, size, seed, weights=args.data_weights, fps=args.fps)
-
-
 def micro_batch_indices(args):
     """The micro-batches of a step that this process computes, numbered over all processes."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)

@@ -103,6 +103,17 @@ def setup(args, kind, stage):
                   "more (SLURM: --cpus-per-task), or lower --workers")  # fmt: skip
 
 
+def clip_source(args):
+    """The training data that the flags name. Ends the script if they or a manifest are wrong."""
+    seed, frames, size = data.stream_seed("data", args.stage, args.seed), args.num_frames, args.resolution
+    if not args.data:
+        return data.Synthetic(frames, size, seed)
+    try:
+        return data.Manifest(args.data, frames, args.frame_step, size, seed, weights=args.data_weights, fps=args.fps)
+    except (OSError, ValueError) as error:
+        fail(f"--data: {error}")
+
+
 @functools.cache
 def _mesh(device, hybrid):
     """The device mesh of all networks: all processes, or with --hybrid (nodes, processes of a node)."""
