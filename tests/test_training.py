@@ -18,18 +18,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import (
-    EXACT_METRICS,
-    TINY,
-    extra_flags,
-    read_metrics,
-    refusal,
-    run_script,
-    same_checkpoints,
-    same_tensors,
-    saved_states,
-    write_image,
-)
+from conftest import TINY, extra_flags, read_metrics, refusal, run_script, same_tensors, saved_states, write_image
 
 import cli
 import data
@@ -297,7 +286,7 @@ def test_collapse_metrics():
 
 def test_tensorboard_and_the_loss_of_a_log_line(teacher, tmp_path, capfd, monkeypatch):
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    flags = [*TINY, "--log-every", 4, "--tensorboard"]
+    flags = [*TINY, "--log-every", 4, "--tensorboard", "--workers", 1]
     run_script(train_teacher, *flags, "--out", tmp_path / "run")
     of_steps = [loss for (loss,) in read_metrics(teacher, "loss")]
     means = [[4, pytest.approx(sum(of_steps[:4]) / 4)], [6, pytest.approx(sum(of_steps[4:]) / 2)]]
@@ -306,12 +295,6 @@ def test_tensorboard_and_the_loss_of_a_log_line(teacher, tmp_path, capfd, monkey
     assert [[event.step, event.value] for event in events.Scalars("loss")] == means
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     assert "pip install tensorboard" in refusal(capfd, train_teacher, *flags, "--out", tmp_path / "other")
-
-
-def test_the_same_seed_gives_the_same_run(teacher, tmp_path):
-    run_script(train_teacher, *TINY, "--out", tmp_path / "again", "--workers", "1")
-    assert read_metrics(tmp_path / "again", *EXACT_METRICS) == read_metrics(teacher, *EXACT_METRICS)
-    assert same_checkpoints(tmp_path / "again", teacher)
 
 
 def test_rerunning_a_finished_run_changes_nothing_and_fresh_moves_it_aside(teacher, tmp_path, capfd):
