@@ -17,8 +17,8 @@ from model import PREDICTORS, SIZES, Encoder, Predictor, token_grid
 def fail(message, agreed=False):
     """End the process with a one-line error that says what is wrong and what to do; exit status 2.
 
-    Before the process group exists, only local rank 0 prints. Later, the rank that fails prints, or only rank 0 if all
-    ranks have `agreed` to fail.
+    Of several processes, local rank 0 prints before the process group exists. Later, the one that fails does, or rank 0
+    if all have `agreed` to fail.
     """
     rank = os.environ.get("RANK" if agreed else "LOCAL_RANK", "0")
     if rank == "0" or (dist.is_initialized() and not agreed):
@@ -140,15 +140,12 @@ def resolve_device(args):
 
 
 def rank_and_world():
-    """This process's rank and the number of processes, from torchrun's variables; (0, 1) without torchrun."""
+    """This process's rank and the number of processes."""
     return launched("RANK", 0), launched("WORLD_SIZE", 1)
 
 
 def launched(name, default):
-    """An integer that torchrun sets in the environment: RANK, WORLD_SIZE, LOCAL_RANK or LOCAL_WORLD_SIZE.
-
-    `default` without torchrun. Ends the script if only some of the four are set.
-    """
+    """An integer that torchrun sets in the environment; `default` without it. Ends the script if only some are set."""
     found = [x for x in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE") if os.environ.get(x)]
     if 0 < len(found) < 4:
         print(f"only {', '.join(found)} is set: start with torchrun, or unset {', '.join(found)}", file=sys.stderr)
@@ -181,10 +178,9 @@ def encoder_config(args):
 
 def predictor_config(args, in_width, out_width, model=None):
     """Keyword arguments of `Predictor`, likewise; the defaults are those of `model` (default: --model)."""
-    config = dict(in_width=in_width, out_width=out_width, num_mask_tokens=masking.STRATEGIES[args.mask].num_masks)
-    for name, default in PREDICTORS[model or args.model].items():
-        override = getattr(args, f"predictor_{name}")
-        config[name] = default if override is None else override
+    flags = {name: getattr(args, f"predictor_{name}") for name in ("width", "depth", "heads")}
+    config = PREDICTORS[model or args.model] | {name: n for name, n in flags.items() if n is not None}
+    config |= dict(in_width=in_width, out_width=out_width, num_mask_tokens=masking.STRATEGIES[args.mask].num_masks)
     try:
         with torch.device("meta"):
             Predictor(**config)
@@ -198,18 +194,17 @@ def predictor_config(args, in_width, out_width, model=None):
 
 
 class Progress:
-    """Prints a line of progress every ten seconds."""
+    """Prints a line of progress every ten seconds, and the last one."""
 
     def __init__(self, silent=False):
-        self.silent, self.started = silent, time.monotonic()
-        self.shown = self.started
+        self.silent, self.started, self.shown = silent, time.monotonic(), time.monotonic()
 
     def due(self, last=False):
         """Whether `show` would print now; to ask where the text is expensive."""
         return not self.silent and (last or time.monotonic() > self.shown + 10)
 
     def show(self, text, last=False):
-        """Print a text if it is time to. The last one is always printed."""
+        """Print a text if it is time to."""
         if self.due(last):
             self.shown = time.monotonic()
             print(text, flush=True)
@@ -231,7 +226,7 @@ def interval95(correct, total):
     """95% confidence interval of a proportion, in percent (Wilson score): [low, high]."""
     z, p = 1.96, correct / total
     center, half = p + z * z / (2 * total), z * math.sqrt(p * (1 - p) / total + z * z / (4 * total**2))
-    return [100 * (center - half) / (1 + z * z / total), 100 * (center + half) / (1 + z * z / total)]
+    return [100 * x / (1 + z * z / total) for x in (center - half, center + half)]
 
 
 def write_lines(path, lines):

@@ -8,7 +8,6 @@ Letters: B clips, T frames, H and W pixels. A manifest is V-JEPA's: one "path la
 with paths relative to the manifest. Pretraining needs no labels.
 """
 
-import codecs
 import collections
 import contextlib
 import functools
@@ -42,15 +41,13 @@ TIMEOUT = 600  # seconds to wait for a loader worker
 
 
 def seed_sequence(purpose, *key):
-    """The seed of an independent random stream: for a purpose (a string) and a key of non-negative integers.
-
-    SeedSequence pads keys with zeros, so that without the length (seed, step) and (seed, step, 0) would be one stream.
-    """
+    """The seed of an independent random stream: for a purpose (a string) and a key of non-negative integers."""
+    # Without the length, the keys (1,) and (1, 0) would give the same stream: SeedSequence pads with zeros.
     return np.random.SeedSequence((zlib.crc32(purpose.encode()), len(key), *key))
 
 
 def stream_seed(purpose, *key):
-    """An integer seed (62 bits) for an independent random stream, for generators that take a single number."""
+    """Likewise an integer (62 bits), for generators that take a single number."""
     return int(seed_sequence(purpose, *key).generate_state(1, np.uint64)[0] >> np.uint64(2))
 
 
@@ -59,7 +56,6 @@ class Batch(NamedTuple):
     labels: torch.Tensor  # (B, L) int64, one column per label of the source; -1: no label
     skipped: list  # "path: reason" for each unreadable video that was tried (training only)
     num_replaced: int  # clips that come from another video because theirs is unreadable
-    names: list  # where each clip comes from: a path, or the number of a built-in clip
     waited: float = 0.0  # seconds that the loader's user waited for it
 
 
@@ -85,10 +81,8 @@ def denormalize(clips):
 
 
 class _Paths:
-    """A sequence of paths as one string of bytes, so that forked loader workers share its memory.
-
-    They would copy a list of strings, because reading a Python object writes its reference count.
-    """
+    """Paths as one string of bytes. Forked workers share its memory, but would copy a list of strings page by page:
+    reading a Python object writes its reference count."""
 
     def __init__(self, paths):
         encoded = [path.encode() for path in paths]
@@ -106,9 +100,9 @@ def read_manifest(path, num_classes=None):
 
     With num_classes, each line needs a label from 0 to num_classes - 1. OSError; ValueError naming the file and line.
     """
-    paths, labels, folder, content = [], [], f"{Path(path).parent}/", Path(path).read_bytes()
+    paths, labels, folder = [], [], f"{Path(path).parent}/"
     try:
-        text = content.removeprefix(codecs.BOM_UTF8).decode()
+        text = Path(path).read_text("utf-8-sig")  # skips a byte-order mark
     except UnicodeDecodeError as error:
         number = error.object.count(b"\n", 0, error.start) + 1
         raise ValueError(f"{path} line {number}: not UTF-8; a manifest is a text of 'path label' lines") from error
@@ -162,10 +156,8 @@ class Manifest:
 
     def line(self, number):
         """The line of sample `number`, counted over all manifests."""
-        if not self.train:
-            return number
-        if not self.shuffled:
-            return self.random_line("mixture", number)
+        if not self.train or not self.shuffled:
+            return self.random_line("mixture", number) if self.train else number
         epoch, position = divmod(number, len(self))
         if epoch != self.epoch:
             rng = np.random.default_rng(seed_sequence("order", self.seed, epoch))
@@ -181,37 +173,37 @@ class Manifest:
     def lines(self, number):
         """The line of sample `number`; for training, then random ones, one of which replaces it if it is unreadable.
 
-        The next line would be a bad replacement, because a missing folder is a block of unreadable lines.
+        Not the next line, because a missing folder is a block of unreadable lines. Notes each line in `_reading`.
         """
         tried = set()
         for attempt in range(MAX_REPLACEMENTS if self.train else 1):
             line = self.random_line("replacement", number, attempt) if attempt else self.line(number)
             if line not in tried:
+                _reading[0] = line
                 yield line
             tried.add(line)
 
     def sample(self, number):
-        """One sample: (clip (3, T, H, W) uint8, label, skipped, path)."""
+        """One sample: (clip (3, T, H, W) uint8, label, "path: reason" of each unreadable video)."""
         skipped, rng = [], np.random.default_rng(seed_sequence("crop", self.seed, number))
         crop = functools.partial(random_crop, rng) if self.train else center_crop
         shape = self.num_frames, self.frame_step
         for line in self.lines(number):
-            note_reading(line)
-            path, place = self.paths[line], rng.random() if self.train else 0.5
+            place = rng.random() if self.train else 0.5
             try:
-                (clip,) = video.read_clips(path, *shape, [place], self.fps, [crop], self.resolution)
+                (clip,) = video.read_clips(self.paths[line], *shape, [place], self.fps, [crop], self.resolution)
             except BadVideo as error:
                 skipped.append(str(error))
                 continue
             clip = clip.flip(3) if self.train and rng.random() < 0.5 else clip
-            return clip.transpose(0, 1), int(self.labels[line]), skipped, path
+            return clip.transpose(0, 1), int(self.labels[line]), skipped
         raise BadVideo(skipped[-1])
 
     def batch(self, numbers):
         """The `Batch` of the samples with these numbers."""
-        clips, labels, skipped, paths = zip(*map(self.sample, numbers), strict=True)
+        clips, labels, skipped = zip(*map(self.sample, numbers), strict=True)
         num_replaced, skipped = sum(map(bool, skipped)), list(itertools.chain(*skipped))
-        return Batch(torch.stack(clips), torch.tensor(labels).unsqueeze(1), skipped, num_replaced, list(paths))
+        return Batch(torch.stack(clips), torch.tensor(labels).unsqueeze(1), skipped, num_replaced)
 
 
 class Synthetic:
@@ -226,7 +218,7 @@ class Synthetic:
     def batch(self, numbers):
         """The `Batch` of the clips with these numbers."""
         clips, labels = synthetic_clips(self.seed, torch.tensor(numbers), self.num_frames, self.resolution)
-        return Batch(clips, labels, [], 0, [f"built-in {n}" for n in numbers])
+        return Batch(clips, labels, [], 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -238,13 +230,6 @@ class LoaderFailed(RuntimeError):
 
 
 _reading = np.full(1, -1)  # the manifest line that is being read; in a worker process, memory shared with its parent
-
-
-def note_reading(line):
-    """Note the manifest line that is about to be read. The error message names it if the worker dies."""
-    _reading[0] = line
-
-
 _Worker = collections.namedtuple("_Worker", "pid pipe reading")  # reading: its `_reading`, in shared memory
 
 
@@ -337,15 +322,6 @@ def clip_loader(source, number_lists, workers=0):
         started = time.perf_counter()
 
 
-def clip_source(args):
-    """The training data that the flags name. OSError or ValueError if the flags or a manifest are wrong."""
-    seed = stream_seed("data", args.stage, args.seed)
-    if not args.data:
-        return Synthetic(args.num_frames, args.resolution, seed)
-    shape = args.num_frames, args.frame_step, args.resolution
-    return Manifest(args.data, *shape, seed, weights=args.data_weights, fps=args.fps)
-
-
 def micro_batch_indices(args):
     """The micro-batches of a step that this process computes, numbered over all processes."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -355,9 +331,6 @@ def micro_batch_indices(args):
 def training_loader(source, args, start_step):
     """An iterator over the `Batch`es of this process from start_step to the end of the run."""
     size = args.micro_batch_size
-    firsts = (
-        step * args.batch_size + micro * size
-        for step in range(start_step, args.steps)
-        for micro in micro_batch_indices(args)
-    )
+    steps, indices = range(start_step, args.steps), micro_batch_indices(args)
+    firsts = (step * args.batch_size + micro * size for step in steps for micro in indices)
     return clip_loader(source, (range(first, first + size) for first in firsts), args.workers)

@@ -223,18 +223,17 @@ class Videos(data.Manifest):
         self.side = SINGLE_VIEW_SIDE if args.views == 1 else 1  # of the views, as a fraction of the short side
 
     def sample(self, number):
-        """One video: (clips (V, S, 3, T, H, W) uint8, label, "path: reason" of each unreadable video, path)."""
+        """One video: (clips (V, S, 3, T, H, W) uint8, label, "path: reason" of each unreadable video)."""
         skipped = []
         for line in self.lines(number):
-            data.note_reading(line)
             try:
-                return self.clips(line, number), int(self.labels[line]), skipped, self.paths[line]
+                return self.clips(line, number), int(self.labels[line]), skipped
             except video.BadVideo as error:
                 skipped.append(str(error))
         if self.train:
             raise video.BadVideo(skipped[-1])
         shape = self.views, self.segments, 3, self.num_frames, self.resolution, self.resolution
-        return torch.zeros(shape, dtype=torch.uint8), -1, skipped, self.paths[line]
+        return torch.zeros(shape, dtype=torch.uint8), -1, skipped
 
     def clips(self, line, number):
         """The clips (V, S, 3, T, H, W) of the video on a line, for a sample number."""

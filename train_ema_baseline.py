@@ -40,10 +40,7 @@ def main():
     encoder_config = cli.encoder_config(args)
     teacher_id = None  # the teacher is part of this run
     training.setup(args, "ema", stage=2)
-    try:
-        source = data.clip_source(args)
-    except (OSError, ValueError) as error:
-        cli.fail(f"--data: {error}")
+    source = training.clip_source(args)
 
     with torch.device(args.device):
         student = Encoder(**encoder_config)

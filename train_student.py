@@ -55,10 +55,7 @@ def main():
     encoder_config = cli.encoder_config(args)
     teacher, teacher_id = load_teacher(args)
     training.setup(args, "student", stage=1 + teacher_id["stage"])
-    try:
-        source = data.clip_source(args)
-    except (OSError, ValueError) as error:
-        cli.fail(f"--data: {error}")
+    source = training.clip_source(args)
 
     with torch.device(args.device):
         student = Encoder(**encoder_config)

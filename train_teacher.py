@@ -30,10 +30,7 @@ def main():
     args = cli.training_flags(__doc__, out="out/teacher", steps=80_000).parse_args()
     encoder_config = cli.encoder_config(args)
     training.setup(args, "teacher", stage=1)
-    try:
-        source = data.clip_source(args)
-    except (OSError, ValueError) as error:
-        cli.fail(f"--data: {error}")
+    source = training.clip_source(args)
 
     with torch.device(args.device):
         encoder = Encoder(**encoder_config)

@@ -1,8 +1,8 @@
 """What the three training scripts share: processes and sharding, AdamW and schedules, the log, saving and resuming.
 
-A run depends only on its flags. Sample n, the masks of micro-batch m of step s, and the initial weights are functions
-of n, m, s, --seed and the stage. So neither a restart nor a different number of processes changes a run, and a student
-shares no randomness with its teacher. A student and the EMA baseline with the same --seed share all of it.
+A run depends only on its flags: samples, masks and initial weights are functions of the step, --seed and the stage.
+Neither a restart nor a different number of processes changes a run. A student shares no randomness with its teacher,
+but all of it with the EMA baseline of the same --seed.
 
 A run folder (--out) holds args.json (flags, model, versions), metrics.jsonl (one line per logged step), checkpoint.pt
 (what `model.load_checkpoint` reads) and resume/ (the newest states to continue from).
@@ -54,8 +54,7 @@ RANK_EVERY = 100  # steps between logged effective ranks, which take an eigendec
 def setup(args, kind, stage):
     """Check the flags, fill in (in place) those that depend on the machine, and join torchrun's process group.
 
-    kind: "teacher", "student" or "ema". stage: 1 for a V-Pixel teacher, for others 1 more than their teacher's. It
-    selects the random streams.
+    kind: "teacher", "student" or "ema". stage: 1 for a V-Pixel teacher, otherwise one more than the teacher's.
     """
     rank, world = rank_and_world()
     cli.resolve_device(args)
@@ -104,13 +103,23 @@ def setup(args, kind, stage):
                   "more (SLURM: --cpus-per-task), or lower --workers")  # fmt: skip
 
 
+def clip_source(args):
+    """The training data that the flags name. Ends the script if they or a manifest are wrong."""
+    seed, frames, size = data.stream_seed("data", args.stage, args.seed), args.num_frames, args.resolution
+    if not args.data:
+        return data.Synthetic(frames, size, seed)
+    try:
+        return data.Manifest(args.data, frames, args.frame_step, size, seed, weights=args.data_weights, fps=args.fps)
+    except (OSError, ValueError) as error:
+        fail(f"--data: {error}")
+
+
 @functools.cache
 def _mesh(device, hybrid):
     """The device mesh of all networks: all processes, or with --hybrid (nodes, processes of a node)."""
     world, local = dist.get_world_size(), launched("LOCAL_WORLD_SIZE", 1)
-    if not hybrid:
-        return init_device_mesh(device, (world,))
-    return init_device_mesh(device, (world // local, local), mesh_dim_names=("replicate", "shard"))
+    shape, names = ((world // local, local), ("replicate", "shard")) if hybrid else ((world,), None)
+    return init_device_mesh(device, shape, mesh_dim_names=names)
 
 
 def compile_and_shard(network, args, sharded=True):
@@ -144,8 +153,7 @@ def _forget_forward(network, *_):
 def sync_gradients(networks, last):
     """Tell FSDP whether this is the step's last micro-batch, the only one that reduces gradients.
 
-    Until then each process accumulates its own gradients and keeps the weights it has gathered: less communication,
-    for the memory of unsharded weights (in --dtype) and gradients (float32).
+    Until then each process keeps whole gradients and the weights it has gathered: more memory, less communication.
     """
     for network in networks.values():
         if isinstance(network, FSDPModule):
@@ -178,7 +186,7 @@ def _exception_hook(kind, error, traceback):
 
 
 def generator(purpose, *key):
-    """A CPU random generator for a purpose (a string), which depends only on it and on `key`, non-negative integers."""
+    """A CPU random generator that depends only on a purpose (a string) and non-negative integers."""
     return torch.Generator().manual_seed(data.stream_seed(purpose, *key))
 
 
@@ -234,8 +242,8 @@ def all_reduce(tensor, op=dist.ReduceOp.SUM):
 def optimizer_step(optimizer, loss, args):
     """Clip the gradients and take an optimizer step, unless the loss or the gradient norm is not finite.
 
-    loss: this process's mean over its micro-batches, a detached tensor. Returns the mean over all processes, and the
-    global gradient norm before clipping, both as tensors: nothing here waits for the device.
+    loss: this process's mean, detached. Returns the mean over all processes and the global gradient norm before
+    clipping, as tensors: nothing here waits for the device.
     """
     params = [p for group in optimizer.param_groups for p in group["params"]]
     world = rank_and_world()[1]
@@ -266,8 +274,7 @@ def due(step, every):
 class Log:
     """Counts what happens in the steps since the last logged one, and writes metrics.jsonl.
 
-    teacher: the network that makes the targets, if any, for the FLOPs. Tensors are read only when a line is written, so
-    that no other step waits for the device.
+    Reads tensors only when it writes a line, so that no other step waits for the device. teacher: for the FLOPs.
     """
 
     def __init__(self, args, networks, teacher=None):
@@ -306,8 +313,7 @@ class Log:
         self.steps.append((step, torch.stack((loss, grad_norm))))
 
     def write(self, **metrics):
-        """Write a line of metrics.jsonl and print a shorter one: the mean loss since the last line, the last gradient
-        norm, and any other metrics (floats or tensors of one element).
+        """Write a line of metrics.jsonl with these metrics (floats or tensors of one element), and print a shorter one.
 
         Ends the run if a step was not finite, or if too many videos are unreadable. All processes must call it.
         """
@@ -324,8 +330,7 @@ class Log:
         self.totals = {name: total + type(total)(sums[name]) for name, total in self.totals.items()}
         clips, bad = self.totals["clips"], self.totals["bad_videos"]
         if clips >= 100 and bad > args.max_bad * clips:
-            limit = f"--max-bad {args.max_bad:.0%}"
-            fail(f"{bad} of {clips} samples are unreadable, more than {limit}: check --data", agreed=True)
+            fail(f"{bad} of {clips} samples are unreadable, more than --max-bad {args.max_bad:.0%}", agreed=True)
         line = {
             "step": step + 1,
             "loss": sum(loss for loss, _ in values) / len(values),
@@ -403,10 +408,7 @@ def _receive_signal(number, frame):
 
 
 def agree_on_saving(step, args, log):
-    """Ask all processes whether to save after this step, and which signal to stop for: (save, stop), stop 0 for none.
-
-    A signal may reach only one process, and their clocks differ: what one process wants, all do.
-    """
+    """Whether to save after this step, and the signal to stop for (0: none). What one process wants, all do."""
     overdue = time.monotonic() - log.saved_at >= 60 * args.save_minutes
     wanted = torch.tensor([max(_received, default=0), overdue])  # on the CPU, so that nothing waits for the GPU
     stop, overdue = all_reduce(wanted, dist.ReduceOp.MAX).tolist()
@@ -416,11 +418,11 @@ def agree_on_saving(step, args, log):
 def finish(args, log, stop):
     """Print how the run ended. After a signal, exit as if killed: no script should go on with an unfinished run."""
     if rank_and_world()[0] == 0:
-        message = f"{args.kind} done: {args.steps} steps in {cli.duration(log.totals['seconds'])}, "
-        message += f"{log.totals['flops']:.3g} FLOPs; {args.out / 'checkpoint.pt'}"
         if stop:
-            message = f"{signal.Signals(stop).name}: saved and stopped; rerun the same command to continue"
-        print(message, flush=True)
+            print(f"{signal.Signals(stop).name}: saved and stopped; rerun the same command to continue", flush=True)
+        else:
+            print(f"{args.kind} done: {args.steps} steps in {cli.duration(log.totals['seconds'])}, "
+                  f"{log.totals['flops']:.3g} FLOPs; {args.out / 'checkpoint.pt'}", flush=True)  # fmt: skip
         if log.tensorboard:
             log.tensorboard.close()
     if dist.is_initialized():
@@ -431,10 +433,9 @@ def finish(args, log, stop):
 
 
 def save(args, step, networks, optimizer, log, teacher=None):
-    """Write the state to continue from, resume/step-N, then checkpoint.pt; with --snapshot-every a copy of it, too.
+    """Write the state to continue from, resume/step-N, then checkpoint.pt: a run that is stopped may have little time.
 
-    The state comes first: a cluster that stops a run may leave it little time. Both are written aside and renamed, so
-    that they are complete or absent. teacher: the identity of a frozen teacher (`train_student.load_teacher`).
+    Both are written aside and renamed, so that they are complete or absent. teacher: the identity of a frozen teacher.
     """
     record = {"format": model.CHECKPOINT_FORMAT, "kind": args.kind, "stage": args.stage, "step": step,
               "model": log.model, "args": plain_flags(args), "teacher": teacher}  # fmt: skip
@@ -471,7 +472,7 @@ def _write_checkpoint(args, record, networks):
 def resume(args, networks, optimizer, log, teacher=None):
     """Open the run folder, and restore networks and optimizer, in place, from the newest state in it, if there is one.
 
-    Returns the step to continue with. Ends the script if the folder holds another run, or is in use. Arguments: `save`.
+    Returns the step to continue with. Ends the script if the folder holds another run, or is in use.
     """
     rank, start = rank_and_world()[0], 0
     try:
@@ -556,14 +557,9 @@ def _describe(args, networks, log):
     """Write args.json and an empty log, and print what is trained."""
     git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty=+", "--abbrev=40"]  # +: files differ
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
-    record = {
-        "kind": args.kind,
-        "args": plain_flags(args),
-        "model": log.model,
-        "world_size": rank_and_world()[1],
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "av": av.__version__},
-        "git_commit": commit or None,
-    }
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "av": av.__version__}
+    record = {"kind": args.kind, "args": plain_flags(args), "model": log.model, "world_size": rank_and_world()[1],
+              "versions": versions, "git_commit": commit or None}  # fmt: skip
     write_lines(args.out / "args.json", [json.dumps(record, indent=2)])
     write_lines(args.out / "metrics.jsonl", [])
     sizes = (f"{name} of {sum(p.numel() for p in networks[name].parameters()) / 1e6:.2f}M" for name in log.model)

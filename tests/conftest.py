@@ -14,6 +14,9 @@ import PIL.Image
 import pytest
 import torch
 
+import train_ema_baseline
+import train_student
+import train_teacher
 from model import load_checkpoint
 from video import read_clips
 
@@ -52,8 +55,7 @@ def write_video(path, frames, gop=12, bframes=0, rate=25, codec="libx264", start
     """Encode frames, (H, W, 3) arrays. Frame i has time stamp start + pts[i], or start + i without pts, in frames."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=rate)
-        stream.time_base = 1 / Fraction(rate)
-        stream.codec_context.time_base = 1 / Fraction(rate)
+        stream.time_base = stream.codec_context.time_base = 1 / Fraction(rate)
         if codec == "libx264":
             stream.options = {"g": str(gop), "bf": str(bframes), "b-adapt": "0", "sc_threshold": "0", "qp": "4"}
             stream.options |= {"x264-params": "open-gop=1"} if open_gop else {}
@@ -77,11 +79,10 @@ def write_images(folder, names):
 
 def set_matrix(path, matrix):
     """Write a display matrix (a, b, c, d), -1, 0 or 1 each, into the header of an mp4 file. Returns its path."""
-    identity, (a, b, c, d) = (1, 0, 0, 0, 1), matrix
-    content = path.read_bytes()
-    old, new = (struct.pack(">5i", *(n << 16 for n in numbers)) for numbers in (identity, (a, b, 0, c, d)))
-    at = content.index(old, content.index(b"tkhd"))
-    path.write_bytes(content[:at] + new + content[at + len(old) :])
+    a, b, c, d = matrix
+    old, new = (struct.pack(">5i", *(n << 16 for n in numbers)) for numbers in ((1, 0, 0, 0, 1), (a, b, 0, c, d)))
+    header, rest = path.read_bytes().split(b"tkhd", 1)
+    path.write_bytes(header + b"tkhd" + rest.replace(old, new, 1))
     return path
 
 
@@ -134,15 +135,12 @@ def refusal(capfd, module, *flags):
 
 def extra_flags(script, teacher):
     """The flags of a training script beyond those that all of them have. The EMA teacher moves visibly."""
-    flags = {"train_student": ("--teacher", teacher), "train_ema_baseline": ("--ema-momentum", 0.9)}
-    return flags.get(script.__name__, ())
+    return {train_student: ("--teacher", teacher), train_ema_baseline: ("--ema-momentum", 0.9)}.get(script, ())
 
 
 @pytest.fixture(scope="session")
 def teacher(tmp_path_factory):
     """The folder of a finished tiny stage-1 run."""
-    import train_teacher
-
     out = tmp_path_factory.mktemp("runs") / "teacher"
     run_script(train_teacher, *TINY, "--out", out)
     return out
@@ -151,8 +149,6 @@ def teacher(tmp_path_factory):
 @pytest.fixture(scope="session")
 def student(teacher):
     """The folder of a finished tiny stage-2 run. The student is wider than its teacher."""
-    import train_student
-
     out = teacher.parent / "student"
     run_script(train_student, *TINY, "--width", 48, "--out", out, "--teacher", teacher)
     return out
@@ -161,8 +157,6 @@ def student(teacher):
 @pytest.fixture(scope="session")
 def ema(tmp_path_factory):
     """The folder of a finished tiny run of the baseline, with the default EMA flags."""
-    import train_ema_baseline
-
     out = tmp_path_factory.mktemp("runs") / "ema"
     run_script(train_ema_baseline, *TINY, "--out", out)
     return out
