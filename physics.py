@@ -43,7 +43,6 @@ from synthetic import synthetic_pair
 from video import BadVideo, list_frames
 
 STRIDE = 2  # frames from one window to the next (appendix D)
-MASK_INDEX = 0  # the protocol predicts with the mask token of short-range masks
 SYNTHETIC_SEED = 2**31 + 6  # no training run uses it
 
 
@@ -80,14 +79,11 @@ def parse_args():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# networks
+# networks and their surprise
 
 
 def load_networks(args):
-    """The frozen context encoder, predictor and target encoder (None if pixels are predicted), and their step.
-
-    Fills in --teacher. Ends the script if a checkpoint is missing, damaged or of another teacher.
-    """
+    """The frozen context encoder, predictor and target encoder (None if pixels are predicted), and their step."""
     try:
         checkpoint = target = load_checkpoint(args.checkpoint)  # target: the checkpoint with the target encoder
         config, kind = checkpoint["model"], checkpoint["kind"]
@@ -108,14 +104,14 @@ def load_networks(args):
         encoder, predictor = Encoder(**encoder.config), Predictor(**predictor.config)
         if target_encoder:  # an EMA teacher starts as a copy of the student
             target_encoder = Encoder(**target_encoder.config) if kind == "student" else copy.deepcopy(encoder)
-    networks = [encoder, predictor, target_encoder]
+    networks = encoder, predictor, target_encoder
     for network in filter(None, networks):
         network.float().eval().requires_grad_(False).to(args.device)
     return networks, checkpoint["step"]
 
 
 def resolve_window(args, encoder):
-    """Fill in --num-frames and --context-lengths, and set args.resolution. Ends the script if they do not fit."""
+    """Fill in --num-frames and --context-lengths, and set args.resolution."""
     tubelet, args.resolution = encoder.tubelet_size, encoder.config["resolution"]
     if args.num_frames is None:
         args.num_frames = TASKS[args.task].num_frames or encoder.config["num_frames"]
@@ -124,10 +120,6 @@ def resolve_window(args, encoder):
     args.context_lengths = sorted(set(args.context_lengths or eighths))
     if M % tubelet or not args.context_lengths or any(C % tubelet or not 0 < C < M for C in args.context_lengths):
         fail(f"--num-frames {M}, --context-lengths: must be multiples of {tubelet} frames, contexts shorter than {M}")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# surprise
 
 
 @torch.inference_mode()
@@ -156,7 +148,7 @@ def surprise(networks, frames, args):
             for C in args.context_lengths:
                 seen = C // encoder.tubelet_size * grid[1] * grid[2]  # tokens are ordered by time
                 context_ids, target_ids = ids[:, :seen], ids[:, seen:]
-                predicted = predictor(encoder(clips, context_ids), context_ids, target_ids, grid, MASK_INDEX)
+                predicted = predictor(encoder(clips, context_ids), context_ids, target_ids, grid, 0)  # short-range
                 errors.append((predicted.float() - targets[:, seen:]).abs().mean((1, 2)))
         curves.append(torch.stack(errors).cpu())
     return torch.cat(curves, dim=1)
@@ -176,7 +168,7 @@ class Item(NamedTuple):
 
 
 def find_items(args):
-    """The list of what `read_pairs` reads. Ends the script if there is nothing, or if a file is missing."""
+    """The list of what `read_pairs` reads."""
     if args.task == "synthetic":
         return range(args.pairs)
     try:
@@ -232,15 +224,12 @@ def find_inflevel(root):
 
 def find_csv_pairs(file):
     """Items of a csv file with columns possible, impossible (paths relative to the file) and, optionally, property."""
-    return [
-        Item(row.get("property") or "pairs", [file.parent / row["possible"]], [file.parent / row["impossible"]])
-        for row in read_csv(file)
-    ]
+    root, rows = file.parent, read_csv(file)
+    return [Item(row.get("property") or "pairs", [root / row["possible"]], [root / row["impossible"]]) for row in rows]
 
 
 def read_csv(file):
-    with open(file, newline="", encoding="utf-8") as lines:
-        return list(csv.DictReader(lines, restval=""))
+    return list(csv.DictReader(file.read_text("utf-8-sig").splitlines(), restval=""))
 
 
 def count_frames(path):
@@ -269,10 +258,10 @@ TASKS = {
 
 
 def read_pairs(args, item):
-    """Read the pairs of an `Item`, or render a built-in pair: a list of (property, name, possible, impossible).
+    """Read an `Item`, or render a built-in pair: a list of (property, name, possible, impossible), uint8 (L, 3, R, R).
 
-    Videos are uint8 (L, 3, R, R); the lengths of a pair may differ. IntPhys's two possible and two impossible movies of
-    a scene are matched so that the pairs share as many frames at the beginning as possible.
+    The two possible and two impossible movies of an IntPhys scene are matched so that pairs share as many frames at the
+    beginning as possible.
     """
     if args.task == "synthetic":
         property, *videos = synthetic_pair(SYNTHETIC_SEED + args.seed, item, 3 * args.num_frames, args.resolution)
@@ -286,15 +275,13 @@ def read_pairs(args, item):
 
 def shared_frames(a, b):
     """The number of identical frames at the beginning of two videos (L, 3, R, R)."""
-    same = [torch.equal(x, y) for x, y in zip(a, b)]  # noqa: B905  (up to the end of the shorter one)
-    return same.index(False) if False in same else len(same)
+    return len(list(itertools.takewhile(lambda pair: torch.equal(*pair), zip(a, b, strict=False))))
 
 
 def read_video(path, args, start=0):
     """Read every --frame-step-th frame of a video, or of a folder of images, from `start` on: uint8 (L, 3, R, R).
 
-    As in the authors' code, resizing is bilinear without antialiasing. BadVideo if the used part of the video has no
-    frames, or damaged ones.
+    As in the authors' code, resizing is bilinear without antialiasing.
     """
     task, files, frames = TASKS[args.task], list_frames(path) if path.is_dir() else [path], []
     stop = start + task.max_frames // args.frame_step * args.frame_step if task.max_frames else None
@@ -335,16 +322,14 @@ def accuracies(context_lengths, results):
 def accuracy(possible, impossible):
     """Accuracies in percent from the mean and maximum scores (P, 2) of the possible and impossible video of each pair.
 
-    Relative: pairs whose possible video has the lower mean score; a tie is wrong. Absolute: videos whose maximum score
-    is on the correct side of a threshold, the lowest score of a possible video that is above 90% of the possible
-    videos. It is calibrated on these videos, as in the authors' code, which needs 10 pairs; with fewer, the threshold
-    is the highest score.
+    A tie of mean scores is wrong. The threshold for the maximum scores is the lowest score of a possible video that is
+    above 90% of the possible videos (calibrated on these videos, as in the authors' code); with fewer than 10 pairs, it
+    is their highest score.
     """
     P = len(possible)
     right = int((possible[:, 0] < impossible[:, 0]).sum())
-    possible, impossible = possible[:, 1], impossible[:, 1]
-    threshold = possible.sort().values[min(math.ceil(0.9 * P), P - 1)]
-    separated = int((possible < threshold).sum() + (impossible > threshold).sum())
+    threshold = possible[:, 1].sort().values[min(math.ceil(0.9 * P), P - 1)]
+    separated = int((possible[:, 1] < threshold).sum() + (impossible[:, 1] > threshold).sum())
     return {
         "pairs": P,
         "relative_accuracy": 100 * right / P,
@@ -355,7 +340,6 @@ def accuracy(possible, impossible):
 
 
 def print_accuracies(table):
-    """Print a table of `accuracies`: one of relative accuracy, one of absolute accuracy."""
     for kind, score in (("relative", "pairs, mean surprise"), ("absolute", "videos, maximum surprise")):
         print(f"{kind} accuracy in % of {score} (95% interval), by context length in frames")
         print(f"{'property':20}{'pairs':>6}" + "".join(f"{column:>19}" for column in table["all"]))
