@@ -48,10 +48,6 @@ def counts(text, split="train"):
     return [int(n.replace(",", "")) for n in re.findall(r"[0-9][0-9,]*", re.search(rf"^{split}: .*$", text, re.M)[0])]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# datasets
-
-
 def kinetics_files(folder, train, val, val_name="val.csv"):
     """Annotations of clips (label, video, start), each of ten seconds; of `val`, only the videos are given."""
 
@@ -144,7 +140,6 @@ UCF101 = {  # lines end as in Windows; the training lists have class numbers; a 
 HMDB51 = {
     "wave_test_split1.txt": "a.avi 1 \nb.avi 2 \n#c(!).avi 0 \n",
     "brush_hair_test_split1.txt": "d.avi 2 \n#e(!).avi 1 \n",
-    "wave_test_split3.txt": "a.avi 2 \nb.avi 0 \n#c(!).avi 1 \n",
     "._wave_test_split1.txt": "\0",
 }
 
@@ -227,7 +222,6 @@ def test_v36m_joins_three_manifests(tmp_path, capfd, monkeypatch):
         ("panda70m --annotations {a}/train.csv", {}, "no columns videoID, url and timestamp"),
         ("panda70m --count 0", {}, "--count 0: must be at least 1"),
         ("hmdb51 --split 2", {}, "no CLASS_test_split2.txt in"),
-        ("hmdb51", {"wave_test_split1.txt": "a_wave_f_0.avi 3\n"}, "not in hmdb51's format"),
         ("jester", JESTER | {"jester-v1-train.csv": "1,Swiping Left\n"}, "not in jester's format: ValueError"),
         ("ssv2", {f"something-something-v2-{k}": v for k, v in (SSV2 | {"labels.json": {}}).items()},
          "not in ssv2's format: KeyError 'Approaching'"),
@@ -258,18 +252,10 @@ def test_links_and_names_that_a_manifest_cannot_hold(tmp_path, capfd):
     assert prepare.find_files([root]) == {"1": f"{root}/a/1.mp4", "3": f"{root}/link/3.mp4"}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# your own videos
-
-
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
     """A readable video's bytes."""
     return write_video(tmp_path_factory.mktemp("clip") / "clip.mp4", [flat(i) for i in range(4)]).read_bytes()
-
-
-def folder_flags(videos, out, *more):
-    return ("folder", videos, "--out", out, "--workers", 1, *more)
 
 
 def test_class_folders_become_labels_and_unreadable_videos_and_clutter_are_left_out(tmp_path, clip, capfd):
@@ -277,7 +263,7 @@ def test_class_folders_become_labels_and_unreadable_videos_and_clutter_are_left_
     videos = fill(tmp_path / "v", *names, content=clip)
     clutter = ["__MACOSX/1.mp4", "walk/._0.mp4", "walk/.DS_Store", "._walk", ".Trashes/1.mp4", "$RECYCLE.BIN/1.mp4"]
     fill(videos, "walk/broken.MOV", "walk/notes.txt", *clutter, content=clip[:99])
-    run_script(prepare, *folder_flags(videos, tmp_path / "o"))
+    run_script(prepare, "folder", videos, "--out", tmp_path / "o", "--workers", 1)
     text = capfd.readouterr().out
     classes, train, val = written(tmp_path / "o", videos)
     assert classes == ["Jump", "run fast", "walk"] and train | val == names
@@ -287,17 +273,17 @@ def test_class_folders_become_labels_and_unreadable_videos_and_clutter_are_left_
 
 def test_a_folder_without_class_folders_gives_unlabeled_manifests(tmp_path, clip, capfd):
     videos = fill(tmp_path / "v", *(f"{i}.mp4" for i in range(4)), "a/5.mp4", content=clip)
-    error = refusal(capfd, prepare, *folder_flags(videos, tmp_path / "o"))
-    assert "4 videos are in no class folder, such as 0.mp4" in error
-    run_script(prepare, *folder_flags(videos, tmp_path / "o", "--unlabeled", "--val-fraction", 0.4))
+    flags = ("folder", videos, "--out", tmp_path / "o", "--workers", 1)
+    assert "4 videos are in no class folder, such as 0.mp4" in refusal(capfd, prepare, *flags)
+    run_script(prepare, *flags, "--unlabeled", "--val-fraction", 0.4)
     classes, train, val = written(tmp_path / "o", videos)
     assert (classes, len(train), len(val)) == ([], 3, 2) and {*train.values(), *val.values()} == {None}
 
 
 def test_sources_stay_together(tmp_path, clip):
     names = [f"{kind}/{kind}_g{g:02}_c{c}.mp4" for kind in "ab" for g in range(10) for c in range(2)]
-    videos = fill(tmp_path / "v", *names, content=clip)
-    run_script(prepare, *folder_flags(videos, tmp_path / "o", "--group", r"g(\d+)", "--val-fraction", 0.3))
+    videos, flags = fill(tmp_path / "v", *names, content=clip), ("--group", r"g(\d+)", "--val-fraction", 0.3)
+    run_script(prepare, "folder", videos, "--out", tmp_path / "o", "--workers", 1, *flags)
     train, val = ({name.split("_")[1] for name in paths} for paths in written(tmp_path / "o", videos)[1:])
     assert len(val) == 3 and len(train) == 7 and not val & train
     fill(tmp_path / "few", "g/xg01.mp4", "g/xg02.mp4")
@@ -327,19 +313,18 @@ def test_mistakes_about_a_folder_are_reported_in_one_line_and_write_no_manifest(
     names = [f"{kind}/{kind}_g{g}.mp4" for kind in "ab" for g in range(3)]
     videos, out = fill(tmp_path / "v", *names, "b/b_x.mp4", content=clip), tmp_path / "o"
     lonely = fill(tmp_path / "lonely", *names, "c/1.mp4", content=clip)
-    fill(fill(tmp_path / "broken", "b/1.mp4", "b/2.mp4", content=clip), "a/1.mp4", "a/2.mp4")
-    fill(tmp_path / "text", "a/1.txt", "a/2")
-    for arguments, what in [
-        ((tmp_path / "text", out), "no files with the suffixes"),
-        ((tmp_path / "broken", tmp_path / "checked"), "class a: 0 videos for train and 0 for val"),
-        ((lonely, out), "class c: 0 videos for train and 1 for val; add"),
-        ((videos, out, "--group", r"g\d"), "does not match 1 file names, such as b/b_x.mp4"),
-        ((videos, out, "--group", "("), "--group (: missing )"),
-        ((videos, out, "--val-fraction", 1), "--val-fraction 1.0: must be above 0 and below 1"),
+    broken = fill(tmp_path / "broken", "a/1.mp4", "a/2.mp4")
+    for folder, flags, what in [
+        (fill(tmp_path / "text", "a/1.txt", "a/2"), (), "no files with the suffixes"),
+        (lonely, (), "class c: 0 videos for train and 1 for val; add"),
+        (videos, ("--group", r"g\d"), "does not match 1 file names, such as b/b_x.mp4"),
+        (videos, ("--group", "("), "--group (: missing )"),
+        (videos, ("--val-fraction", 1), "--val-fraction 1.0: must be above 0 and below 1"),
     ]:
-        assert what in refusal(capfd, prepare, *folder_flags(*arguments))
+        assert what in refusal(capfd, prepare, "folder", folder, "--out", out, *flags)
     assert not out.exists()  # found before any video was decoded
-    assert [path.name for path in (tmp_path / "checked").iterdir()] == ["check.jsonl"]
+    error = refusal(capfd, prepare, "folder", broken, "--out", out, "--workers", 1)
+    assert "class a: 0 videos for train and 0 for val" in error and os.listdir(out) == ["check.jsonl"]
 
 
 @pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="needs ../shared/data")
