@@ -158,11 +158,9 @@ def surprise(networks, frames, args):
 # pairs of videos
 
 
-class Item(NamedTuple):
-    """Paths of one or more pairs. A path is a video file, or a folder of images."""
-
+class Item(NamedTuple):  # one or more pairs
     property: str
-    possible: list
+    possible: list  # paths of video files, or of folders of images
     impossible: list
     starts: tuple = (0, 0)  # first frame used, of the possible videos and of the impossible ones
 
@@ -243,8 +241,7 @@ class Task(NamedTuple):
     frame_step: int
     num_frames: int | None  # window length; None: what the encoder was trained with
     find_items: Callable | None  # value of --data -> list of `Item`
-    # At most max_frames // frame_step frames are used. IntPhys has 99, so 49 at step 2: frame 98 is left out.
-    max_frames: int | None = None
+    max_frames: int | None = None  # frames used: max_frames // frame_step, 49 of IntPhys's 99
     square: bool = False  # crop frames to a centered square before resizing, instead of resizing the whole frame
 
 
