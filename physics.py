@@ -15,9 +15,7 @@ each window over all C.
 
 A student predicts the latents of its teacher: the one recorded in the checkpoint, or --teacher. The student of an EMA
 run predicts those of its EMA teacher, V-JEPA 2's encoder those of its target_encoder (tools/convert.py keeps both). A
-stage-1 teacher predicts normalized pixels.
-Writes results.json, with the surprise of every window, to --out.
-
+stage-1 teacher predicts normalized pixels. Writes results.json, with the surprise of every window, to --out.
 Letters: P pairs, L frames of a video, M frames of a window, C context frames, W windows, R height and width in pixels.
 """
 
@@ -71,8 +69,7 @@ def parse_args():
         fail("--task synthetic renders its own videos: --data and --frame-step are for the other tasks")
     if args.task != "synthetic" and not args.data:
         fail(f"--task {args.task} needs --data")
-    if args.frame_step is None:
-        args.frame_step = TASKS[args.task].frame_step
+    args.frame_step = TASKS[args.task].frame_step if args.frame_step is None else args.frame_step
     require_at_least(args, 1, "pairs", "frame_step", "batch_size")
     require_at_least(args, 0, "seed", "workers")
     return args
@@ -276,10 +273,7 @@ def shared_frames(a, b):
 
 
 def read_video(path, args, start=0):
-    """Read every --frame-step-th frame of a video, or of a folder of images, from `start` on: uint8 (L, 3, R, R).
-
-    As in the authors' code, resizing is bilinear without antialiasing.
-    """
+    """Read every --frame-step-th frame of a video, or of a folder of images, from `start` on: uint8 (L, 3, R, R)."""
     task, files, frames = TASKS[args.task], list_frames(path) if path.is_dir() else [path], []
     stop = start + task.max_frames // args.frame_step * args.frame_step if task.max_frames else None
     try:
@@ -288,7 +282,7 @@ def read_video(path, args, start=0):
             frame = torch.from_numpy(frame.to_ndarray(format="rgb24")).permute(2, 0, 1)  # (3, H, W)
             if task.square:
                 frame = TF.center_crop(frame, min(frame.shape[1:]))
-            frames.append(TF.resize(frame, [args.resolution, args.resolution], antialias=False))
+            frames.append(TF.resize(frame, [args.resolution, args.resolution], antialias=False))  # as the authors do
     except (av.FFmpegError, OSError, IndexError) as error:
         raise BadVideo(f"{path}: {getattr(error, 'strerror', 'no video stream')}") from error
     if not frames:

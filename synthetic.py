@@ -31,8 +31,7 @@ def uniforms(seed, numbers, count):
     return _shift_right(bits, 40).float() * 2**-24
 
 
-def _mix(z):
-    """Scramble int64 values: the finalizer of splitmix64."""
+def _mix(z):  # the finalizer of splitmix64
     z = (z ^ _shift_right(z, 30)) * -4658895280553007687
     z = (z ^ _shift_right(z, 27)) * -7723592293110705685
     return z ^ _shift_right(z, 31)

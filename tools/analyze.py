@@ -67,7 +67,6 @@ def parse(text, path, description, *keys):
 
 
 def read_log(path):
-    """Yield the lines of a metrics.jsonl as dictionaries."""
     for line in path.read_text().splitlines():
         yield parse(line, path, "a training log", "step", "loss", "seconds", "flops")
 
@@ -240,8 +239,8 @@ def correlate(args):
     common = {task: top1 for task, top1 in accuracies(probes).items() if len(top1) == len(probes)}
     if not common:
         raise ValueError("these probes have no task in common")
-    shape = len(args.against), len(common)
-    figure, axes = plt.subplots(*shape, figsize=(3.6 * shape[1], 3.4 * shape[0]), squeeze=False)
+    size = 3.6 * len(common), 3.4 * len(args.against)
+    figure, axes = plt.subplots(len(args.against), len(common), figsize=size, squeeze=False)
     for row, name in zip(axes, args.against, strict=True):
         label, x = AGAINST[name][0], np.array([quantity(args, probe, name) for probe in probes])
         if np.ptp(x) == 0:
@@ -285,7 +284,7 @@ DENSE = 28  # rows and columns, at least, of a map of features
 
 
 def load_clips(args, config, numbers):
-    """Load these clips of --data, or built-in ones, for an encoder of this config: (B, 3, T, H, W) uint8."""
+    """These clips of --data, or built-in ones, for an encoder of this config: (B, 3, T, H, W) uint8."""
     if not args.data:
         return data.Synthetic(config["num_frames"], config["resolution"], CLIP_SEED).batch(numbers).clips
     source = data.Manifest(args.data, config["num_frames"], args.frame_step, config["resolution"], train=False)
@@ -308,12 +307,12 @@ def picture(args):
     videos = [("video clip", clips)]
     for run in args.runs:
         checkpoint, encoder = load_checkpoint(run), load_encoder(run)
-        if checkpoint["kind"] != "teacher" or args.features:
+        if checkpoint["kind"] == "teacher" and not args.features:
+            mask = sample_masks(checkpoint["args"]["mask"], encoder.grid(x), len(x), generator("picture", MASK))[0]
+            seen, filled = fill_in(encoder, load_predictor(run), x, mask.context_ids)
+            videos += [("what the\nteacher sees", seen), ("what the\nteacher fills in", filled)]
+        else:
             videos.append((f"features of\n{Path(run).name}", token_colors(dense_tokens(encoder, x))))
-            continue
-        mask = sample_masks(checkpoint["args"]["mask"], encoder.grid(x), len(x), generator("picture", MASK))[0]
-        seen, filled = fill_in(encoder, load_predictor(run), x, mask.context_ids)
-        videos += [("what the\nteacher sees", seen), ("what the\nteacher fills in", filled)]
     count = max(video.shape[2] for _, video in videos)  # frames
     columns = min(max(2, 16 // args.clips), count)
     save(draw_frames(videos, range(columns), columns), args.save.with_suffix(".png"))

@@ -72,8 +72,7 @@ class Sample(NamedTuple):
     label: str  # name of its class
 
 
-def whole_video(split, name, label):
-    """The `Sample` of a dataset with one clip per video, named by its file."""
+def whole_video(split, name, label):  # of a dataset with one clip per video, named by its file
     return Sample(split, clip=name, source=name, names=(name,), label=label)
 
 
@@ -276,7 +275,6 @@ DATASETS = {
 
 
 def open_annotations(folder, *names):
-    """Open the first of these files that `folder` has, as text."""
     for name in names:
         if (Path(folder) / name).is_file():
             return open(Path(folder) / name, encoding="utf-8-sig", newline="")
@@ -416,10 +414,10 @@ def panda70m(args):
     for i, stratum in enumerate(sorted(strata, key=len)):  # shortest first: the longer ones make up for them
         share = min(len(stratum), (args.count - len(chosen)) // (len(strata) - i))
         chosen += [stratum[k] for k in rng.choice(len(stratum), share, replace=False)]
-    if not chosen:
-        fail(f"--videos {' '.join(args.videos)}: none of the {count['annotated']:,} clips is there")
-    write_manifest(args.out / "train.csv", [(path, -1) for *_, path in sorted(chosen)])
     print_counts("train", count)
+    if not chosen:
+        fail("no train clips found in --videos (--help lists the files)")
+    write_manifest(args.out / "train.csv", [(path, -1) for *_, path in sorted(chosen)])
 
 
 def v36m(args):
