@@ -148,13 +148,11 @@ def test_correlate(runs, ema, probe_of, drawn, capfd):
     against = ["loss", "rankme", "teacher-loss", "teacher-rankme"]
     run_script(analyze, "correlate", *probes, "--against", *against, "--clips", 60)
     clips = data.Synthetic(4, 32, analyze.CLIP_SEED).batch(range(60)).clips
-    students = [runs / f"of-{step}" for step in steps]
-    teachers = [runs / f"snapshots/checkpoint-{step:06}.pt" for step in steps]
     expected = [
-        [read_metrics(run)[-1]["loss"] for run in students],
-        [rankme_by_hand(load_encoder(run), clips) for run in students],
+        [read_metrics(runs / f"of-{step}")[-1]["loss"] for step in steps],
+        [rankme_by_hand(load_encoder(runs / f"of-{step}"), clips) for step in steps],
         [read_metrics(runs / "snapshots", "loss")[step - 1][0] for step in steps],
-        [rankme_by_hand(load_encoder(run), clips) for run in teachers],
+        [rankme_by_hand(load_encoder(runs / f"snapshots/checkpoint-{step:06}.pt"), clips) for step in steps],
     ]
     lines = iter(capfd.readouterr().out.splitlines())
     for row, x, name in zip(np.reshape(drawn[0].axes, (4, 2)), expected, against, strict=True):
@@ -170,7 +168,7 @@ def test_correlate(runs, ema, probe_of, drawn, capfd):
         assert found == pytest.approx(rankme_by_hand(load_encoder(ema, weights), clips), rel=1e-3)
 
 
-def test_correlate_refuses(runs, student, teacher, probe_of, tmp_path, capfd):
+def test_correlate_refuses(runs, student, teacher, probe_of, capfd):
     good = [probe_of(run, x) for run, x in ((student, 10.0), (runs / "student-1", 20.0), (runs / "of-2", 5.0))]
     for probes, name, message in [
         (good[:2], "loss", "a correlation of 2 checkpoints"),
@@ -179,9 +177,7 @@ def test_correlate_refuses(runs, student, teacher, probe_of, tmp_path, capfd):
         ([good[0]] * 3, "loss", "nothing to correlate"),
         ([*good, probe_of(student)], "loss", "no task in common"),
     ]:
-        flags = "--against", name, "--clips", 4, "--save", tmp_path / "x.png"
-        assert message in refusal(capfd, analyze, "correlate", *probes, *flags)
-    assert not (tmp_path / "x.png").exists()
+        assert message in refusal(capfd, analyze, "correlate", *probes, "--against", name, "--clips", 4)
 
 
 def test_curves(runs, teacher, student, ema, drawn):
@@ -275,8 +271,7 @@ def test_brightness_and_contrast_are_those_that_join_tubelets(teacher, drawn, mo
     monkeypatch.setattr(analyze, "load_clips", lambda *_: clips)
     monkeypatch.setattr(analyze, "load_predictor", lambda _: lambda _x, _c, target_ids, *_: normal[:, target_ids[0]])
     run_script(analyze, "picture", teacher, "--clips", 1)
-    clip, seen, filled = cells_of(drawn[0], 3, 1, 4).astype(int)
-    assert (seen == 128).all(-1).mean() > 0.3
+    clip, _, filled = cells_of(drawn[0], 3, 1, 4).astype(int)
     assert np.abs(filled - clip).mean() < 6  # 27 with the mean brightness and contrast of what it sees
 
 

@@ -83,8 +83,7 @@ def test_untrained_randomizes_all_networks(student, ema):
     for run in (student, ema):
         a, b = (physics.load_networks(physics_args("--checkpoint", run, *flags))[0] for flags in ((), ["--untrained"]))
         assert not any(same_tensors(x.state_dict(), y.state_dict()) for x, y in zip(a, b, strict=True))
-        # An EMA teacher starts as a copy of its student.
-        assert same_tensors(b[0].state_dict(), b[2].state_dict()) == (run == ema)
+        assert same_tensors(b[0].state_dict(), b[2].state_dict()) == (run == ema)  # it starts as a copy
 
 
 def test_a_student_needs_its_teacher(teacher, student, ema, tmp_path, capfd):

@@ -161,7 +161,7 @@ HMDB51 = {  # in the order of these files: earlier versions have it
 )  # fmt: skip
 def test_readers(tmp_path, dataset, annotations, classes, train, val):
     write(tmp_path / "a", annotations)
-    fill(tmp_path / "v", *(name if "." in name else f"{name}/00001.jpg" for name in (*train, *val)))
+    fill(tmp_path / "v", "#c(!).avi", *(name if "." in name else f"{name}/00001.jpg" for name in (*train, *val)))
     assert run(tmp_path, *dataset.split()) == (classes, *({k: classes[v] for k, v in s.items()} for s in (train, val)))
 
 

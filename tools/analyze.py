@@ -424,10 +424,6 @@ def save_gif(figures, path):
     print(path)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the command line
-
-
 def parse_args():
     parser = Parser(__doc__, prog="python -m tools.analyze")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")

@@ -518,10 +518,6 @@ def split(videos, labels, fraction):
     return splits
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the command line
-
-
 def parse_args():
     parser = Parser(__doc__, prog="python -m tools.prepare")
     commands = parser.add_subparsers(dest="command", required=True, metavar="DATASET")
