@@ -289,8 +289,6 @@ def test_sources_stay_together(tmp_path):
 
 
 def test_the_validation_set_has_the_right_fraction_of_each_class():
-    """Also if classes and sources differ in size, and sources have several classes."""
-
     def chosen(sources, fraction):  # of (source, label, number of videos)
         videos = [prepare.Video("", source, label) for source, label, number in sources for _ in range(number)]
         return videos, {video.source for video in prepare.split(videos, [], fraction)["val"]}
