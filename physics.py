@@ -15,9 +15,7 @@ each window over all C.
 
 A student predicts the latents of its teacher: the one recorded in the checkpoint, or --teacher. The student of an EMA
 run predicts those of its EMA teacher, V-JEPA 2's encoder those of its target_encoder (tools/convert.py keeps both). A
-stage-1 teacher predicts normalized pixels.
-Writes results.json, with the surprise of every window, to --out.
-
+stage-1 teacher predicts normalized pixels. Writes results.json, with the surprise of every window, to --out.
 Letters: P pairs, L frames of a video, M frames of a window, C context frames, W windows, R height and width in pixels.
 """
 
@@ -43,7 +41,6 @@ from synthetic import synthetic_pair
 from video import BadVideo, list_frames
 
 STRIDE = 2  # frames from one window to the next (appendix D)
-MASK_INDEX = 0  # the protocol predicts with the mask token of short-range masks
 SYNTHETIC_SEED = 2**31 + 6  # no training run uses it
 
 
@@ -72,22 +69,18 @@ def parse_args():
         fail("--task synthetic renders its own videos: --data and --frame-step are for the other tasks")
     if args.task != "synthetic" and not args.data:
         fail(f"--task {args.task} needs --data")
-    if args.frame_step is None:
-        args.frame_step = TASKS[args.task].frame_step
+    args.frame_step = TASKS[args.task].frame_step if args.frame_step is None else args.frame_step
     require_at_least(args, 1, "pairs", "frame_step", "batch_size")
     require_at_least(args, 0, "seed", "workers")
     return args
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# networks
+# networks and their surprise
 
 
 def load_networks(args):
-    """The frozen context encoder, predictor and target encoder (None if pixels are predicted), and their step.
-
-    Fills in --teacher. Ends the script if a checkpoint is missing, damaged or of another teacher.
-    """
+    """The frozen context encoder, predictor and target encoder (None if pixels are predicted), and their step."""
     try:
         checkpoint = target = load_checkpoint(args.checkpoint)  # target: the checkpoint with the target encoder
         config, kind = checkpoint["model"], checkpoint["kind"]
@@ -108,14 +101,14 @@ def load_networks(args):
         encoder, predictor = Encoder(**encoder.config), Predictor(**predictor.config)
         if target_encoder:  # an EMA teacher starts as a copy of the student
             target_encoder = Encoder(**target_encoder.config) if kind == "student" else copy.deepcopy(encoder)
-    networks = [encoder, predictor, target_encoder]
+    networks = encoder, predictor, target_encoder
     for network in filter(None, networks):
         network.float().eval().requires_grad_(False).to(args.device)
     return networks, checkpoint["step"]
 
 
 def resolve_window(args, encoder):
-    """Fill in --num-frames and --context-lengths, and set args.resolution. Ends the script if they do not fit."""
+    """Fill in --num-frames and --context-lengths, and set args.resolution."""
     tubelet, args.resolution = encoder.tubelet_size, encoder.config["resolution"]
     if args.num_frames is None:
         args.num_frames = TASKS[args.task].num_frames or encoder.config["num_frames"]
@@ -124,10 +117,6 @@ def resolve_window(args, encoder):
     args.context_lengths = sorted(set(args.context_lengths or eighths))
     if M % tubelet or not args.context_lengths or any(C % tubelet or not 0 < C < M for C in args.context_lengths):
         fail(f"--num-frames {M}, --context-lengths: must be multiples of {tubelet} frames, contexts shorter than {M}")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# surprise
 
 
 @torch.inference_mode()
@@ -156,7 +145,7 @@ def surprise(networks, frames, args):
             for C in args.context_lengths:
                 seen = C // encoder.tubelet_size * grid[1] * grid[2]  # tokens are ordered by time
                 context_ids, target_ids = ids[:, :seen], ids[:, seen:]
-                predicted = predictor(encoder(clips, context_ids), context_ids, target_ids, grid, MASK_INDEX)
+                predicted = predictor(encoder(clips, context_ids), context_ids, target_ids, grid, 0)  # short-range
                 errors.append((predicted.float() - targets[:, seen:]).abs().mean((1, 2)))
         curves.append(torch.stack(errors).cpu())
     return torch.cat(curves, dim=1)
@@ -166,17 +155,15 @@ def surprise(networks, frames, args):
 # pairs of videos
 
 
-class Item(NamedTuple):
-    """Paths of one or more pairs. A path is a video file, or a folder of images."""
-
+class Item(NamedTuple):  # one or more pairs
     property: str
-    possible: list
+    possible: list  # paths of video files, or of folders of images
     impossible: list
     starts: tuple = (0, 0)  # first frame used, of the possible videos and of the impossible ones
 
 
 def find_items(args):
-    """The list of what `read_pairs` reads. Ends the script if there is nothing, or if a file is missing."""
+    """The list of what `read_pairs` reads."""
     if args.task == "synthetic":
         return range(args.pairs)
     try:
@@ -232,15 +219,12 @@ def find_inflevel(root):
 
 def find_csv_pairs(file):
     """Items of a csv file with columns possible, impossible (paths relative to the file) and, optionally, property."""
-    return [
-        Item(row.get("property") or "pairs", [file.parent / row["possible"]], [file.parent / row["impossible"]])
-        for row in read_csv(file)
-    ]
+    root, rows = file.parent, read_csv(file)
+    return [Item(row.get("property") or "pairs", [root / row["possible"]], [root / row["impossible"]]) for row in rows]
 
 
 def read_csv(file):
-    with open(file, newline="", encoding="utf-8") as lines:
-        return list(csv.DictReader(lines, restval=""))
+    return list(csv.DictReader(file.read_text("utf-8-sig").splitlines(), restval=""))
 
 
 def count_frames(path):
@@ -254,8 +238,7 @@ class Task(NamedTuple):
     frame_step: int
     num_frames: int | None  # window length; None: what the encoder was trained with
     find_items: Callable | None  # value of --data -> list of `Item`
-    # At most max_frames // frame_step frames are used. IntPhys has 99, so 49 at step 2: frame 98 is left out.
-    max_frames: int | None = None
+    max_frames: int | None = None  # frames used: max_frames // frame_step, 49 of IntPhys's 99
     square: bool = False  # crop frames to a centered square before resizing, instead of resizing the whole frame
 
 
@@ -269,10 +252,10 @@ TASKS = {
 
 
 def read_pairs(args, item):
-    """Read the pairs of an `Item`, or render a built-in pair: a list of (property, name, possible, impossible).
+    """Read an `Item`, or render a built-in pair: a list of (property, name, possible, impossible), uint8 (L, 3, R, R).
 
-    Videos are uint8 (L, 3, R, R); the lengths of a pair may differ. IntPhys's two possible and two impossible movies of
-    a scene are matched so that the pairs share as many frames at the beginning as possible.
+    The two possible and two impossible movies of an IntPhys scene are matched so that pairs share as many frames at the
+    beginning as possible.
     """
     if args.task == "synthetic":
         property, *videos = synthetic_pair(SYNTHETIC_SEED + args.seed, item, 3 * args.num_frames, args.resolution)
@@ -286,16 +269,11 @@ def read_pairs(args, item):
 
 def shared_frames(a, b):
     """The number of identical frames at the beginning of two videos (L, 3, R, R)."""
-    same = [torch.equal(x, y) for x, y in zip(a, b)]  # noqa: B905  (up to the end of the shorter one)
-    return same.index(False) if False in same else len(same)
+    return len(list(itertools.takewhile(lambda pair: torch.equal(*pair), zip(a, b, strict=False))))
 
 
 def read_video(path, args, start=0):
-    """Read every --frame-step-th frame of a video, or of a folder of images, from `start` on: uint8 (L, 3, R, R).
-
-    As in the authors' code, resizing is bilinear without antialiasing. BadVideo if the used part of the video has no
-    frames, or damaged ones.
-    """
+    """Read every --frame-step-th frame of a video, or of a folder of images, from `start` on: uint8 (L, 3, R, R)."""
     task, files, frames = TASKS[args.task], list_frames(path) if path.is_dir() else [path], []
     stop = start + task.max_frames // args.frame_step * args.frame_step if task.max_frames else None
     try:
@@ -304,7 +282,7 @@ def read_video(path, args, start=0):
             frame = torch.from_numpy(frame.to_ndarray(format="rgb24")).permute(2, 0, 1)  # (3, H, W)
             if task.square:
                 frame = TF.center_crop(frame, min(frame.shape[1:]))
-            frames.append(TF.resize(frame, [args.resolution, args.resolution], antialias=False))
+            frames.append(TF.resize(frame, [args.resolution, args.resolution], antialias=False))  # as the authors do
     except (av.FFmpegError, OSError, IndexError) as error:
         raise BadVideo(f"{path}: {getattr(error, 'strerror', 'no video stream')}") from error
     if not frames:
@@ -335,16 +313,14 @@ def accuracies(context_lengths, results):
 def accuracy(possible, impossible):
     """Accuracies in percent from the mean and maximum scores (P, 2) of the possible and impossible video of each pair.
 
-    Relative: pairs whose possible video has the lower mean score; a tie is wrong. Absolute: videos whose maximum score
-    is on the correct side of a threshold, the lowest score of a possible video that is above 90% of the possible
-    videos. It is calibrated on these videos, as in the authors' code, which needs 10 pairs; with fewer, the threshold
-    is the highest score.
+    A tie of mean scores is wrong. The threshold for the maximum scores is the lowest score of a possible video that is
+    above 90% of the possible videos (calibrated on these videos, as in the authors' code); with fewer than 10 pairs, it
+    is their highest score.
     """
     P = len(possible)
     right = int((possible[:, 0] < impossible[:, 0]).sum())
-    possible, impossible = possible[:, 1], impossible[:, 1]
-    threshold = possible.sort().values[min(math.ceil(0.9 * P), P - 1)]
-    separated = int((possible < threshold).sum() + (impossible > threshold).sum())
+    threshold = possible[:, 1].sort().values[min(math.ceil(0.9 * P), P - 1)]
+    separated = int((possible[:, 1] < threshold).sum() + (impossible[:, 1] > threshold).sum())
     return {
         "pairs": P,
         "relative_accuracy": 100 * right / P,
@@ -355,7 +331,6 @@ def accuracy(possible, impossible):
 
 
 def print_accuracies(table):
-    """Print a table of `accuracies`: one of relative accuracy, one of absolute accuracy."""
     for kind, score in (("relative", "pairs, mean surprise"), ("absolute", "videos, maximum surprise")):
         print(f"{kind} accuracy in % of {score} (95% interval), by context length in frames")
         print(f"{'property':20}{'pairs':>6}" + "".join(f"{column:>19}" for column in table["all"]))

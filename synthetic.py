@@ -31,8 +31,7 @@ def uniforms(seed, numbers, count):
     return _shift_right(bits, 40).float() * 2**-24
 
 
-def _mix(z):
-    """Scramble int64 values: the finalizer of splitmix64."""
+def _mix(z):  # the finalizer of splitmix64
     z = (z ^ _shift_right(z, 30)) * -4658895280553007687
     z = (z ^ _shift_right(z, 27)) * -7723592293110705685
     return z ^ _shift_right(z, 31)
@@ -86,8 +85,8 @@ def synthetic_clips(seed, numbers, num_frames, resolution):
     flickers a little from frame to frame, and there is film grain. Positions are uniform and colors independent of the
     shape, so that a single frame does not reveal the motion. A clip's direction shows only over many frames.
 
-    numbers: (B,) int64; its device renders. Returns clips (B, 3, T, S, S) uint8 and labels (B, 2) int64: the motion and
-    the shape, independent of each other, as indices of MOTIONS and SHAPES.
+    numbers: (B,) int64; its device renders. Returns clips (B, 3, T, S, S) uint8 and independent labels (B, 2) int64,
+    indices of MOTIONS and SHAPES.
     """
     T, S, device = num_frames, resolution, numbers.device
     rng, time = _Random(seed, numbers, 64 + T), torch.linspace(0, 1, T, device=device)
@@ -128,10 +127,7 @@ def _texture(rng, path, pixels, color, contrast, frequencies):
 
 
 def _shape_opacity(x, y, radius, rotation, shape, pixels):
-    """Opacity of a moving shape, which comes back on the other side where it leaves the frame: (B, 1, T, S, S).
-
-    x, y: (B, T) positions; radius (frame widths), rotation (radians), shape (index of SHAPES): (B,).
-    """
+    """Opacity (B, 1, T, S, S) of a shape at x, y (B, T). radius, rotation (radians), shape (index of SHAPES): (B,)."""
     dx, dy = (pixels - x[:, :, None])[:, :, None, :], (pixels - y[:, :, None])[:, :, :, None]
     dx, dy = dx - dx.round(), dy - dy.round()
     radius, rotation, shape = (value[:, None, None, None] for value in (radius, rotation, shape))
@@ -165,12 +161,8 @@ def synthetic_pair(seed, number, num_frames, resolution):
     """Render built-in pair `number`: a shape that moves to the right over a textured background.
 
     As in IntPhys, the impossible video begins as one possible video and ends as another one, which differs in a single
-    property, PROPERTIES[number % 3]. From the event on, this happens in the impossible video:
-
-    permanence  the shape vanishes or, in every other pair, appears out of nowhere
-    shape       it turns into another shape
-    continuity  it jumps up or down
-
+    property, PROPERTIES[number % 3]: permanence (the shape vanishes or, in every other pair, appears out of nowhere),
+    shape (it turns into another one) or continuity (it jumps up or down).
     Returns the property, and the possible and the impossible video, (T, 3, S, S) uint8.
     """
     T, property = num_frames, PROPERTIES[number % len(PROPERTIES)]

@@ -1,5 +1,6 @@
 """tools/analyze.py against costs, correlations and pictures computed by hand."""
 
+import argparse
 import json
 import math
 import shlex
@@ -22,11 +23,7 @@ from model import Encoder, load_checkpoint, load_encoder, tubelets, untubelets
 from tools import analyze
 from training import generator
 
-QUICK = shlex.split(
-    "--epochs 1 --batch-size 16 --probe-heads 2 --probe-depth 2 --workers 0 --device cpu --train-clips 24 "
-    "--val-clips 20 --task synthetic-motion synthetic-shape --seeds 2"
-)
-MOTION, SHAPE = TASKS = ("synthetic-motion", "synthetic-shape")
+TASKS = ("synthetic-motion", "synthetic-shape")
 CPU = torch.device("cpu")
 
 
@@ -46,7 +43,11 @@ def runs(teacher, student):
 def record(student, tmp_path_factory):
     """The results.json of a real probe with two seeds."""
     out = tmp_path_factory.mktemp("probe")
-    run_script(probe, *QUICK, "--checkpoint", student, "--out", out)
+    flags = shlex.split(
+        "--epochs 1 --batch-size 16 --probe-heads 2 --probe-depth 2 --workers 0 --device cpu --train-clips 24 "
+        "--val-clips 20 --seeds 2"
+    )
+    run_script(probe, *flags, "--checkpoint", student, "--out", out, "--task", *TASKS)
     return json.loads((out / "results.json").read_text())
 
 
@@ -73,10 +74,6 @@ def drawn(monkeypatch):
     monkeypatch.setattr(analyze, "save_gif", lambda figures, path: None)
     yield figures
     plt.close("all")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# loss, accuracy and cost
 
 
 def rows_of(path):
@@ -116,7 +113,7 @@ def test_table(runs, student, teacher, ema, probe_of, tmp_path):
     assert rows[1]["incl. teachers"] == f"{lines[0]['flops'] + lines[2]['flops']:.2g}"
 
 
-def test_compare(runs, student, teacher, probe_of, drawn, tmp_path, capfd):
+def test_compare(runs, student, teacher, probe_of, drawn, tmp_path):
     """Every folder below a variant's is one of its runs; encoders are kept apart."""
     probe_of(student, 50, 20, folder="small/seed0/probe-student")
     probe_of(teacher, 60, folder="small/seed0/probe-teacher")
@@ -127,27 +124,20 @@ def test_compare(runs, student, teacher, probe_of, drawn, tmp_path, capfd):
     assert [label.get_text() for label in motion.get_xticklabels()] == ["small", "large"]
     dots = sorted(y for line in motion.get_lines() if line.get_marker() == "." for y in line.get_ydata())
     assert dots == [50, 60, 70, 80]
-    found = []  # of each mean: x, y, and half of its error bar
-    for mean, _, (bar,) in motion.containers:
-        found.append([*mean.get_xydata()[0], np.diff(bar.get_segments()[0][:, 1])[0] / 2])
-    assert np.allclose(found, [(-0.05, 60, 0), (0.05, 50, 0), (1, 75, math.sqrt(50))])
+    found = [[*mean.get_xydata()[0], np.ptp(bar.get_segments()[0][:, 1])] for mean, _, (bar,) in motion.containers]
+    assert np.allclose(found, [(-0.05, 60, 0), (0.05, 50, 0), (1, 75, 2 * math.sqrt(50))])  # x, mean, error bar
     assert [container.get_label() for container in motion.containers] == ["teacher", "student", "student"]
     assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == ["teacher", "student"]
     assert [mean.get_ydata().tolist() for mean, *_ in shape.containers] == [[20]]
     rows = [list(row.values()) for row in rows_of(tmp_path / "x.md")]
     assert rows[0][:2] == ["small", "teacher"] and rows[1][:4] == ["small", "student", "1", "50.0 ± 9.0"]
-    losses = [read_metrics(run)[-1]["loss"] for run in (student, runs / "student-1")]
-    cells = ["large", "student", "2", f"75.0 ± {math.sqrt(50):.1f}", "-", f"{statistics.mean(losses):.3f}"]
-    assert rows[2][:6] == cells
-    (tmp_path / "empty").mkdir()
-    message = refusal(capfd, analyze, "compare", tmp_path / "empty", "--save", tmp_path / "x.png")
-    assert f"no results of probe.py in {tmp_path / 'empty'}" in message
+    loss = statistics.mean(read_metrics(run)[-1]["loss"] for run in (student, runs / "student-1"))
+    assert rows[2][:6] == ["large", "student", "2", f"75.0 ± {math.sqrt(50):.1f}", "-", f"{loss:.3f}"]
 
 
 def rankme_by_hand(encoder, clips):
-    x = torch.cat([encoder(data.normalize(clip[None], CPU)).mean(1) for clip in clips]).detach()
-    shares = torch.linalg.svdvals(x.double()) / torch.linalg.svdvals(x.double()).sum() + 1e-7
-    return math.exp(-sum(p * math.log(p) for p in shares.tolist()))
+    values = torch.linalg.svdvals(encoder(data.normalize(clips, CPU)).mean(1).detach().double())
+    return math.exp(-sum(p * math.log(p) for p in (values / values.sum() + 1e-7).tolist()))
 
 
 def test_correlate(runs, ema, probe_of, drawn, capfd):
@@ -158,33 +148,27 @@ def test_correlate(runs, ema, probe_of, drawn, capfd):
     against = ["loss", "rankme", "teacher-loss", "teacher-rankme"]
     run_script(analyze, "correlate", *probes, "--against", *against, "--clips", 60)
     clips = data.Synthetic(4, 32, analyze.CLIP_SEED).batch(range(60)).clips
-    students = [runs / f"of-{step}" for step in steps]
-    teachers = [runs / f"snapshots/checkpoint-{step:06}.pt" for step in steps]
     expected = [
-        [read_metrics(run)[-1]["loss"] for run in students],
-        [rankme_by_hand(load_encoder(run), clips) for run in students],
+        [read_metrics(runs / f"of-{step}")[-1]["loss"] for step in steps],
+        [rankme_by_hand(load_encoder(runs / f"of-{step}"), clips) for step in steps],
         [read_metrics(runs / "snapshots", "loss")[step - 1][0] for step in steps],
-        [rankme_by_hand(load_encoder(run), clips) for run in teachers],
+        [rankme_by_hand(load_encoder(runs / f"snapshots/checkpoint-{step:06}.pt"), clips) for step in steps],
     ]
     lines = iter(capfd.readouterr().out.splitlines())
     for row, x, name in zip(np.reshape(drawn[0].axes, (4, 2)), expected, against, strict=True):
         for ax, y, task in zip(row, top1, TASKS, strict=True):
-            fit, dots = ax.lines
+            dots = ax.lines[1]
             assert dots.get_xdata().tolist() == pytest.approx(x, rel=1e-3) and list(dots.get_ydata()) == y
             r = statistics.correlation(dots.get_xdata(), y)
             label = analyze.AGAINST[name][0]
             assert next(lines) == f"{task} against {label}: R² {r * r:.3f}, Pearson {r:+.3f}, 3 checkpoints"
-            slope = statistics.linear_regression(dots.get_xdata(), y).slope
-            assert np.diff(fit.get_ydata()) == pytest.approx(slope * np.ptp(dots.get_xdata()), rel=1e-6)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["analyze.py", "correlate", "x", "--clips", "60"])
-        args = analyze.parse_args()
+    args = argparse.Namespace(clips=60, data=None)
     for weights in ("encoder", "student"):  # RankMe is that of the weights that were probed
         found = analyze.quantity(args, analyze.read_probe(probe_of(ema, 10.0, weights=weights)), "rankme")
         assert found == pytest.approx(rankme_by_hand(load_encoder(ema, weights), clips), rel=1e-3)
 
 
-def test_correlate_refuses(runs, student, teacher, probe_of, tmp_path, capfd):
+def test_correlate_refuses(runs, student, teacher, probe_of, capfd):
     good = [probe_of(run, x) for run, x in ((student, 10.0), (runs / "student-1", 20.0), (runs / "of-2", 5.0))]
     for probes, name, message in [
         (good[:2], "loss", "a correlation of 2 checkpoints"),
@@ -193,23 +177,15 @@ def test_correlate_refuses(runs, student, teacher, probe_of, tmp_path, capfd):
         ([good[0]] * 3, "loss", "nothing to correlate"),
         ([*good, probe_of(student)], "loss", "no task in common"),
     ]:
-        flags = "--against", name, "--clips", 4, "--save", tmp_path / "x.png"
-        assert message in refusal(capfd, analyze, "correlate", *probes, *flags)
-    assert not (tmp_path / "x.png").exists()
+        assert message in refusal(capfd, analyze, "correlate", *probes, "--against", name, "--clips", 4)
 
 
 def test_curves(runs, teacher, student, ema, drawn):
     run_script(analyze, "curves", teacher, student, runs / "student-1", ema)
-    titles = ["teacher (SALT stage 1)", "student (SALT stage 2)", "EMA baseline (V-JEPA 2)"]
-    assert [ax.get_title() for ax in drawn[0].axes] == titles
     for ax, folders in zip(drawn[0].axes, ([teacher], [student, runs / "student-1"], [ema]), strict=True):
         for line, run in zip(ax.lines, folders, strict=True):
             expected = list(zip(*read_metrics(run, "step", "loss"), strict=True))
             assert [tuple(values) for values in line.get_data()] == expected and line.get_label() == str(run)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# pictures
 
 
 def cells_of(figure, rows, clips, frames):
@@ -226,8 +202,6 @@ def test_features_are_principal_components(teacher, drawn):
     clips = data.Synthetic(4, 32, analyze.CLIP_SEED).batch([5, 6]).clips
     shown, features = cells_of(drawn[0], 2, 2, 4)
     assert np.array_equal(shown, clips.permute(0, 2, 3, 4, 1))
-    rows = [label.get_text() for label in drawn[0].axes[0].get_yticklabels()]
-    assert rows == ["video clip", "features of\nteacher"]
     tokens = analyze.dense_tokens(load_encoder(teacher), data.normalize(clips, CPU)).detach()
     tokens = tokens.flatten(0, 3).double().numpy()
     axes = np.linalg.eigh(np.cov(tokens.T))[1][:, -3:][:, ::-1]
@@ -238,7 +212,7 @@ def test_features_are_principal_components(teacher, drawn):
     assert np.minimum(*(error.max((0, 1, 2, 3)) for error in errors)).max() < 3
 
 
-@pytest.mark.parametrize("size, patch, shifts", [(32, 8, 8), (224, 16, 2), (32, 1, 1)])
+@pytest.mark.parametrize("size, patch, shifts", [(32, 8, 8), (224, 16, 2)])
 def test_dense_tokens_lie_where_their_patches_are(size, patch, shifts, monkeypatch):
     encoder = Encoder(3, 0, 1, patch_size=patch, tubelet_size=1)
     monkeypatch.setattr(encoder, "forward", lambda x: tubelets(x, 1, patch).unflatten(-1, (3, -1)).mean(-1))
@@ -246,7 +220,7 @@ def test_dense_tokens_lie_where_their_patches_are(size, patch, shifts, monkeypat
     clip = torch.stack((*torch.meshgrid(places, places, indexing="ij"), torch.ones(size, size)))[None, :, None]
     tokens, step = analyze.dense_tokens(encoder, clip), patch // shifts  # a token is the mean of its patch
     assert tokens.shape == (1, 1, size // step, size // step, 3)
-    inside = slice(shifts // 2, -(shifts // 2) or None)  # elsewhere the patch extends beyond the clip
+    inside = slice(shifts // 2, -(shifts // 2))  # elsewhere the patch extends beyond the clip
     expected = (torch.arange(size // step) * step + (step - 1) / 2)[inside]
     for axis in (0, 1):
         assert (tokens[0, 0, inside, inside, axis].mean(1 - axis) - expected).abs().max() <= 0.5
@@ -260,7 +234,7 @@ def test_png_and_gif_of_own_videos(teacher, student, tmp_path):
     flags = "--data", tmp_path / "list.csv", "--frame-step", 2, "--clips", 2
     run_script(analyze, "picture", teacher, student, *flags, "--save", tmp_path / "new" / "x")
     png, gif = (PIL.Image.open(tmp_path / "new" / f"x.{suffix}") for suffix in ("png", "gif"))
-    assert min(png.size) > 100 and np.asarray(png.convert("RGB")).std() > 5 and gif.n_frames == 4
+    assert np.asarray(png.convert("RGB")).std() > 5 and gif.n_frames == 4
     frames = [np.asarray(frame.convert("RGB")).astype(int) for frame in PIL.ImageSequence.Iterator(gif)]
     assert all(np.abs(a - b).mean() > 0.1 for a, b in zip(frames[:3], frames[1:], strict=True))
     long, short = (torch.full((1, 3, count, 8, 8), 50, dtype=torch.uint8) for count in (4, 2))
@@ -297,8 +271,7 @@ def test_brightness_and_contrast_are_those_that_join_tubelets(teacher, drawn, mo
     monkeypatch.setattr(analyze, "load_clips", lambda *_: clips)
     monkeypatch.setattr(analyze, "load_predictor", lambda _: lambda _x, _c, target_ids, *_: normal[:, target_ids[0]])
     run_script(analyze, "picture", teacher, "--clips", 1)
-    clip, seen, filled = cells_of(drawn[0], 3, 1, 4).astype(int)
-    assert (seen == 128).all(-1).mean() > 0.3
+    clip, _, filled = cells_of(drawn[0], 3, 1, 4).astype(int)
     assert np.abs(filled - clip).mean() < 6  # 27 with the mean brightness and contrast of what it sees
 
 
@@ -307,13 +280,11 @@ def test_wrong_runs_end_in_one_line_that_names_the_folder(tmp_path, capfd):
         run = tmp_path / command
         assert str(run) in refusal(capfd, analyze, command, run)
         run.mkdir()
-        for text in ('{"weights": "enc', "[1, 2]"):
-            (run / file).write_text(text)
-            assert str(run) in refusal(capfd, analyze, command, run)
+        (run / file).write_text('{"weights": "enc')
+        assert str(run) in refusal(capfd, analyze, command, run)
 
 
 def test_mistakes_end_in_one_line(student, probe_of, tmp_path, capfd):
-    """Wrong flags; a checkpoint that is gone, was trained further, or whose teacher is gone."""
     checkpoint = load_checkpoint(student)
     torch.save(checkpoint, tmp_path / "later.pt")
     torch.save(checkpoint | {"args": checkpoint["args"] | {"teacher": str(tmp_path / "gone")}}, tmp_path / "orphan.pt")
@@ -322,8 +293,8 @@ def test_mistakes_end_in_one_line(student, probe_of, tmp_path, capfd):
     for flags, message in [
         (("table", later), "probe it again"),
         (("table", orphan), f"no checkpoint at {tmp_path / 'gone'}"),
+        (("compare", tmp_path / "none"), f"no results of probe.py in {tmp_path / 'none'}"),
         (("picture", student, "--data", "nowhere.csv"), "nowhere.csv"),
         (("picture", student, "--clips", 0), "--clips"),
-        (("correlate", later, "--against", "accuracy"), "accuracy"),
     ]:
         assert message in refusal(capfd, analyze, *flags)

@@ -60,10 +60,6 @@ def test_defaults_are_the_protocols(tmp_path):
     assert found["inflevel"] == (32, 5, [4, 8, 12, 16, 20]) and found["pairs"] == (8, 1, [2, 4])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# checkpoints
-
-
 def test_networks_of_each_kind_of_checkpoint(teacher, student, ema, tmp_path):
     own = load_checkpoint(ema)
     both, single = tmp_path / "both.pt", tmp_path / "single.pt"  # as tools/convert.py writes V-JEPA 2
@@ -77,20 +73,17 @@ def test_networks_of_each_kind_of_checkpoint(teacher, student, ema, tmp_path):
         (single, own["encoder"], own["encoder"]),
     ):
         networks, step = physics.load_networks(physics_args("--checkpoint", run))
-        expected = context, load_checkpoint(run)["predictor"], target
-        assert step == 6 and not (networks[0].training or networks[1].training)
-        for network, weights in zip(networks, expected, strict=True):
+        assert step == 6
+        for network, weights in zip(networks, (context, load_checkpoint(run)["predictor"], target), strict=True):
             assert same_tensors(network.state_dict(), weights) if weights else network is None
     assert not same_tensors(own["student"], own["encoder"])
 
 
 def test_untrained_randomizes_all_networks(student, ema):
     for run in (student, ema):
-        trained, _ = physics.load_networks(physics_args("--checkpoint", run))
-        untrained, _ = physics.load_networks(physics_args("--checkpoint", run, "--untrained"))
-        a, b = ([network.state_dict() for network in networks] for networks in (trained, untrained))
-        assert not any(map(same_tensors, a, b))
-        assert same_tensors(b[0], b[2]) == (run == ema)  # an EMA teacher starts as a copy of its student
+        a, b = (physics.load_networks(physics_args("--checkpoint", run, *flags))[0] for flags in ((), ["--untrained"]))
+        assert not any(same_tensors(x.state_dict(), y.state_dict()) for x, y in zip(a, b, strict=True))
+        assert same_tensors(b[0].state_dict(), b[2].state_dict()) == (run == ema)  # it starts as a copy
 
 
 def test_a_student_needs_its_teacher(teacher, student, ema, tmp_path, capfd):
@@ -111,17 +104,12 @@ def test_wrong_flags_end_the_run_with_one_line(student, tmp_path, capfd):
         (["--checkpoint", "nowhere"], "no checkpoint at nowhere"),
         (["--context-lengths", 3], "must be multiples of 2 frames"),
         (["--context-lengths", 4], "contexts shorter than 4"),
-        (["--num-frames", 5], "must be multiples of 2 frames"),
         (["--frame-step", 2], "--task synthetic renders its own videos"),
         (["--task", "grasp"], "needs --data"),
         (["--task", "grasp", "--data", "nowhere"], "no pairs of grasp"),
         (["--task", "pairs", "--data", "nowhere.csv"], "No such file"),
     ):
         assert message in refusal(capfd, physics, "--checkpoint", student, "--out", tmp_path, *flags)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# pairs of videos
 
 
 def write_folder(folder, frames):
@@ -133,13 +121,7 @@ def write_folder(folder, frames):
 
 @pytest.mark.parametrize(
     "task, step, start, numbers",
-    [
-        ("pairs", 1, 0, range(100)),
-        ("pairs", 10, 7, range(7, 100, 10)),
-        ("intphys", 2, 0, range(0, 97, 2)),  # 49 frames
-        ("intphys", 1, 0, range(99)),
-        ("intphys", 10, 0, range(0, 90, 10)),
-    ],
+    [("pairs", 10, 7, range(7, 100, 10)), ("intphys", 2, 0, range(0, 97, 2)), ("intphys", 10, 0, range(0, 90, 10))],
 )
 def test_read_video_returns_every_nth_frame(task, step, start, numbers, tmp_path):
     frames = [numbered(n, 64) for n in range(100)]
@@ -189,8 +171,7 @@ def write_intphys(root, beginnings, possible):
     ("possible", "partners"), [((False, True, True, False), "abab"), ((True, False, False, True), "aabb")]
 )
 def test_intphys_movies_are_paired_by_their_common_beginning(possible, partners, tmp_path):
-    # Any two movies share the first 2 frames. The two that start with "a" share 8, the two with "b" share 6; one of
-    # the two is possible, the other impossible.
+    # Any two movies share the first 2 frames. The two that start with "a" share 8, the two with "b" share 6.
     beginnings = {"a": [1, 2, 3, 4, 5, 6, 7, 8], "b": [1, 2, 30, 40, 50, 60]}
     write_intphys(tmp_path / "O2" / "01", [beginnings[partner] for partner in partners], possible)
     args = physics_args("--task", "intphys", "--data", tmp_path, "--frame-step", 1)
@@ -204,14 +185,14 @@ def test_intphys_movies_are_paired_by_their_common_beginning(possible, partners,
 
 
 def test_grasp_layout(tmp_path):
-    for name in ("P_Gravity/1.mp4", "IP_Gravity/1.mp4", "P_Inertia2/7.mp4", "IP_Inertia2/7.mp4"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        write_video(tmp_path / name, [flat(50 if name.startswith("P") else 150)] * 25)
-    args = physics_args("--task", "grasp", "--data", tmp_path)
-    pairs = [physics.read_pairs(args, item)[0] for item in physics.find_items(args)]
-    assert [property for property, *_ in pairs] == ["Gravity", "Inertia2"]
-    assert all(len(a) == len(b) == 3 for _, _, a, b in pairs)  # every tenth of 25
-    assert all(abs(a.float().mean() - 50) < 5 < 100 < b.float().mean() for _, _, a, b in pairs)
+    expected = []
+    for name in ("Gravity/1.mp4", "Inertia2/7.mp4"):
+        possible, impossible = tmp_path / f"P_{name}", tmp_path / f"IP_{name}"
+        expected.append(physics.Item(name.split("/")[0], [possible], [impossible]))
+        for path in (possible, impossible):
+            path.parent.mkdir()
+            path.touch()
+    assert physics.find_items(physics_args("--task", "grasp", "--data", tmp_path)) == expected
 
 
 def test_inflevel_layout(tmp_path):
@@ -220,17 +201,13 @@ def test_inflevel_layout(tmp_path):
     header = "vid1_path,vid2_path,vid1_label,vid1_end_priming_2,vid2_end_priming_2\n"
     (tmp_path / "continuity.csv").write_text(f"{header}a.mp4,b.mp4,possible,9,4\n")
     (tmp_path / "solidity.csv").write_text(f"{header}a.mp4,b.mp4,impossible,9,4\n")
-    (tmp_path / "gravity.csv").write_text(f"{header}b.mp4,a.mp4,impossible,4,9\n")
+    (tmp_path / "gravity.csv").write_text(header)
     args = physics_args("--task", "inflevel", "--data", tmp_path)
     pairs = {item.property: physics.read_pairs(args, item)[0] for item in physics.find_items(args)}
     # After the priming, a has 50 frames and b has 52, so b starts two frames later, at frame 7.
     a, b = list(range(10, 60, 5)), list(range(107, 157, 5))
-    for property, expected in (("continuity", [a, b]), ("solidity", [b, a]), ("gravity", [a, b])):
+    for property, expected in (("continuity", [a, b]), ("solidity", [b, a])):
         assert [frame_numbers(video) for video in pairs[property][2:]] == expected
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# results
 
 
 def test_accuracy():
@@ -245,9 +222,8 @@ def test_accuracy():
     # Fewer than ten pairs: the threshold is 4. Three possible videos are below, one impossible video above.
     assert result["absolute_accuracy"] == 50 and result["absolute_interval95"] == physics.interval95(4, 8)
     # The authors' threshold is the score at index ceil(0.9 P), here 9: nine possible videos are below it.
-    for score, separated in ((8.5, 9), (9.0, 9), (9.5, 19)):
+    for score, separated in ((9.0, 9), (9.5, 19)):
         assert absolute(torch.arange(10.0), torch.full((10,), score)) == 100 * separated / 20
-    assert absolute(torch.arange(11.0), torch.full((11,), 9.5)) == pytest.approx(100 * 10 / 22)  # the threshold is 10
     assert absolute(torch.arange(20.0), torch.full((20,), 18.5)) == 100 * 38 / 40  # the threshold is 18
 
 
@@ -257,26 +233,23 @@ def test_mean_maximum_and_filtered_scores_per_property(capsys):
     pairs = [("Gravity", a, b), ("ObjectPermanence2", b, short)]
     results = [{"property": name, "possible": x, "impossible": y} for name, x, y in pairs]
     table = physics.accuracies([2, 4], results)
-    found = {
-        name: [(x["relative_accuracy"], x["absolute_accuracy"]) for x in row.values()] for name, row in table.items()
-    }
     assert list(table["all"]) == [2, 4, "filtered"]
     # Gravity's means: 2 < 7/3, 2 > 1, filtered (1 0 3) 4/3 > (0 0 3) 1. Its maxima: 3 < 4, 3 = 3, 3 = 3.
     # The other's means: 7/3 > 1.5, 1 < 1.5, 1 > 0.5. Its maxima: 4 > 2, 3 = 3, 3 > 1. No possible video is below the
     # threshold if it is alone; of all, the threshold at 2 frames is 4, at others 3.
-    assert found == {
-        "Gravity": [(100, 50), (0, 0), (0, 0)],
-        "ObjectPermanence2": [(0, 0), (100, 0), (0, 0)],
-        "all": [(50, 25), (50, 0), (0, 0)],
-    }
+    for name, expected in (
+        ("Gravity", [(100, 50), (0, 0), (0, 0)]),
+        ("ObjectPermanence2", [(0, 0), (100, 0), (0, 0)]),
+        ("all", [(50, 25), (50, 0), (0, 0)]),
+    ):
+        assert [(x["relative_accuracy"], x["absolute_accuracy"]) for x in table[name].values()] == expected
     physics.print_accuracies(table)
     lines = capsys.readouterr().out.splitlines()
     assert lines[2].split()[:3] == ["Gravity", "1", "100.0"] and lines[7].split()[:3] == ["Gravity", "1", "50.0"]
 
 
 def test_results_of_a_run(student, tmp_path):
-    flags = "--checkpoint", student, "--pairs", 6, "--device", "cpu"
-    run_script(physics, *flags, "--out", tmp_path)
+    run_script(physics, "--checkpoint", student, "--pairs", 6, "--device", "cpu", "--out", tmp_path)
     results = json.loads((tmp_path / "results.json").read_text())
     assert list(results["properties"]) == ["permanence", "shape", "continuity", "all"] and results["short_videos"] == 0
     assert results["predicts"] == "latents" and results["args"]["teacher"].endswith("teacher") and results["step"] == 6

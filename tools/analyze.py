@@ -7,9 +7,7 @@
     python -m tools.analyze correlate out/probe-* --against loss rankme        does the loss predict the accuracy?
 
 table, compare and correlate read what probe.py writes. FLOPs are those executed, from the training logs.
-
-Letters in shape comments: B clips, T frames, H and W pixels, N tokens of a clip, P values in a tubelet, D width;
-(t, h, w) the token grid.
+Letters: B clips, T frames, H, W pixels, N tokens of a clip, P values in a tubelet, D width, (t, h, w) the token grid.
 """
 
 import inspect
@@ -30,6 +28,7 @@ from model import load_checkpoint, load_encoder, load_predictor, load_teacher_of
 from training import effective_rank, generator
 
 plt.switch_backend("Agg")  # draw into files, without a display
+plt.rcParams["figure.constrained_layout.use"] = True
 
 
 class Stage(NamedTuple):
@@ -49,7 +48,6 @@ class Probe(NamedTuple):
 
     @property
     def encoder(self):
-        """What was probed, for tables and legends."""
         if self.result["weights"] == "untrained":
             return "untrained"
         if self.stages[0].kind == "ema":
@@ -69,16 +67,12 @@ def parse(text, path, description, *keys):
 
 
 def read_log(path):
-    """Yield the lines of a metrics.jsonl as dictionaries."""
     for line in path.read_text().splitlines():
         yield parse(line, path, "a training log", "step", "loss", "seconds", "flops")
 
 
 def lineage(path, checkpoint):
-    """The training runs behind a checkpoint: a list of `Stage`, its own first, then its teacher's, and so on.
-
-    ValueError if a teacher has been retrained since.
-    """
+    """The training runs behind a checkpoint: a list of `Stage`, its own first, then its teacher's, and so on."""
     path, step, teacher = Path(path), checkpoint["step"], checkpoint["args"].get("teacher")
     log = (path if path.is_dir() else path.parent) / "metrics.jsonl"
     line = next((line for line in read_log(log) if line["step"] == step), {}) if log.exists() else {}
@@ -92,10 +86,10 @@ def read_probe(folder):
     result = parse(path.read_text(), path, "the results of probe.py", "checkpoint", "step", "weights", "tasks")
     if result["weights"] == "untrained":
         return Probe(result, [])
-    name, then = result["checkpoint"], result["step"]
+    name = result["checkpoint"]
     stages = lineage(name, load_checkpoint(name))
-    if stages[0].step != then:
-        raise ValueError(f"{name} was at step {then} when probed and is at step {stages[0].step} now: probe it again")
+    if stages[0].step != result["step"]:
+        raise ValueError(f"{name} was probed at step {result['step']}, is at step {stages[0].step} now: probe it again")
     return Probe(result, stages)
 
 
@@ -105,14 +99,7 @@ def accuracies(probes):
     return {task: [p.result["tasks"][task]["top1"] for p in probes if task in p.result["tasks"]] for task in tasks}
 
 
-def draw_panels(rows, columns, width, height):
-    """A figure with a grid of axes (rows, columns), each of this size in inches."""
-    size = width * columns, height * rows
-    return plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
-
-
 def save(figure, path):
-    """Write a figure to a file, and print the file's name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150, bbox_inches="tight")
     plt.close(figure)
@@ -136,7 +123,7 @@ def curves(args):
         file = Path(run, "args.json")
         kind = parse(file.read_text(), file, "the args.json of a training run", "kind")["kind"]
         panels.setdefault(kind, []).append(run)
-    figure, axes = draw_panels(1, len(panels), 5, 3.2)
+    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 3.2), squeeze=False)
     for ax, (kind, runs) in zip(axes[0], panels.items(), strict=True):
         for run in runs:
             log = list(read_log(Path(run, "metrics.jsonl")))
@@ -209,7 +196,8 @@ def compare(args):
         for probe in sorted(probes, key=lambda probe: list(STYLES).index(probe.encoder)):
             groups.setdefault((run, probe.encoder), []).append(probe)
     tasks = accuracies([probe for probes in groups.values() for probe in probes])
-    figure, axes = draw_panels(1, len(tasks), max(3.4, 1.6 + len(args.runs)), 3.8)
+    width = max(3.4, 1.6 + len(args.runs))  # in inches, of a task's panel
+    figure, axes = plt.subplots(1, len(tasks), figsize=(width * len(tasks), 3.8), squeeze=False)
     for ax, task in zip(axes[0], tasks, strict=True):
         for (run, encoder), probes in groups.items():
             if top1 := accuracies(probes).get(task):
@@ -243,8 +231,7 @@ AGAINST = {  # --against: label, index in the lineage (0: the checkpoint, 1: its
 def correlate(args):
     """Correlate the accuracy of checkpoints with their loss or RankMe, or their teachers' (paper, figures 3 and 9).
 
-    RankMe is the effective rank of the embeddings, the mean tokens of --clips clips. Use at least ten times as many
-    clips as the encoder's width.
+    RankMe is the effective rank of the mean tokens of --clips clips. Use at least ten times the encoder's width.
     """
     probes = [read_probe(folder) for folder in args.runs]
     if len(probes) < 3:
@@ -252,7 +239,8 @@ def correlate(args):
     common = {task: top1 for task, top1 in accuracies(probes).items() if len(top1) == len(probes)}
     if not common:
         raise ValueError("these probes have no task in common")
-    figure, axes = draw_panels(len(args.against), len(common), 3.6, 3.4)
+    size = 3.6 * len(common), 3.4 * len(args.against)
+    figure, axes = plt.subplots(len(args.against), len(common), figsize=size, squeeze=False)
     for row, name in zip(axes, args.against, strict=True):
         label, x = AGAINST[name][0], np.array([quantity(args, probe, name) for probe in probes])
         if np.ptp(x) == 0:
@@ -272,7 +260,7 @@ def correlate(args):
 
 @torch.inference_mode()
 def quantity(args, probe, name):
-    """The number that --against `name` means for a probed checkpoint; ValueError if it has none."""
+    """The number that --against `name` means for a probed checkpoint."""
     label, index = AGAINST[name]
     stage = probe.stages[index] if index < len(probe.stages) else None
     if not stage or not (stage.log or name.endswith("rankme")):
@@ -292,12 +280,11 @@ def quantity(args, probe, name):
 
 CLIP_SEED = 2**31 + 4  # seed of built-in clips that no training run and no probe uses
 MASK = 17  # a draw that leaves half of a 4x4 grid visible
-PNG_COLUMNS = 16  # of a picture that shows time from left to right
 DENSE = 28  # rows and columns, at least, of a map of features
 
 
 def load_clips(args, config, numbers):
-    """Load these clips of --data, or built-in ones, for an encoder of this config: (B, 3, T, H, W) uint8."""
+    """These clips of --data, or built-in ones, for an encoder of this config: (B, 3, T, H, W) uint8."""
     if not args.data:
         return data.Synthetic(config["num_frames"], config["resolution"], CLIP_SEED).batch(numbers).clips
     source = data.Manifest(args.data, config["num_frames"], args.frame_step, config["resolution"], train=False)
@@ -313,21 +300,21 @@ def picture(args):
     are the first three principal components of an encoder's tokens over all clips and frames, as red, green and blue.
     Small token grids are refined: the encoder also sees the clips shifted by fractions of a patch.
 
-    Writes a .png, which shows time from left to right, and a .gif, which plays the clips side by side.
+    Writes a .png, with time from left to right, and a .gif.
     """
     clips = load_clips(args, load_encoder(args.runs[0]).config, range(args.first, args.first + args.clips))
     x = data.normalize(clips, torch.device("cpu"))
     videos = [("video clip", clips)]
     for run in args.runs:
         checkpoint, encoder = load_checkpoint(run), load_encoder(run)
-        if checkpoint["kind"] != "teacher" or args.features:
+        if checkpoint["kind"] == "teacher" and not args.features:
+            mask = sample_masks(checkpoint["args"]["mask"], encoder.grid(x), len(x), generator("picture", MASK))[0]
+            seen, filled = fill_in(encoder, load_predictor(run), x, mask.context_ids)
+            videos += [("what the\nteacher sees", seen), ("what the\nteacher fills in", filled)]
+        else:
             videos.append((f"features of\n{Path(run).name}", token_colors(dense_tokens(encoder, x))))
-            continue
-        mask = sample_masks(checkpoint["args"]["mask"], encoder.grid(x), len(x), generator("picture", MASK))[0]
-        seen, filled = fill_in(encoder, load_predictor(run), x, mask.context_ids)
-        videos += [("what the\nteacher sees", seen), ("what the\nteacher fills in", filled)]
     count = max(video.shape[2] for _, video in videos)  # frames
-    columns = min(max(2, PNG_COLUMNS // args.clips), count)
+    columns = min(max(2, 16 // args.clips), count)
     save(draw_frames(videos, range(columns), columns), args.save.with_suffix(".png"))
     save_gif([draw_frames(videos, [frame], count) for frame in range(count)], args.save.with_suffix(".gif"))
 
@@ -350,9 +337,7 @@ def join(pixels, pattern, hidden, tubelet, grid):
 
     A teacher predicts pixels that are normalized per tubelet and color, so it leaves their mean and standard deviation
     open. These minimize the squared differences across the borders between tubelets. Logarithms of standard deviations
-    are pulled toward the mean of the visible tubelets'. The true ones would give away what is hidden.
-
-    pixels, pattern: (B, N, P). hidden: (B, N) bool. tubelet: its frames and patch size. Returns (B, N, P).
+    are pulled toward the mean of the visible tubelets'. pixels, pattern, returned: (B, N, P); hidden: (B, N) bool.
     """
     pixels, pattern, hidden = pixels.unflatten(-1, (3, -1)), pattern.unflatten(-1, (3, -1)), hidden[..., None, None]
     visible = ~hidden / (~hidden).sum(1, keepdim=True)  # weights (B, N, 1, 1) of a mean
@@ -402,16 +387,15 @@ def token_colors(tokens):
     """The first three principal components of tokens (B, t, h, w, D) of all clips, as colors (B, 3, t, h, w) uint8."""
     flat = (tokens - tokens.mean((0, 1, 2, 3))).flatten(0, 3)
     components = flat @ torch.linalg.eigh(flat.T @ flat).eigenvectors[:, -3:].flip(1)
-    low, high = torch.quantile(components, 0.02, dim=0), torch.quantile(components, 0.98, dim=0)
+    low, high = torch.quantile(components, torch.tensor([0.02, 0.98]), dim=0)
     colors = ((components - low) / (high - low)).clamp(0, 1) * 255
     return colors.to(torch.uint8).unflatten(0, tokens.shape[:4]).permute(0, 4, 1, 2, 3)
 
 
 def draw_frames(videos, frames, count):
-    """Draw a row for each video: its clips from left to right, and of each clip one or more frames. Returns a figure.
+    """A figure with a row for each of the videos [(label, (B, 3, T, H, W) uint8), ...], all stretched to one size.
 
-    videos: [(label, (B, 3, T, H, W) uint8), ...] of the same clips; short and small ones are stretched. frames: indices
-    into `count` evenly spaced frames.
+    Shows the clips from left to right, and of each clip these of `count` evenly spaced frames.
     """
     size = max(video.shape[-1] for _, video in videos)
     gap, rows = size // 16 + 1, []
@@ -422,18 +406,15 @@ def draw_frames(videos, frames, count):
         rows.append(F.pad(cells, (0, 0, 0, 2 * gap), value=255).flatten(1, 2))  # a wider gap between clips
     image = torch.cat(rows)[:-gap, : -3 * gap].byte().numpy()
     scale = min(1.3, 9 / (len(frames) * len(videos[0][1]))) / size  # inches per pixel
-    size_in_inches = image.shape[1] * scale + 1.1, image.shape[0] * scale + 0.1  # with room for the labels
-    figure, ax = plt.subplots(figsize=size_in_inches, layout="constrained")
+    figure, ax = plt.subplots(figsize=(image.shape[1] * scale + 1.1, image.shape[0] * scale + 0.1))  # room for labels
     ax.imshow(image, interpolation="nearest")
     ax.set_yticks([size / 2 + i * (size + gap) for i in range(len(videos))], [label for label, _ in videos], fontsize=9)
-    ax.set_xticks([])
     ax.tick_params(length=0)
-    ax.spines[:].set_visible(False)
+    ax.set(xticks=[], frame_on=False)
     return figure
 
 
 def save_gif(figures, path):
-    """Write figures as a movie that loops, and print the file's name."""
     images = []
     for figure in figures:
         figure.canvas.draw()
@@ -441,10 +422,6 @@ def save_gif(figures, path):
         plt.close(figure)
     images[0].save(path, save_all=True, append_images=images[1:], duration=200, loop=0)
     print(path)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the command line
 
 
 def parse_args():

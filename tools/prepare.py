@@ -15,9 +15,9 @@ It prints how many clips of each split are
     duplicate   annotated more than once, or in the same file as an earlier clip
     excluded    training clips that a validation set also has (panda70m: clips shorter than 4 s or longer than 50 s)
 
-To add a dataset, write a reader and add its row to DATASETS. A reader is a function of the paths given to --annotations
-and the folders given to --videos, both lists, and of --split if the dataset has several. It returns the names of the
-classes in order, a list of `Sample`, and the files found. Its docstring is the command's --help.
+To add a dataset, write a reader and add its row to DATASETS. A reader is a function of --annotations and --videos, and
+of --split if the dataset has several. It returns the names of the classes in order, a list of `Sample`, and the files
+found. Its docstring is the command's --help.
 """
 
 import csv
@@ -43,10 +43,9 @@ VIDEO_SUFFIXES = {".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".flv", ".mpg
 CHECKED_CLIP = [16, 4]  # frames and frame step of the clips that `folder` decodes to check a video, as in training
 COUNTS = ("annotated", "found", "missing", "duplicate", "excluded")
 SHORTEST, LONGEST = 4, 50  # seconds of a Panda-70M clip (paper, appendix A)
-# Kinetics classes by their old names ("picking fruit" in K400 and K600, the others in K400), and their names in K700.
-# The names of K400, K600 and K700 are 724 different ones; with this table, they are the 710 classes of K710. Source:
-# the first 400 lines of https://github.com/open-mmlab/mmaction2/blob/main/tools/data/kinetics710/label_map_k710.txt
-# are K400's classes in K400's order. (That list keeps the old name of a single class, "throwing ball".)
+# Kinetics classes by their old names, and their names in K700. It makes the 724 names of K400, K600 and K700 the 710
+# classes of K710, as in https://github.com/open-mmlab/mmaction2/blob/main/tools/data/kinetics710/label_map_k710.txt
+# (which keeps the old name of a single class, "throwing ball").
 RENAMED = {
     "balloon blowing": "inflating balloons",
     "changing wheel": "changing wheel (not on bike)",
@@ -66,8 +65,6 @@ RENAMED = {
 
 
 class Sample(NamedTuple):
-    """An annotated clip."""
-
     split: str  # "train" or "val"
     clip: object  # identifies the clip; another sample with the same value is a duplicate
     source: object  # what it is cut from; training samples that share it with a validation sample are excluded
@@ -75,13 +72,12 @@ class Sample(NamedTuple):
     label: str  # name of its class
 
 
-def whole_video(split, name, label):
-    """The `Sample` of a dataset with one clip per video, named by its file."""
+def whole_video(split, name, label):  # of a dataset with one clip per video, named by its file
     return Sample(split, clip=name, source=name, names=(name,), label=label)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# readers: (--annotations, --videos) -> names of the classes in order, samples, {file name without suffix: path}
+# readers
 
 
 def kinetics(annotations, videos):
@@ -96,20 +92,14 @@ def kinetics(annotations, videos):
     --videos: folders with files named ID_000012_000022.mp4 (YouTube id, start and end in seconds) or ID.mp4, in any
       subfolders. K400 has some files twice: the one with "replacement" in its path, for a corrupted one, is used.
     """
-    samples = read_kinetics(annotations[0])
-    return sorted({s.label for s in samples}), samples, find_files(videos)
-
-
-def read_kinetics(folder):
-    """The samples of one Kinetics set."""
     samples = []
-    for split, file in open_splits(folder, ("val.csv", "val.txt", "validate.csv"), ("train.csv", "train.txt")):
+    for split, file in open_splits(annotations[0], ("val.csv", "val.txt", "validate.csv"), ("train.csv", "train.txt")):
         for row in csv.DictReader(file):
             video = row["youtube_id"]
             start, end = int(float(row["time_start"])), int(float(row["time_end"]))
             clip, names = (video, start, end), (f"{video}_{start:06}_{end:06}", video)
             samples.append(Sample(split, clip, source=clip, names=names, label=row["label"].strip()))
-    return samples
+    return sorted({s.label for s in samples}), samples, find_files(videos)
 
 
 def k710(annotations, videos):
@@ -125,7 +115,7 @@ def k710(annotations, videos):
     """
     names, samples = {}, []
     for folder in reversed(annotations):
-        for sample in read_kinetics(folder):
+        for sample in kinetics([folder], [])[1]:
             label = RENAMED.get(sample.label.lower(), sample.label)
             key = re.sub(r"\W+", " ", label.lower().replace("'", "")).strip()
             name = names.setdefault(key, label)
@@ -156,9 +146,8 @@ def coin(annotations, videos):
     """COIN: 11,827 instructional videos of 180 tasks, one sample per video.
 
     --annotations: folder with COIN.json, from https://github.com/coin-dataset/annotations
-    --videos: the folder filled by download_videos.py from there, with RECIPE_TYPE/YOUTUBE_ID.mp4
-
-    RECIPE_TYPE is the number of the task; classes are in this order.
+    --videos: the folder filled by download_videos.py from there, with RECIPE_TYPE/YOUTUBE_ID.mp4. RECIPE_TYPE is the
+      number of the task; classes are in this order.
     """
     with open_annotations(annotations[0], "COIN.json") as file:
         database = json.load(file)["database"]
@@ -203,14 +192,11 @@ def jester(annotations, videos):
 
 
 def ucf101(annotations, videos, split):
-    """UCF-101: 13,320 clips of 101 actions; split 1 has 9,537 for training and 3,783 for validation.
+    """UCF-101: 13,320 clips of 101 actions; split 1 has 9,537 for training and 3,783 for validation (the test set).
 
     --annotations: the folder ucfTrainTestlist with classInd.txt, trainlist01.txt, testlist01.txt, ..., from
       https://www.crcv.ucf.edu/data/UCF101.php ("Train/Test Splits for Action Recognition")
     --videos: the folder UCF-101 of UCF101.rar from there, with CLASS/v_CLASS_g01_c01.avi
-
-    The validation set is the official test set. Results are often the mean over the three splits: prepare one, probe
-    it, then go on with the next.
     """
     with open_annotations(annotations[0], "classInd.txt") as file:
         classes = [line.split()[1] for line in file if line.strip()]  # "1 ApplyEyeMakeup", in order
@@ -223,13 +209,11 @@ def ucf101(annotations, videos, split):
 
 
 def hmdb51(annotations, videos, split):
-    """HMDB51: 6,766 clips of 51 actions; each split has 3,570 for training and 1,530 for validation.
+    """HMDB51: 6,766 clips of 51 actions; each split has 3,570 for training and 1,530 for validation (the test set).
 
     --annotations: the folder testTrainMulti_7030_splits with CLASS_test_split1.txt, ... (153 files), from
       https://serre-lab.clps.brown.edu/resource/hmdb-a-large-human-motion-database
     --videos: the folder of the extracted hmdb51_org.rar and the archives in it, with CLASS/*.avi
-
-    The validation set is the official test set; of the three splits, see ucf101.
     """
     end = f"_test_split{split}.txt"
     # In the order of the files' names, in which "sword_exercise" comes before "sword".
@@ -246,23 +230,21 @@ def hmdb51(annotations, videos, split):
 
 
 def imagenet1k(annotations, videos):
-    """ImageNet-1K (ILSVRC 2012): 1,281,167 training and 50,000 validation images of 1,000 classes.
+    """ImageNet-1K (ILSVRC 2012): 1,281,167 training and 50,000 validation images of 1,000 classes (sorted synsets).
 
     --videos: folder with train/SYNSET/*.JPEG and val/SYNSET/*.JPEG, from https://image-net.org (or ILSVRC/Data/CLS-LOC
       from Kaggle)
     --annotations: Kaggle's LOC_val_solution.csv, needed only if val has no SYNSET folders
-
-    Classes are the synsets in alphabetical order.
     """
-    files, synsets, samples = find_files(videos, IMAGE_SUFFIXES), {}, []
+    files, samples = find_files(videos, IMAGE_SUFFIXES), []
     if annotations:
         with open(annotations[0], encoding="utf-8-sig", newline="") as file:
-            synsets = {row["ImageId"]: row["PredictionString"].split()[0] for row in csv.DictReader(file)}
+            rows = csv.DictReader(file)
+            samples = [whole_video("val", row["ImageId"], row["PredictionString"].split()[0]) for row in rows]
     for name, path in sorted(files.items()):
         folder = Path(path).parent
         if re.fullmatch("n[0-9]{8}", folder.name) and folder.parent.name in ("train", "val"):
             samples.append(whole_video(folder.parent.name, name, folder.name))
-    samples += [whole_video("val", name, synset) for name, synset in synsets.items()]
     return sorted({s.label for s in samples}), samples, files
 
 
@@ -293,7 +275,6 @@ DATASETS = {
 
 
 def open_annotations(folder, *names):
-    """Open the first of these files that `folder` has, as text."""
     for name in names:
         if (Path(folder) / name).is_file():
             return open(Path(folder) / name, encoding="utf-8-sig", newline="")
@@ -333,13 +314,12 @@ def list_files(root, suffixes=VIDEO_SUFFIXES, frame_folders=frozenset()):
 
 
 def find_files(folders, suffixes=VIDEO_SUFFIXES, frame_folders=frozenset()):
-    """Find the files in all these folders, as `list_files` does: {name without suffix: path}.
+    """The files in all these folders: {name without suffix: path}. Some downloaders write ID.mp4.webm: the name is ID.
 
     Of several files with the same name, one with "replacement" in its path is used (for K400's corrupted files), else
-    the first in alphabetical order. Some downloaders write ID.mp4.webm: the name is ID.
+    the first in alphabetical order.
     """
-    paths = [path for folder in folders for path in list_files(folder, suffixes, frame_folders)]
-    found = {}
+    found, paths = {}, (path for folder in folders for path in list_files(folder, suffixes, frame_folders))
     for path in sorted(paths, key=lambda path: ("replacement" not in path, path)):
         name = os.path.basename(path)
         while name not in frame_folders and os.path.splitext(name)[1].lower() in suffixes:
@@ -373,12 +353,10 @@ def select(samples, files):
 
 
 def print_counts(split, count):
-    """Print a Counter of COUNTS in one line."""
     print(f"{split}: " + ", ".join(f"{count[name]:,} {name}" for name in COUNTS))
 
 
 def write_dataset(args):
-    """Write the manifests of one of DATASETS."""
     dataset, split = DATASETS[args.command], [args.split] if "split" in args else []
     try:
         classes, samples, files = dataset.read(args.annotations, args.videos, *split)
@@ -406,28 +384,15 @@ def panda70m(args):
       clip of the csv file's 13th row. Files named VIDEOID_00003.mp4 are found too.
 
     Each second of duration is a stratum. All strata contribute equally many clips; a stratum with too few contributes
-    all it has. The labels are -1. The default of --count is the paper's number. The sample depends on which files are
-    there, on --count and on --seed.
+    all it has. The labels are -1. The default of --count is the paper's number.
     """
-    strata, count = read_panda70m(args.annotations, find_files(args.videos))
-    chosen, rng = [], np.random.default_rng(args.seed)
-    for i, stratum in enumerate(sorted(strata, key=len)):  # shortest first: the longer ones make up for them
-        share = min(len(stratum), (args.count - len(chosen)) // (len(strata) - i))
-        chosen += [stratum[k] for k in rng.choice(len(stratum), share, replace=False)]
-    if not chosen:
-        fail(f"--videos {' '.join(args.videos)}: none of the {count['annotated']:,} clips is there")
-    write_manifest(args.out / "train.csv", [(path, -1) for *_, path in sorted(chosen)])
-    print_counts("train", count)
-
-
-def read_panda70m(csv_file, files):
-    """The clips found, by duration: a list with one list of (row, clip, path) per second. And a Counter of COUNTS."""
-    strata, count, checked = [[] for _ in range(LONGEST - SHORTEST)], Counter(), False
+    strata, count = [[] for _ in range(LONGEST - SHORTEST)], Counter()  # a stratum: list of (row, clip, path)
+    files = find_files(args.videos)
     csv.field_size_limit(2**31 - 1)  # one field has the captions of all clips of a video
-    with open(csv_file, encoding="utf-8-sig", newline="") as file:
+    with open(args.annotations, encoding="utf-8-sig", newline="") as file:
         rows = csv.DictReader(file)
         if not {"videoID", "url", "timestamp"} <= set(rows.fieldnames or ()):
-            fail(f"--annotations {csv_file}: no columns videoID, url and timestamp (--help lists the files)")
+            fail(f"--annotations {args.annotations}: no columns videoID, url and timestamp (--help lists the files)")
         for number, row in enumerate(rows):
             # "[['0:00:01.5', '0:00:10.0'], ...]", start and end of each clip
             times = re.findall(r"(\d+):(\d+):([\d.]+)", row["timestamp"])
@@ -437,27 +402,28 @@ def read_panda70m(csv_file, files):
                 path = files.get(f"{number:07}_{clip:05}") or files.get(f"{row['videoID']}_{clip:05}")
                 if not path:
                     count["missing"] += 1
-                    continue
-                metadata = Path(path).with_suffix(".json")  # video2dataset writes one beside each clip
-                if not checked and metadata.is_file():
-                    checked = True
-                    if row["videoID"] not in metadata.read_text(encoding="utf-8"):
-                        fail(f"--annotations {csv_file}: {path} was downloaded with another csv file")
-                if SHORTEST <= end - start <= LONGEST:
+                elif SHORTEST <= end - start <= LONGEST:
                     count["found"] += 1
+                    metadata = Path(path).with_suffix(".json")  # video2dataset writes one beside each clip
+                    if count["found"] == 1 and metadata.is_file() and row["videoID"] not in metadata.read_text("utf-8"):
+                        fail(f"--annotations {args.annotations}: {path} was downloaded with another csv file")
                     strata[min(int(end - start), LONGEST - 1) - SHORTEST].append((number, clip, path))
                 else:
                     count["excluded"] += 1
-    return strata, count
+    chosen, rng = [], np.random.default_rng(args.seed)
+    for i, stratum in enumerate(sorted(strata, key=len)):  # shortest first: the longer ones make up for them
+        share = min(len(stratum), (args.count - len(chosen)) // (len(strata) - i))
+        chosen += [stratum[k] for k in rng.choice(len(stratum), share, replace=False)]
+    print_counts("train", count)
+    if not chosen:
+        fail("no train clips found in --videos (--help lists the files)")
+    write_manifest(args.out / "train.csv", [(path, -1) for *_, path in sorted(chosen)])
 
 
 def v36m(args):
     """V-3.6M: the manifests of K710, SSv2 and the Panda-70M sample joined into one, 3,626,129 in the paper (table 2).
 
-    --manifests: the three manifests, as the commands k710, ssv2 and panda70m write them
-
-    Training visits every video of the joined manifest once per pass, so each part is weighted by its size. Labels
-    become -1, because the same number means a different class in each part.
+    Each part is weighted by its size. Labels become -1: the same number means a different class in each part.
     """
     paths = [os.path.abspath(path) for manifest in args.manifests for path in read_manifest(manifest)[0]]
     joined = dict.fromkeys(paths, -1)  # drops duplicates and keeps the order
@@ -478,17 +444,15 @@ class Video(NamedTuple):
 def write_folder(args):
     """Your own videos, in one folder; its subfolders, if any, are the classes.
 
-    Finds the videos in VIDEOS and all its subfolders by their suffixes. A video in VIDEOS/running/2024/ has the class
-    "running". Classes are numbered in alphabetical order. Videos directly in VIDEOS, or all with --unlabeled, get the
-    label -1, which is enough for pretraining.
+    A video in VIDEOS/running/2024/ has the class "running". Classes are numbered in alphabetical order. Videos directly
+    in VIDEOS, or all with --unlabeled, get the label -1, which is enough for pretraining.
 
     Decodes the first, middle and last clip of every video, and leaves out those that fail. check.jsonl in --out has one
     line per video: its properties, or why it is bad. After Ctrl-C, the same command continues where it stopped.
 
-    About --val-fraction of each class's videos, at least one, go to val.csv and the others to train.csv. The choice is
-    random, but the same every time. Without --group, it is made by file. If several videos are cut from the same
-    recording, that makes validation too easy. --group 'g(\\d+)' keeps those together whose file names have the same
-    number after a "g": a source is the first group of the regular expression's first match, or the whole match.
+    About --val-fraction of each class's videos, at least one, go to val.csv, the others to train.csv. The choice is
+    random, but the same every time. Videos cut from the same recording must stay together: --group 'g(\\d+)' does so
+    by the number after a "g" in their names, the expression's first group; without one, its whole match counts.
     """
     if not 0 < args.val_fraction < 1:
         fail(f"--val-fraction {args.val_fraction}: must be above 0 and below 1")
@@ -505,11 +469,11 @@ def write_folder(args):
     for name, members in splits.items():
         write_manifest(args.out / f"{name}.csv", [(v.path, numbers[v.label]) for v in members])
     write_lines(args.out / "classes.txt", classes)
-    print(f"{args.out / 'classes.txt'}: {len(classes)} classes" + ("" if classes else ", so all labels are -1"))
+    print(f"{args.out / 'classes.txt'}: {len(classes)} classes")
 
 
 def list_videos(folder, group, unlabeled):
-    """The videos of a folder, sorted by path. Ends the script if there are none, or if their classes are unclear."""
+    """The videos of a folder, sorted by path."""
     absolute = list_files(folder)
     paths = sources = [os.path.relpath(path, folder) for path in absolute]
     if not paths:
@@ -528,7 +492,7 @@ def list_videos(folder, group, unlabeled):
 
 
 def split(videos, labels, fraction):
-    """{"train": videos, "val": videos}. Ends the script if one of the labels is not in both.
+    """{"train": videos, "val": videos}, with each label in both.
 
     Visits the sources in a random order that depends on their names only. Chooses a source for "val" if that brings the
     numbers of validation videos of its classes closer to `fraction` of each class, at least one.
@@ -539,15 +503,12 @@ def split(videos, labels, fraction):
     totals = Counter(video.label for video in videos)
     missing = {label: max(1, fraction * total) for label, total in totals.items()}  # from the validation set
     chosen = set()
-    for source in sorted(sizes, key=lambda name: hashlib.sha256(name.encode()).digest()):
-        size = sizes[source]
+    for source, size in sorted(sizes.items(), key=lambda item: hashlib.sha256(item[0].encode()).digest()):
         if sum(abs(missing[label] - n) for label, n in size.items()) < sum(abs(missing[label]) for label in size):
             chosen.add(source)
             for label, n in size.items():
                 missing[label] -= n
-    splits = {"train": [], "val": []}
-    for video in videos:
-        splits["val" if video.source in chosen else "train"].append(video)
+    splits = {"train": [v for v in videos if v.source not in chosen], "val": [v for v in videos if v.source in chosen]}
     train, val = (Counter(v.label for v in members) for members in splits.values())
     for label in labels:
         if not train[label] or not val[label]:
@@ -555,10 +516,6 @@ def split(videos, labels, fraction):
             advice = "add readable videos, change --val-fraction or --group, or leave the class out"
             fail(f"{name}: {train[label]} videos for train and {val[label]} for val; {advice}")
     return splits
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the command line
 
 
 def parse_args():
@@ -574,8 +531,8 @@ def parse_args():
 
     for name, dataset in DATASETS.items():
         flag = add_command(name, dataset.read, write_dataset)
-        required, number = dataset.needs_annotations, dataset.num_annotations
-        flag("--annotations", nargs=number, required=required, metavar="PATH", help="see above")
+        nargs = dataset.num_annotations
+        flag("--annotations", nargs=nargs, required=dataset.needs_annotations, metavar="PATH", help="see above")
         flag("--videos", nargs="+", required=True, metavar="DIR", help="see above")
         if dataset.splits:
             flag("--split", type=int, choices=dataset.splits, default=1, help="which of the official splits")
@@ -586,7 +543,7 @@ def parse_args():
     flag("--seed", type=int, default=0, help="of the sample")
     flag = add_command("v3.6m", v36m, v36m)
     parts = [f"data/{name}/train.csv" for name in ("k710", "ssv2", "panda70m")]
-    flag("--manifests", nargs="+", default=parts, metavar="MANIFEST", help="the manifests to join")
+    flag("--manifests", nargs="+", default=parts, metavar="MANIFEST", help="as those three commands write them")
     flag = add_command("folder", write_folder, write_folder)
     flag("videos", type=Path, metavar="VIDEOS", help="the folder of videos")
     flag("--val-fraction", type=float, default=0.2, help="fraction of each class's videos to validate on")
