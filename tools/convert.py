@@ -157,14 +157,6 @@ def infer_encoder(weights, heads, resolution):
         return Encoder(width, depth_of(weights), heads, hidden / width, 64, resolution, patch_size, tubelet_size)
 
 
-def infer_predictor(weights):
-    width, in_width = shape_of(weights, "predictor_embed.weight", 2)
-    out_width, _ = shape_of(weights, "predictor_proj.weight", 2)
-    num_mask_tokens = sum("mask_tokens." in name for name in weights)
-    with torch.device("meta"):  # all released predictors have 12 heads
-        return Predictor(in_width, out_width, width, depth_of(weights), 12, num_mask_tokens)
-
-
 def from_vjepa2(args):
     """Convert a V-JEPA 2 file to our checkpoint, a dictionary. A file with a single encoder gives no student."""
     file = read_vjepa2(args.source)
@@ -176,8 +168,13 @@ def from_vjepa2(args):
         networks["student"] = encoder, file["encoder"]
     else:
         print(f"the file has only {first}: it becomes the checkpoint's encoder, for contexts and targets")
-    if "predictor" in file:
-        networks["predictor"] = infer_predictor(file["predictor"]), file["predictor"]
+    if weights := file.get("predictor"):
+        width, in_width = shape_of(weights, "predictor_embed.weight", 2)
+        out_width, _ = shape_of(weights, "predictor_proj.weight", 2)
+        num_mask_tokens = sum("mask_tokens." in name for name in weights)
+        with torch.device("meta"):  # all released predictors have 12 heads
+            predictor = Predictor(in_width, out_width, width, depth_of(weights), 12, num_mask_tokens)
+        networks["predictor"] = predictor, weights
     return make_checkpoint(networks, VJEPA2)
 
 
