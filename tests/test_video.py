@@ -317,6 +317,7 @@ def test_errors_name_the_file_and_the_reason(tmp_path):
 def test_text_that_is_not_utf8_is_no_error(tmp_path):
     path = write_video(tmp_path / "v.mp4", map(numbered, range(10)))
     content = path.read_bytes()
+    assert b"VideoHandler" in content
     path.write_bytes(content.replace(b"VideoHandler", b"Vid\xe4oHandler"))
     assert frame_numbers(read_clip(path, 4, 2, 0)) == [0, 2, 4, 6]
 
