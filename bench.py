@@ -6,8 +6,8 @@
 
 Ours and the peer take turns, a step or a clip each. `step` takes the flags of the training scripts. It runs the body of
 their loop on random clips, and compares executed FLOP/s (flops.py) with the fastest square matrix product. Hugging
-Face's networks get the same weights, clips, masks, loss, autocast and optimizer. Their forward pass would encode all
-tokens and then drop the masked ones, which no V-JEPA training does, so their layers see the context tokens only.
+Face's networks get the same weights, clips, masks, loss, autocast and optimizer. Their layers see the context tokens
+only, although their own forward pass would encode all tokens and then drop the masked ones.
 """
 
 import contextlib
@@ -94,18 +94,15 @@ class HuggingFace:
         x = gather(self.encoder.embeddings(clips.transpose(1, 2)), mask.context_ids)
         for layer in self.encoder.layer:
             x = layer(x, mask.context_ids)[0]
-        context = self.encoder.layernorm(x)
-        x, ids = self.predictor.embeddings(context, [mask.context_ids], [mask.target_ids], mask.index)
+        x = self.encoder.layernorm(x)
+        x, ids = self.predictor.embeddings(x, [mask.context_ids], [mask.target_ids], mask.index)
         for layer in self.predictor.layer:
             x = layer(x, ids)[0]
         return self.predictor.proj(self.predictor.layernorm(x)[:, mask.context_ids.shape[1] :])
 
 
 def hf_model(encoder, predictor=None):
-    """A VJEPA2Model with the weights of our networks, made by tools/convert.py.
-
-    Its predictor's output is as wide as its encoder, so our last layer takes the place of its own.
-    """
+    """A VJEPA2Model with our weights. Its predictor's output is as wide as its encoder, so ours replaces it."""
     checkpoint = {"model": {"encoder": encoder.config}, "encoder": encoder.state_dict()}
     if predictor:
         proj, predictor.proj = predictor.proj, torch.nn.Linear(predictor.proj.in_features, encoder.width)
@@ -125,9 +122,9 @@ def training_step(runner, args, step, clips):
     Returns the loss and, per micro-batch, the context and target tokens of each mask.
     """
     autocast = torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16")
-    micro_batches = data.micro_batch_indices(args)
+    micro_batches, loss, counts = data.micro_batch_indices(args), 0.0, []
+    error_of = F.mse_loss if args.kind == "teacher" else F.l1_loss
     training.set_schedules(runner.optimizer, step, args)
-    loss, counts = 0.0, []
     for micro in micro_batches:
         x = data.normalize(clips, torch.device(args.device))
         rng, sizes = training.mask_generators(args, step, micro)
@@ -142,9 +139,8 @@ def training_step(runner, args, step, clips):
         for mask in masks:
             with autocast:
                 predicted = runner.predict(x, mask)
-            error = predicted.float() - gather(targets, mask.target_ids)
-            error = error.square() if args.kind == "teacher" else error.abs()
-            mask_loss = error.mean() / (len(masks) * len(micro_batches))
+            error = error_of(predicted.float(), gather(targets, mask.target_ids))
+            mask_loss = error / (len(masks) * len(micro_batches))
             mask_loss.backward()
             loss += mask_loss.detach()
         counts.append([(mask.context_ids.shape[1], mask.target_ids.shape[1]) for mask in masks])

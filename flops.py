@@ -10,8 +10,7 @@ tokens for each of two masks, and no attention (appendix F). Executed FLOPs coun
 including attention, for the masks actually drawn. The training logs report these. A multiply-add is two FLOPs. The
 backward pass of a layer costs twice its forward pass, except for the first linear layer of a network, which needs no
 gradient of its input. Softmax, norms, GELU, RoPE, the optimizer and the EMA are left out: less than 1% together.
-
-The model and batch flags of the training scripts describe the student and the EMA baseline, --teacher the SALT teacher.
+The model flags describe the student and the EMA baseline, --teacher the SALT teacher.
 """
 
 import math
@@ -64,7 +63,6 @@ PAPER_SIZES = {letter: SIZES[name] for letter, name in zip("LHgG", ("vit_l", "vi
 
 
 def parameters(cls, config):
-    """The number of parameters of cls(**config)."""
     with torch.device("meta"):
         return sum(p.numel() for p in cls(**config).parameters())
 
@@ -155,20 +153,17 @@ def stages(args):
 
 def drawn_masks(args):
     """Token counts of the masks of DRAWS micro-batches: [[(Kc, Kt), ...], ...]."""
-    drawn, grid, generator = [], cli.clip_grid(args), torch.Generator().manual_seed(args.seed)
+    shape, generator = (cli.clip_grid(args), args.micro_batch_size), torch.Generator().manual_seed(args.seed)
     options = args.mask_truncation, None, args.masks_per_clip, args.target_fraction
-    for _ in range(DRAWS):
-        masks = sample_masks(args.mask, grid, args.micro_batch_size, generator, *options)
-        drawn.append([(mask.context_ids.shape[1], mask.target_ids.shape[1]) for mask in masks])
-    return drawn
+    drawn = (sample_masks(args.mask, *shape, generator, *options) for _ in range(DRAWS))
+    return [[(mask.context_ids.shape[1], mask.target_ids.shape[1]) for mask in masks] for masks in drawn]
 
 
 def per_clip(stage, masks, tokens):
     """Mean FLOPs per clip: (executed, over the drawn masks; by the paper's convention)."""
     encoder, predictor, teacher, _ = stage
     executed = sum(step_flops(encoder, predictor, counts, teacher, tokens) for counts in masks) / len(masks)
-    masks_per_clip = len(masks[0]) // predictor["num_mask_tokens"]
-    return executed, paper_flops(encoder, predictor, teacher, tokens, masks_per_clip)
+    return executed, paper_flops(encoder, predictor, teacher, tokens, len(masks[0]) // predictor["num_mask_tokens"])
 
 
 def print_executed(args, plan, masks, tokens):
@@ -191,29 +186,22 @@ def print_executed(args, plan, masks, tokens):
 
 def print_match(args, plan, masks, tokens):
     """Print how many EMA steps cost as much as teacher and student together."""
-    cost = {kind: per_clip(stage, masks, tokens) for kind, stage in plan.items()}
-    for i, convention in enumerate(("executed FLOPs", "the paper's convention")):
-        salt = cost["teacher"][i] * args.teacher_steps + cost["student"][i] * args.steps
-        print(
-            f"{round(salt / cost['ema'][i])} EMA steps cost as much as {args.teacher_steps} teacher and {args.steps} "
-            f"student steps by {convention}: {salt * args.batch_size:.4g}"
-        )
-
-
-K400_TRAIN, K400_VAL, PROBE_EPOCHS = 240_000, 20_000, 20  # videos of Kinetics-400; passes over them (table 7)
+    executed, paper = zip(*(per_clip(stage, masks, tokens) for stage in plan.values()), strict=True)
+    steps = f"EMA steps cost as much as {args.teacher_steps} teacher and {args.steps} student steps"
+    for convention, (teacher, student, ema) in (("executed FLOPs", executed), ("the paper's convention", paper)):
+        salt = teacher * args.teacher_steps + student * args.steps
+        print(f"{round(salt / ema)} {steps} by {convention}: {salt * args.batch_size:.4g}")
 
 
 def probe_cost(encoder, tokens, segments, views, probes):
-    """Frozen evaluation on Kinetics-400 by probe.py: (clips to load, executed FLOPs).
+    """Frozen evaluation by probe.py on Kinetics-400's 240,000 and 20,000 videos: (clips to load, executed FLOPs).
 
-    Each of the probes has three blocks, which see the tokens of all segments; the fourth, cross-attention from a single
-    query, is left out: 0.5%.
+    The three blocks of each probe see the tokens of all segments. Its cross-attention is left out: 0.5%.
     """
     encode = segments * encoder_flops(encoder, tokens, train=False)
     classify = probes * _blocks(segments * tokens, encoder["width"], 3, 4.0)
-    trained = PROBE_EPOCHS * K400_TRAIN
-    work = trained * (encode + 3 * classify) + K400_VAL * views * (encode + classify)
-    return segments * (trained + K400_VAL), work
+    trained = 20 * 240_000  # passes (table 7) over the training videos
+    return segments * (trained + 20_000), trained * (encode + 3 * classify) + 20_000 * views * (encode + classify)
 
 
 def print_hours(args, plan, masks, tokens):
@@ -224,15 +212,13 @@ def print_hours(args, plan, masks, tokens):
         costs[f"{kind}, {stage[3]} steps"] = clips, clips * per_clip(stage, masks, tokens)[0]
     costs["probe.py --task k400"] = probe_cost(plan["student"][0], tokens, segments=8, views=3, probes=20)
     costs["probe.py --task k400 --fast"] = probe_cost(plan["student"][0], tokens, segments=1, views=1, probes=1)
-    print(
-        f"{args.gpus} x {args.hours:g} executed TFLOP/s; cores that decode {args.clips_per_core:g} clips per second "
-        "each. With fewer cores, the loader sets the pace.\n"
-    )
+    cores = f"cores that decode {args.clips_per_core:g} clips per second each"
+    print(f"{args.gpus} x {args.hours:g} executed TFLOP/s; {cores}. With fewer cores, the loader sets the pace.\n")
     print(f"{'':28}{'FLOPs':>10}{'hours':>10}{'clips/s per GPU':>18}{'cores per GPU':>16}")
     for name, (clips, work) in costs.items():
-        gpu_seconds = work / (args.hours * 1e12)
-        hours, rate = gpu_seconds / args.gpus / 3600, clips / gpu_seconds
-        print(f"{name:28}{work:10.3g}{hours:10.4g}{rate:18.4g}{rate / args.clips_per_core:16.1f}")
+        seconds = work / (args.hours * 1e12)  # of one GPU
+        rate = clips / seconds
+        print(f"{name:28}{work:10.3g}{seconds / args.gpus / 3600:10.4g}{rate:18.4g}{rate / args.clips_per_core:16.1f}")
 
 
 def main():
@@ -240,14 +226,12 @@ def main():
     what = parser.add_mutually_exclusive_group(required=len(sys.argv) > 1)  # no flags: the paper's tables
     what.add_argument("--executed", action="store_true", help="print the executed FLOPs per clip, step and run")
     what.add_argument("--match", action="store_true", help="print the EMA steps that cost as much as a SALT run")
-    what.add_argument("--hours", type=float, metavar="TFLOPS", help="print the hours of the runs and of probe.py, and "
-                      "the cores of their loaders, at that many executed TFLOP/s per GPU")  # fmt: skip
+    what.add_argument("--hours", type=float, metavar="TFLOPS", help="print the hours at that rate per GPU")
     flag = parser.add_argument_group("FLOPs").add_argument
     flag("--teacher", choices=SIZES, help="size of the student's teacher; default: the student's architecture")
     flag("--teacher-steps", type=int, default=80_000, help="(--steps are the student's)")
     flag("--gpus", type=int, default=1, help="number of GPUs, for --hours")
-    flag("--clips-per-core", type=float, default=19, help="clips per second that a core decodes, for --hours: 19 of "
-         "340x256 videos, 56 of their copies by tools.transcode (docs/performance.md)")  # fmt: skip
+    flag("--clips-per-core", type=float, default=19, help="clips per second that a core decodes (docs/performance.md)")
     args = parser.parse_args()
     if len(sys.argv) == 1:
         print_paper_tables()
@@ -256,10 +240,10 @@ def main():
     if args.micro_batch_size is None:
         args.micro_batch_size = cli.default_micro_batch_size(args.batch_size)
     cli.require_at_least(args, 1, "micro_batch_size")
-    plan = stages(args)
-    cli.check_mask_flags(args)
     if args.hours is not None and args.hours <= 0:
         cli.fail("--hours: must be more than 0")
+    plan = stages(args)
+    cli.check_mask_flags(args)
     show = print_executed if args.executed else print_match if args.match else print_hours
     show(args, plan, drawn_masks(args), math.prod(cli.clip_grid(args)))
 

@@ -6,12 +6,11 @@ With `frame_step`, a clip shows every frame_step-th frame in the order of presen
 Decoding is what costs time, so `read_clips` tries two ways to get the frames:
 
 1. Fast (`_read_needed`): packets, the compressed frames, carry time stamps and can be listed without decoding them. So
-   choose the frames first, then decode only these and the frames they depend on, from the keyframe before them. If
-   what the file says about itself does not add up, such as a seek to the wrong place, it raises an exception.
+   choose the frames first, then decode only these and those they depend on. If in doubt, raise an exception.
 2. Careful (`_read_all`), if the fast way fails: decode the whole video and choose among the frames that come out. Slow,
    but works for every file that FFmpeg can decode.
 
-Letters: T frames, H and W pixels. Time stamps are integers in the unit of the video stream (`_Timeline.unit` seconds).
+Letters: T frames, H and W pixels. Time stamps are integers in the stream's unit (`_Timeline.unit` seconds).
 """
 
 import contextlib
@@ -35,8 +34,7 @@ CLUTTER = {"__MACOSX", "$RECYCLE.BIN", "System Volume Information", "@eaDir"}  #
 CROP_AREA, CROP_ASPECT = (0.3, 1.0), (0.75, 1.35)  # paper table 5
 LONG_GAP = 10  # seconds between two wanted frames above which to seek rather than read on
 MAX_REORDER = 16  # in any codec, at most this many frames are decoded before a frame that is shown earlier
-# FFmpeg scales with antialiasing. Without these flags, its faster code leaves garbage at the right edge of frames whose
-# width is not a multiple of 16.
+# Antialiased. Without the flags, FFmpeg leaves garbage at the right edge of frames whose width 16 does not divide.
 SCALING = "bilinear+accurate_rnd+full_chroma_int+full_chroma_inp"
 
 
@@ -50,7 +48,7 @@ def read_clips(path, num_frames, frame_step, places, fps=None, crops=None, resol
     A clip has num_frames frames that are frame_step frames apart, or, with fps, 1 / fps seconds. A place in [0, 1]
     positions the clip in the video: 0 first possible, 0.5 middle, 1 last. If the video is too short, the clip repeats
     its last wanted frame. An image is a video of one frame; a folder of numbered images is a video, too. Frames are
-    turned upright by their metadata. Alpha is dropped. BadVideo if nothing can be decoded.
+    turned upright by their metadata. BadVideo if nothing can be decoded.
 
     crops: one function per clip, (height, width) -> (top, left, height, width), the box that is cut out and scaled to
     resolution x resolution (bilinear, antialiased). Default: whole frames in their own size. Where color is subsampled,
@@ -99,8 +97,7 @@ def is_clutter(name):
 def list_frames(folder):
     """The paths of the images in a folder that is a video, in the order of all numbers in their names.
 
-    Leaves out clutter and names without a number. BadVideo if there are no images, if two have the same numbers, or if
-    their names differ in more than the numbers: these may be pictures and their optical flow.
+    BadVideo if two have the same numbers, or if names differ in more: these may be pictures and their optical flow.
     """
     frames, patterns = [], set()  # frames: (numbers, name)
     for name in os.listdir(folder):
@@ -203,7 +200,6 @@ class _Timeline(NamedTuple):
 
 
 def _read_folder(folder, num_frames, frame_step, places, fps):
-    """The decoded frames of each clip of a folder of images."""
     images = list_frames(folder)
     if fps:
         raise BadVideo(f"{folder}: a folder of images has no time for --fps; --frame-step is needed")
@@ -213,10 +209,7 @@ def _read_folder(folder, num_frames, frame_step, places, fps):
 
 
 def _read_all(path, num_frames, frame_step, places, fps):
-    """The careful way: decode the whole video. Returns the decoded frames of each clip.
-
-    Decodes twice, first for the time stamps, then for the wanted frames, because all frames may not fit in memory.
-    """
+    """The careful way: decode the whole video, twice, because all frames may not fit in memory."""
     with open_container(path) as container:
         stream = video_stream(path, container)
         unit, rate = stream.time_base, stream.average_rate or stream.guessed_rate
@@ -240,8 +233,7 @@ def _read_all(path, num_frames, frame_step, places, fps):
 
 def _read_needed(path, num_frames, frame_step, places, fps):
     """Decode as few packets as possible. Returns the decoded frames of each clip; any exception if in doubt."""
-    # Opening a file decodes its first frames, for details that are not needed here, and takes half as long as reading a
-    # short clip. skip_frame avoids that.
+    # skip_frame: opening would decode the first frames for details not needed here, half the time of a short clip.
     with open_container(path, options={"skip_frame": "all"}) as container:
         stream = video_stream(path, container)
         timeline = _timeline(container, stream, fps)
@@ -253,10 +245,9 @@ def _read_needed(path, num_frames, frame_step, places, fps):
 
 
 def _timeline(container, stream, fps):
-    """The timeline that the file's header states, else that of its packets.
+    """The timeline that the file's header states, else that of its packets, for which the whole file is read.
 
-    The header states only the average frame rate. That is enough for `fps`, which is about times, and for a constant
-    frame rate, which the index of mp4, mov and avi files shows. To list the packets of others, the whole file is read.
+    The header states only the average frame rate: enough for `fps`, and for a constant rate, which an index shows.
     """
     rate = stream.average_rate or stream.guessed_rate
     if stream.frames and rate:
@@ -270,13 +261,13 @@ def _timeline(container, stream, fps):
 def _is_evenly_spaced(stream, duration):
     """Whether the index has all frames of the stream, each within a quarter of a frame of n * duration.
 
-    An index has decoding times. Encoders derive these from the times of presentation, so that both have the same gaps.
+    An index (mp4, mov, avi) has decoding times, with the same gaps as the times of presentation.
     """
     entries = stream.index_entries  # of edited mp4 files some are cut (discard), of avi files some empty (size 0)
     times = np.array([entry.timestamp for entry in entries if entry.size and not entry.is_discard])
     if not len(times) == len(entries) == stream.frames:
         return False
-    return bool(np.abs(times - times[0] - duration * np.arange(len(times))).max() <= duration / 4)
+    return np.abs(times - times[0] - duration * np.arange(len(times))).max() <= duration / 4
 
 
 def _decode(container, stream, times, duration):
@@ -299,8 +290,8 @@ def _decode(container, stream, times, duration):
 def _decode_needed(codec, packets, wanted):
     """Decode the frames with the time stamps `wanted`: {time stamp: frame}. Any exception if in doubt.
 
-    Go backward to find the packets that these depend on. Those between the last wanted frame and the next keyframe are
-    not needed. Decoding starts again at a keyframe, unless a wanted frame is shown before it (open group of pictures).
+    Go backward to find the packets that these depend on: those from a wanted frame to the keyframe before it, or to an
+    earlier one if the wanted frame is shown before that keyframe (open group of pictures).
     """
     needed, earliest = [], math.inf  # earliest: time stamp of the first wanted frame since decoding starts
     for packet in reversed(packets):
@@ -349,8 +340,7 @@ def _to_rgb(frames, crop, resolution):
 def convert(frames, box, size, pixel_format, colors=""):
     """Yield the frames upright, cropped and scaled to `size` (height, width), in one pass over the decoder's pixels.
 
-    The box is one of the upright first frame; None: all of it. A frame of another size is first scaled to that frame's.
-    colors: more options of FFmpeg's filter "scale".
+    The box is one of the upright first frame, to whose size others are scaled first. colors: options of FFmpeg's scale.
     """
     scaling = [("scale", f"{size[1]}:{size[0]}:flags={SCALING}{colors}"), ("format", pixel_format)]
     if box:
@@ -371,10 +361,7 @@ def convert(frames, box, size, pixel_format, colors=""):
 
 
 def upright(frame):
-    """A frame's (height, width) when it is upright, and the FFmpeg filters that turn and mirror it.
-
-    FFmpeg gives frames the display matrix of a container, and makes one of the EXIF orientation of an image.
-    """
+    """A frame's (height, width) when upright, and FFmpeg's filters that turn it by its display matrix or EXIF."""
     try:
         matrix = frame.side_data.get(SideData.DISPLAYMATRIX)
     except ValueError:  # PyAV 18 cannot list side data if a type is new to it, such as EXIF: remove these

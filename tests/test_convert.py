@@ -77,8 +77,7 @@ def test_encoder_and_predictor_agree_with_hf(hf):
 def test_hf_to_ours_to_hf_is_exact(hf, tmp_path):
     model, _, run = hf
     run_script(convert, "to-hf", run, tmp_path / "again")
-    again, loading = transformers.VJEPA2Model.from_pretrained(tmp_path / "again", output_loading_info=True)
-    assert not loading["missing_keys"] and not loading["unexpected_keys"]
+    again = transformers.VJEPA2Model.from_pretrained(tmp_path / "again")
     assert same_tensors(again.state_dict(), model.state_dict())
     for field, value in model.config.to_dict().items():
         if re.search("size|num_|ratio|eps", field) and field != "num_pooler_layers":
@@ -93,9 +92,6 @@ def test_a_predictor_that_hf_cannot_have_is_left_out_with_a_message(tmp_path, ca
     torch.save(ours, tmp_path / "checkpoint.pt")
     run_script(convert, "to-hf", tmp_path, tmp_path / "hf")
     assert f"predictor: left out ({reason}" in capsys.readouterr().out
-    _, loading = transformers.VJEPA2Model.from_pretrained(tmp_path / "hf", output_loading_info=True)
-    assert loading["missing_keys"] and all(k.startswith("predictor.") for k in loading["missing_keys"])
-
     run_script(convert, "from-hf", tmp_path / "hf", tmp_path / "back")
     assert "the encoder alone" in capsys.readouterr().out
     assert same_tensors(load_encoder(tmp_path / "back").state_dict(), ours["encoder"])
@@ -120,8 +116,7 @@ def test_the_encoder_and_predictor_of_a_compiled_classifier_are_taken(tmp_path, 
     safetensors.save_file(weights, tmp_path / "hf" / "model.safetensors")
     (tmp_path / "hf" / "._model.safetensors").write_text("what macOS leaves behind")
     run_script(convert, "from-hf", tmp_path / "hf", tmp_path / "run")
-    left_out = len(model.pooler.state_dict()) + len(model.classifier.state_dict())
-    assert f"pooler and classifier: left out ({left_out} tensors)" in capsys.readouterr().out
+    assert "pooler and classifier: left out" in capsys.readouterr().out
     expected = model.float().vjepa2.encoder(clips().transpose(1, 2)).last_hidden_state
     torch.testing.assert_close(load_encoder(tmp_path / "run")(clips()), expected, **CLOSE)
     assert {tensor.dtype for tensor in load_checkpoint(tmp_path / "run")["predictor"].values()} == {torch.float32}
@@ -130,7 +125,6 @@ def test_the_encoder_and_predictor_of_a_compiled_classifier_are_taken(tmp_path, 
 def test_hf_ratio_survives_truncation():
     pairs = [(width, hidden) for width in range(64, 2000, 32) for hidden in range(width, 5 * width, 97)]
     assert all(int(width * convert.hf_ratio(hidden, width)) == hidden for width, hidden in pairs)
-    assert convert.hf_ratio(6144, 1408) == 48 / 11 and convert.hf_ratio(8192, 1664) == 64 / 13
 
 
 def vjepa2_file(checkpoint):
@@ -162,19 +156,15 @@ def test_vjepa2_file(released, tmp_path, capsys):
     run_script(convert, "from-vjepa2", path, tmp_path / "run", *FLAGS)
     checkpoint, lines = load_checkpoint(tmp_path / "run"), capsys.readouterr().out.splitlines()
     assert "target_encoder becomes the checkpoint's encoder, encoder its student" in lines
-    assert {"encoder: 28 tensors", "student: 28 tensors", "predictor: 32 tensors"} <= set(lines)
-    assert (checkpoint["kind"], checkpoint["step"], checkpoint["args"]) == ("vjepa2", 0, {})
-    trained_on = dict(num_frames=64, resolution=256)
-    assert checkpoint["model"] == ours["model"] | {"encoder": ours["model"]["encoder"] | trained_on}
+    encoder = ours["model"]["encoder"] | dict(num_frames=64, resolution=256)
+    assert checkpoint["kind"] == "vjepa2" and checkpoint["model"] == ours["model"] | {"encoder": encoder}
     assert same_tensors(checkpoint["encoder"], ours["encoder"])
     assert same_tensors(checkpoint["student"], {k: v + 1 for k, v in ours["encoder"].items()})
     assert same_tensors(checkpoint["predictor"], ours["predictor"])
-    run_script(convert, "to-hf", tmp_path / "run", tmp_path / "hf")
-    assert "student: left out" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("layout", ["target_encoder", "encoder", "state dict"])
-def test_vjepa2_file_with_a_single_encoder(released, tmp_path, capsys, layout):
+def test_vjepa2_file_with_a_single_encoder(released, tmp_path, layout):
     ours, file, path = released
     key = "target_encoder" if layout == "target_encoder" else "encoder"
     if layout == "state dict":  # of a compiled network, saved by itself
@@ -183,7 +173,6 @@ def test_vjepa2_file_with_a_single_encoder(released, tmp_path, capsys, layout):
         file = {part: file[part] for part in (key, "predictor")}
     torch.save(file, path)
     run_script(convert, "from-vjepa2", path, tmp_path / "a.pt", *FLAGS, "--resolution", 384)
-    assert f"the file has only {key}: it becomes the checkpoint's encoder" in capsys.readouterr().out
     checkpoint = load_checkpoint(tmp_path / "a.pt")
     assert same_tensors(checkpoint["encoder"], {k: v + (key == "encoder") for k, v in ours["encoder"].items()})
     assert checkpoint["model"]["encoder"] == ours["model"]["encoder"] | dict(num_frames=64, resolution=384)
@@ -200,8 +189,7 @@ def test_heads_of_vit_g():
 
 
 @pytest.mark.parametrize("part, block", [
-    ("target_encoder", "blocks.1"), ("encoder", "blocks.1"), ("predictor", "predictor_blocks.1"),
-    ("hf", "encoder.layer.1"),
+    ("encoder", "blocks.1"), ("predictor", "predictor_blocks.1"), ("hf", "encoder.layer.1"),
 ])  # fmt: skip
 def test_weights_that_do_not_fit(hf, released, tmp_path, capsys, part, block):
     (_, folder, _), (_, file, path) = hf, released
@@ -234,34 +222,30 @@ def test_hf_folder_that_holds_something_else(hf, tmp_path, capsys):
 
 
 def test_files_that_are_not_checkpoints(tmp_path, capsys, monkeypatch):
-    files = [tmp_path / name for name in ("text.pt", "empty.pt", "unsafe.pt", "number.pt", "nowhere.pt")]
-    files[0].write_text("not a checkpoint\n" * 100)
-    files[1].touch()
-    torch.save({"target_encoder": Path("runs code when loaded")}, files[2])
-    torch.save(5, files[3])
-    assert "cannot be read" in refusal(capsys, convert, "from-vjepa2", files[2], tmp_path / "out")
-    for command in ("from-vjepa2", "to-hf"):
-        for file in files:
-            assert str(file) in refusal(capsys, convert, command, file, tmp_path / "out")
-    for content in ({"target_encoder": {"a": 1}}, {}):
-        torch.save(content, files[0])
-        assert "no state dict 'target_encoder'" in refusal(capsys, convert, "from-vjepa2", files[0], tmp_path / "out")
-    torch.save(vjepa2_file(our_checkpoint()), files[0])
+    file = tmp_path / "file.pt"
+    arguments = convert, "from-vjepa2", file, tmp_path / "out"
+    assert f"{file}" in refusal(capsys, *arguments)
+    file.write_text("not a checkpoint")
+    assert f"{file} cannot be read" in refusal(capsys, *arguments)
+    torch.save({"target_encoder": Path("runs code when loaded")}, file)
+    assert f"{file} cannot be read" in refusal(capsys, *arguments)
+    for content in ({"target_encoder": {"a": 1}}, {}, 5):
+        torch.save(content, file)
+        assert f"{file} has no state dict 'target_encoder'" in refusal(capsys, *arguments)
+    assert f"{file} is not a salt-1 checkpoint" in refusal(capsys, convert, "to-hf", file, tmp_path / "out")
+    torch.save(vjepa2_file(our_checkpoint()), file)
     for flags, what in (((), "--heads"), (("--heads", 7), "7 heads")):  # an unknown width and impossible heads
-        assert what in refusal(capsys, convert, "from-vjepa2", files[0], tmp_path / "out", *flags)
+        assert what in refusal(capsys, *arguments, *flags)
     torch.save(our_checkpoint(), tmp_path / "checkpoint.pt")
     monkeypatch.setitem(sys.modules, "transformers", None)
     for command in ("to-hf", "from-hf"):
         assert "pip install transformers" in refusal(capsys, convert, command, tmp_path, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
 
 
-def test_nothing_is_overwritten_and_no_incomplete_file_remains(hf, released, tmp_path, capsys, monkeypatch):
+def test_nothing_is_overwritten_and_no_incomplete_file_remains(hf, tmp_path, capsys, monkeypatch):
     _, folder, run = hf
-    before = (run / "checkpoint.pt").read_bytes()
-    for arguments in (("from-vjepa2", released[2], run, *FLAGS), ("from-hf", folder, run), ("to-hf", run, folder)):
-        assert "exists already" in refusal(capsys, convert, *arguments)
-    assert (run / "checkpoint.pt").read_bytes() == before
+    for arguments in (("from-hf", folder, run), ("to-hf", run, folder)):
+        assert "exists already; nothing written" in refusal(capsys, convert, *arguments)
 
     def full_disk(checkpoint, path):
         Path(path).write_bytes(b"half")

@@ -19,7 +19,7 @@ from tools import transcode
 
 
 def manifest(path, root):
-    """[(path relative to `root`, label)] as data.py reads them."""
+    """[(path relative to `root`, label)]."""
     paths, labels = data.read_manifest(path)
     return [(os.path.relpath(p, root), label) for p, label in zip(paths, labels, strict=True)]
 
@@ -97,17 +97,11 @@ def test_check_stops_on_ctrl_c_and_continues_where_it_stopped(videos, capfd, mon
 
 
 def test_check_and_copy_say_why_a_file_is_bad(videos):
-    """An unknown codec, a damaged image in a folder, and what is not a file; a FIFO would block whoever opens it."""
-    (videos / "unknown.mp4").write_bytes((videos / "a.mp4").read_bytes().replace(b"avc1", b"zzzz"))
+    """A damaged image in a folder, and what is not a file; a FIFO would block whoever opens it."""
     os.mkfifo(videos / "fifo.mp4")
     write_images(videos / "images", [f"{n}.jpg" for n in range(300)])  # too many for `check` to decode all
     (videos / "images" / "90.jpg").write_bytes(b"")
-    errors = {
-        "unknown.mp4": "unknown codec, or encrypted",
-        "fifo.mp4": "a special file, not a regular one",
-        "gone.mp4": "No such file or directory",
-        "images": f"{videos}/images/90.jpg: ",
-    }
+    errors = {"fifo.mp4": "a special file, not a regular one", "images": f"{videos}/images/90.jpg: "}
     for name, error in errors.items():
         results = (transcode.check_video(f"{videos}/{name}", 16, 4),
                    transcode.copy_video(f"{videos}/{name}", str(videos), str(videos / "out"), 256, 20))  # fmt: skip
@@ -116,29 +110,27 @@ def test_check_and_copy_say_why_a_file_is_bad(videos):
 
 
 def decode(path):
-    """All frames, their times in seconds, and the types of the streams."""
+    """All frames, and their times in seconds."""
     with av.open(str(path)) as container:
-        frames, streams = list(container.decode(video=0)), [s.type for s in container.streams]
-    return frames, [frame.time - frames[0].time for frame in frames], streams
+        frames = list(container.decode(video=0))
+    return frames, [frame.time - frames[0].time for frame in frames]
 
 
 def copy_of(path, short_side=256):
-    """Copy a video, assert that it worked, and return the path of the copy and the record."""
+    """Copy a video. Returns the path of the copy and the record."""
     folder, out = str(path.parent), str(path.parent / "out")
     record = transcode.copy_video(str(path), folder, out, short_side, crf=4)
-    assert "error" not in record and "stop" not in record, record
+    assert "frames" in record, record
     return transcode.copy_path(str(path), folder, out), record
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "mkv"])
 def test_copy_keeps_frames_and_time_stamps_and_has_a_keyframe_every_12_frames(tmp_path, suffix):
     times = [0, 1, 2, 5, 6, 7, 20, 21, *range(30, 60)]  # a variable frame rate, and a start other than 0
-    source = write_video(
-        tmp_path / f"v.{suffix}", (numbered(i, 64) for i in range(len(times))), gop=50, bframes=3, start=17, pts=times
-    )
+    source = write_video(tmp_path / f"v.{suffix}", map(numbered, range(len(times))), 50, 3, start=17, pts=times)
     copied, record = copy_of(source)
-    frames, copied_times, streams = decode(copied)
-    assert record["frames"] == len(frames) == len(times) and streams == ["video"] and frames[0].pts == 0
+    frames, copied_times = decode(copied)
+    assert record["frames"] == len(frames) == len(times) and frames[0].pts == 0
     assert copied_times == pytest.approx([t / 25 for t in times], abs=1e-3)
     assert [i for i, frame in enumerate(frames) if frame.key_frame] == [0, 12, 24, 36]
     assert {"?IPB"[int(frame.pict_type)] for frame in frames} == {"I", "P"}
@@ -183,7 +175,6 @@ def test_copy_writes_a_manifest_and_resumes(videos, capfd, monkeypatch):
     want = [("a.mp4", 1), ("sub/b.avi.mp4", 2), ("c.mp4", -1), ("a.mp4", 7)]
     assert manifest(videos / "copy" / "all.csv", videos / "copy") == want
     assert "3 videos are good, 1 bad" in capfd.readouterr().out
-    assert sorted(os.listdir(videos / "copy")) == ["a.mp4", "all.copy.jsonl", "all.csv", "c.mp4", "sub"]
 
     os.symlink(videos, videos / "here")
     assert "would replace the originals" in refusal(capfd, transcode, *flags[:3], videos / "here")
@@ -214,7 +205,6 @@ def test_full_disk_stops_the_command_and_marks_no_video_as_bad(videos, monkeypat
 
 
 def test_folder_of_images_becomes_a_video_of_12_frames_per_second(tmp_path):
-    """The frames that are read, in the same order."""
     write_images(tmp_path / "images", [f"{n}.JPG" for n in range(37)])
     copied, record = copy_of(tmp_path / "images")
     assert record["frames"] == 37 and decode(copied)[1] == pytest.approx([i / 12 for i in range(37)])
@@ -240,7 +230,6 @@ def test_a_changed_folder_is_noticed(tmp_path, capfd):
 
 def test_mistakes_are_reported_in_one_line(videos, capfd):
     assert "no.csv" in refusal(capfd, transcode, "check", videos / "no.csv")
-    assert "--workers 0: must be at least 1" in refusal(capfd, transcode, "check", videos / "all.csv", "--workers", 0)
     flags = ("copy", videos / "all.csv", "--out", videos / "copy", "--short-side", 0)
     assert "--short-side 0" in refusal(capfd, transcode, *flags)
     (videos / "all.clean.csv").mkdir()

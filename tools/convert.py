@@ -7,10 +7,9 @@
 The networks compute exactly the same; only names and shapes of tensors differ. V-JEPA 2's files hold two encoders.
 Their target_encoder, which V-JEPA 2 evaluates, becomes the checkpoint's encoder. Their encoder becomes its student,
 which probe.py evaluates with --weights student. physics.py uses the student for contexts and the encoder for targets.
-Hugging Face's folders hold a single encoder.
 
-V-JEPA 2.1 has another architecture and is refused, because of its norms_block tensors. Do not convert files of V-JEPA
-1: it adds position embeddings instead of rotating, but nothing in the names of its tensors shows that.
+V-JEPA 2.1 has another architecture and is refused. Do not convert files of V-JEPA 1: it adds position embeddings
+instead of rotating, but nothing in the names of its tensors shows that.
 
 Letters in shape comments: D width, P values in a tubelet, (t, h, w) frames and pixels of a tubelet, n mask tokens.
 """
@@ -52,7 +51,6 @@ PREDICTOR_NAMES = [
 
 # The weights do not show the number of heads. By width; V-JEPA 2's ViT-g has 22, and 16 in the paper's table 3.
 RELEASED_HEADS = {size["width"]: size["heads"] for size in SIZES.values()} | {1408: 22}
-PREDICTOR_HEADS = 12
 
 
 def their_names(name, table, column, rows):
@@ -86,7 +84,7 @@ def to_theirs(weights, config, table, column):
 def make_checkpoint(networks, column):
     """Make our checkpoint. networks: {"encoder", "student", "predictor": (our network without weights, their weights)}.
 
-    ValueError naming, as they do, the tensors that are missing, unexpected or of another shape.
+    ValueError names, as they do, the tensors that do not fit.
     """
     checkpoint = {"format": CHECKPOINT_FORMAT, "kind": "vjepa2", "step": 0, "args": {}, "model": {}}
     for part, (module, weights) in networks.items():
@@ -114,10 +112,7 @@ def strip_wrappers(weights):
 
 
 def read_vjepa2(path):
-    """Read a V-JEPA 2 file: its state dicts among target_encoder, encoder and predictor.
-
-    A file that is itself a state dict counts as an encoder. OSError if it cannot be read; ValueError if it is neither.
-    """
+    """Read a V-JEPA 2 file: state dicts target_encoder, encoder and predictor. A file may itself be an encoder's."""
     try:
         file = torch.load(path, map_location="cpu", weights_only=True)  # never runs code from the file
     except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
@@ -141,7 +136,6 @@ def _is_state_dict(value):
 
 
 def shape_of(weights, name, ndim):
-    """The shape of a tensor; ValueError if it is missing or does not have ndim dimensions."""
     if name not in weights or weights[name].ndim != ndim:
         raise ValueError(f"these are not the weights of this network: {name} is missing or not of {ndim} dimensions")
     return weights[name].shape
@@ -149,12 +143,11 @@ def shape_of(weights, name, ndim):
 
 def depth_of(weights):
     """The number of blocks."""
-    numbers = (re.match(r"(predictor_)?blocks\.(\d+)\.", name) for name in weights)
-    return 1 + max((int(match[2]) for match in numbers if match), default=-1)
+    return 1 + max(int(number) for number in re.findall(r"blocks\.(\d+)\.", " ".join(weights)) or [-1])
 
 
 def infer_encoder(weights, heads, resolution):
-    """Infer the Encoder, without weights, from the shapes of V-JEPA 2's tensors; ValueError if that is impossible."""
+    """Infer the Encoder, without weights, from the shapes of V-JEPA 2's tensors."""
     width, _, tubelet_size, patch_size, _ = shape_of(weights, "patch_embed.proj.weight", 5)
     hidden, _ = shape_of(weights, "blocks.0.mlp.fc1.weight", 2)
     heads = RELEASED_HEADS.get(width) if heads is None else heads
@@ -162,15 +155,6 @@ def infer_encoder(weights, heads, resolution):
         raise ValueError(f"no released encoder has width {width}: give its number of attention heads with --heads")
     with torch.device("meta"):
         return Encoder(width, depth_of(weights), heads, hidden / width, 64, resolution, patch_size, tubelet_size)
-
-
-def infer_predictor(weights):
-    """Infer the Predictor, without weights, likewise."""
-    width, in_width = shape_of(weights, "predictor_embed.weight", 2)
-    out_width, _ = shape_of(weights, "predictor_proj.weight", 2)
-    num_mask_tokens = sum("mask_tokens." in name for name in weights)
-    with torch.device("meta"):
-        return Predictor(in_width, out_width, width, depth_of(weights), PREDICTOR_HEADS, num_mask_tokens)
 
 
 def from_vjepa2(args):
@@ -184,8 +168,13 @@ def from_vjepa2(args):
         networks["student"] = encoder, file["encoder"]
     else:
         print(f"the file has only {first}: it becomes the checkpoint's encoder, for contexts and targets")
-    if "predictor" in file:
-        networks["predictor"] = infer_predictor(file["predictor"]), file["predictor"]
+    if weights := file.get("predictor"):
+        width, in_width = shape_of(weights, "predictor_embed.weight", 2)
+        out_width, _ = shape_of(weights, "predictor_proj.weight", 2)
+        num_mask_tokens = sum("mask_tokens." in name for name in weights)
+        with torch.device("meta"):  # all released predictors have 12 heads
+            predictor = Predictor(in_width, out_width, width, depth_of(weights), 12, num_mask_tokens)
+        networks["predictor"] = predictor, weights
     return make_checkpoint(networks, VJEPA2)
 
 
@@ -202,8 +191,7 @@ def hf_ratio(hidden, width):
 def to_hf(checkpoint):
     """Convert our checkpoint: (VJEPA2Model without weights, the tensors that we have for it).
 
-    Its predictor can only predict as many values as its encoder is wide. If ours predicts something else (pixels, the
-    latents of a teacher of another width), there are tensors for the encoder only.
+    Its predictor predicts as many values as its encoder is wide. If ours predicts others, it is left out.
     """
     import transformers
 
@@ -238,13 +226,9 @@ def save_hf(model, weights, folder):
 
 
 def from_hf(args):
-    """Convert a Hugging Face folder to our checkpoint, a dictionary, with a predictor if the folder has one.
-
-    Of a VJEPA2ForVideoClassification, takes the VJEPA2Model. OSError if there is no folder; ValueError if it holds
-    another model.
-    """
+    """Convert a Hugging Face folder to our checkpoint. Of a VJEPA2ForVideoClassification, take the VJEPA2Model."""
     import transformers
-    from safetensors import SafetensorError  # comes with transformers
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     folder = Path(args.source)
@@ -278,10 +262,7 @@ def from_hf(args):
 
 
 def write_new(out, write):
-    """Call write(temporary path), then rename that file or folder to `out`, so that `out` is never incomplete.
-
-    FileExistsError if `out` exists and is not an empty folder.
-    """
+    """Call write(temporary path), then rename that file or folder to `out`, so that `out` is never incomplete."""
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise FileExistsError(f"{out} exists already; nothing written")
     out.parent.mkdir(parents=True, exist_ok=True)

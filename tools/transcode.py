@@ -3,8 +3,8 @@
     python -m tools.transcode check data/k400/train.csv                     # writes train.clean.csv, train.check.jsonl
     python -m tools.transcode copy data/k400/train.csv --out small/k400     # H.264, short side 256, many keyframes
 
-Every video is processed in a process that may crash or hang without stopping the others. Results go to a log, one JSON
-object per line; a command that was interrupted continues from there.
+Every video is processed in a process that may crash or hang without stopping the others. Results go to a log of JSON
+lines, from which an interrupted command continues.
 """
 
 import contextlib
@@ -30,7 +30,6 @@ from cli import Parser, Progress, fail, require_at_least, write_lines
 from data import read_manifest
 from video import BadVideo, bad_video, is_folder, list_frames
 
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 # Scene changes would add keyframes at other places, and B-frames make every seek decode more. "fastdecode" means no
 # CABAC and no deblocking: files are 8% larger but decode in half the time.
 X264 = {"g": "12", "keyint_min": "12", "sc_threshold": "0", "bf": "0", "tune": "fastdecode"}
@@ -105,17 +104,14 @@ def work_through(args, paths, work, settings, log, copy_of=None):
 
 
 def earlier_records(log, paths, settings, copy_of):
-    """{path: record} of the good videos in a log, without those that have changed and those made with other settings.
-
-    copy_of: gives the path of a video's copy, which must still exist; None: there are no copies.
-    """
+    """{path: record} of the good videos in a log that are unchanged, had the same settings, and whose copy exists."""
     records = {}
     for line in log.read_text(encoding="utf-8").splitlines() if log.is_file() else ():
         with contextlib.suppress(json.JSONDecodeError):  # an incomplete line, if the script was killed
             record = json.loads(line)
-            path, exists = record["path"], not copy_of or os.path.isfile(copy_of(record["path"]))
-            usable = path in paths and "error" not in record and exists and record["settings"] == settings
-            if usable and record.get("state") == state(path):
+            path = record["path"]
+            usable = path in paths and "error" not in record and record["settings"] == settings
+            if usable and record.get("state") == state(path) and (not copy_of or os.path.isfile(copy_of(path))):
                 records[path] = record
     return records
 
@@ -138,7 +134,6 @@ def print_bad(records, log):
 
 
 def write_manifest(path, pairs):
-    """Write a list of (path, label) as a manifest. Ends the script if that fails."""
     write_lines(path, [f"{name} {label}" for name, label in pairs])
     print(f"{path}: {len(pairs):,} lines")
 
@@ -165,8 +160,8 @@ def check(args, paths, labels):
     """Decode the first, middle and last clip of every video of a manifest.
 
     Writes two files next to the manifest NAME.csv: NAME.clean.csv, a manifest of the good videos, and NAME.check.jsonl,
-    with one line per video: its size, or why it is bad. A video is also bad if it hangs or crashes the decoder. After
-    Ctrl-C, the same command continues where it stopped. Started again, it tries bad and changed videos again.
+    with one line per video: its size, or why it is bad. A video is also bad if it hangs or crashes the decoder. The
+    same command continues where it was stopped, and tries bad and changed videos again.
     """
     log, settings = args.manifest.with_suffix(".check.jsonl"), [args.num_frames, args.frame_step]
     work = functools.partial(check_video, num_frames=args.num_frames, frame_step=args.frame_step)
@@ -177,16 +172,13 @@ def check(args, paths, labels):
 
 
 def copy_video(path, folder, out, short_side, crf):
-    """Write a copy of a video of a manifest in `folder` to its `copy_path` in `out`.
+    """Write a copy of a video to its `copy_path`. Returns the copy's height, width and number of frames.
 
-    Returns the copy's height, width and number of frames; {"error": reason} if the video is bad; {"stop": reason} if
-    the disk is full.
+    Or {"error": reason} if the video is bad; {"stop": reason} if the disk is full.
     """
     target = copy_path(path, folder, out)
     temporary = target + ".tmp"
     try:
-        if Path(path).suffix.lower() in video.IMAGE_SUFFIXES and not is_folder(path):
-            raise BadVideo("an image, not a video")
         with bad_video(path):
             os.makedirs(os.path.dirname(target), exist_ok=True)
             if is_folder(path):
@@ -203,7 +195,7 @@ def copy_video(path, folder, out, short_side, crf):
         with contextlib.suppress(OSError):
             os.remove(temporary)
         text = str(error).removeprefix(f"{path}: ")
-        full = getattr(error.__cause__, "errno", None) in DISK_FULL
+        full = getattr(error.__cause__, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
         return {"stop": f"{target}: {text}"} if full else {"error": text}
 
 
@@ -252,12 +244,11 @@ def copy(args, paths, labels):
     """Make copies of a manifest's videos for training: small, fast to seek in, without sound.
 
     H.264 in yuv420p with a keyframe every 12 frames and no B-frames. The short side becomes --short-side pixels;
-    smaller videos keep their size. Sides are rounded to even numbers. All frames are kept, with their time stamps
-    counted from the first frame, even if the frame rate varies. Videos are rotated and mirrored as their metadata says.
+    smaller videos keep their size. All frames are kept, with their time stamps counted from the first frame. Videos are
+    rotated and mirrored as their metadata says.
 
     DIR gets the copies, a manifest of them named like the original NAME.csv, and NAME.copy.jsonl, with one line per
-    video: the copy's size, or why it failed. After Ctrl-C, the same command continues where it stopped. Started again,
-    it tries bad and changed videos again.
+    video: the copy's size, or why it failed. The same command continues as `check` does.
     """
     folder = os.path.dirname(os.path.abspath(args.manifest))
     targets = {path: copy_path(path, folder, args.out) for path in paths}
@@ -271,45 +262,35 @@ def copy(args, paths, labels):
     records = work_through(args, paths, work, settings, log, targets.get)
     print_bad(records, log)
     good = [pair for pair in zip(paths, labels, strict=True) if "error" not in records[pair[0]]]
-    lines = [(os.path.relpath(targets[path], args.out), label) for path, label in good]
-    write_manifest(args.out / args.manifest.name, lines)
+    copies = [(os.path.relpath(targets[path], args.out), label) for path, label in good]
+    write_manifest(args.out / args.manifest.name, copies)
 
 
 def copy_path(path, folder, out):
-    """Where to copy a video of a manifest in `folder`: at the same relative path in `out`, or at its absolute path.
-
-    It depends on nothing else, so that other manifests with the same videos share the copies.
-    """
+    """Where to copy a video of a manifest in `folder`: at the same relative path in `out`, or at its absolute path."""
     name = os.path.relpath(path, folder) if path.startswith(folder + os.sep) else path.lstrip(os.sep)
     return os.path.join(os.path.abspath(out), name if name.endswith(".mp4") else name + ".mp4")
 
 
-def parse_args():
+def main():
     parser = Parser(__doc__, prog="python -m tools.transcode")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def add_command(run, timeout):
+    flags = {}
+    for run, timeout in ((check, 120), (copy, 1800)):
         text = inspect.getdoc(run)
         command = commands.add_parser(run.__name__, description=text, help=text.splitlines()[0])
         command.set_defaults(run=run)
-        flag = command.add_argument
+        flag = flags[run] = command.add_argument
         flag("manifest", type=Path, metavar="MANIFEST")
         flag("--workers", type=int, default=os.cpu_count(), help="number of processes")
         flag("--timeout", type=float, default=timeout, help="seconds after which a video counts as bad")
-        return flag
-
-    flag = add_command(check, timeout=120)
-    flag("--num-frames", type=int, default=16, help="frames per clip")
-    flag("--frame-step", type=int, default=4, help="video frames from one clip frame to the next")
-    flag = add_command(copy, timeout=1800)
+    flags[check]("--num-frames", type=int, default=16, help="frames per clip")
+    flags[check]("--frame-step", type=int, default=4, help="video frames from one clip frame to the next")
     flag("--out", type=Path, required=True, metavar="DIR", help="folder for the copies")
     flag("--short-side", type=int, default=256, help="pixels; smaller videos keep their size")
     flag("--crf", type=int, default=20, help="quality of x264: lower is better and larger")
-    return parser.parse_args()
-
-
-def main():
-    args = parse_args()
+    args = parser.parse_args()
     own_flags = ("num_frames", "frame_step") if args.command == "check" else ("short_side",)
     require_at_least(args, 1, "workers", "timeout", *own_flags)
     try:
