@@ -116,7 +116,7 @@ def read_manifest(path, num_classes=None):
         if num_classes and not 0 <= label < num_classes:
             raise ValueError(f"{path} line {number}: a label from 0 to {num_classes - 1} is needed: {line[:200]!r}")
         if OTHER_FORMAT.search(name) and not os.path.exists(name):
-            what = "no such file; a path, and after a space an integer label or nothing, is expected"
+            what = "no such file; a line is 'path' or 'path label', with one space and an integer label"
             raise ValueError(f"{path} line {number}: {what}: {line[:200]!r}")
         paths.append(name)
         labels.append(label)

@@ -37,7 +37,7 @@ def test_read_manifest(tmp_path):
     assert paths == [str(tmp_path / name) for name in expected] and labels == [3, 0, 12, -1, -1, -1, -1, -1, -1]
 
 
-OTHER = "m.csv line 2: no such file; a path, and after a space an integer label or nothing"
+OTHER = "m.csv line 2: no such file; a line is 'path' or 'path label', with one space"
 
 
 @pytest.mark.parametrize("content, num_classes, message", [
