@@ -54,11 +54,7 @@ def test_the_loader_is_compared_clip_by_clip(tmp_path, monkeypatch, capfd):
 
 @pytest.mark.parametrize(
     "flags, message",
-    [
-        ([], "arguments are required: what"),
-        (["loader"], "needs --data"),
-        ([*STEP, "--heads", 3], "3 heads"),
-    ],
+    [([], "arguments are required: what"), (["loader"], "needs --data"), ([*STEP, "--heads", 3], "3 heads")],
 )
 def test_mistakes_are_one_line_errors(flags, message, capfd):
     assert message in refusal(capfd, bench, *flags)

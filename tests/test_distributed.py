@@ -37,9 +37,6 @@ SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["test_distributed"])
 EVERY_STEP = ("--save-minutes", 0)
 
-# ---------------------------------------------------------------------------------------------------------------------
-# starting runs
-
 
 def free_port():
     with socket.create_server(("localhost", 0)) as server:
@@ -114,10 +111,6 @@ def assert_close_runs(a, b):
         assert line == pytest.approx(other, rel=1e-4)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# patches, which disturb a process: `run` calls them with its rank before it trains
-
-
 def at_call(ranks, function, call, action, after, rank):
     """In the processes `ranks`, do action before, or after, the call-th call of a function, "module.name"."""
     if rank not in ranks:
@@ -185,9 +178,6 @@ def local(tensor):
     """The part of a tensor that this process holds."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# any number of processes
 
 EIGHT = (*TINY, "--batch-size", 8, "--micro-batch-size", 1, "--steps", 20, "--warmup-steps", 4)
 
@@ -271,8 +261,7 @@ def test_a_run_resumes_on_another_number_of_processes(script, before, after, und
 
 
 @pytest.mark.parametrize(
-    "world, ranks, number",
-    [(1, (0,), signal.SIGINT), (2, (1,), signal.SIGTERM), (2, (0,), signal.SIGUSR1)],
+    "world, ranks, number", [(1, (0,), signal.SIGINT), (2, (1,), signal.SIGTERM), (2, (0,), signal.SIGUSR1)]
 )
 def test_a_signal_ends_a_run_after_its_step(world, ranks, number, undisturbed, teacher, tmp_path):
     flags = [*TINY, "--teacher", teacher]
@@ -289,10 +278,6 @@ def test_a_signal_ends_a_run_after_its_step(world, ranks, number, undisturbed, t
 def test_a_second_ctrl_c_ends_a_run_at_once(tmp_path):
     twice = patch((0,), "training.optimizer_step", 3, send_signal, signal.SIGINT, 2)
     assert run(1, train_teacher, *TINY, "--out", tmp_path / "run", patch=twice) == [-signal.SIGINT]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# faults
 
 
 @pytest.mark.parametrize("message, lost", [

@@ -29,10 +29,6 @@ def random_ids(N, K, batch=2):
     return torch.rand(batch, N, generator=torch.Generator().manual_seed(2)).argsort(1)[:, :K]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# sizes
-
-
 def is_printed_as(count, text):
     """Whether `count`, rounded or truncated to as many digits, is `text`, such as "303M" or "1.012B"."""
     value = decimal.Decimal(count) / {"M": 10**6, "B": 10**9}[text[-1]]
@@ -58,10 +54,6 @@ def test_sizes_match_the_paper():
         assert Encoder(**SIZES["vit_G"] | dict(depth=1)).blocks[0].mlp.fc1.out_features == 8192
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# tubelets
-
-
 def test_untubelets_inverts_tubelets():
     x = random_clips(T=6)
     tokens = tubelets(x, 2, 16)
@@ -78,10 +70,6 @@ def test_clips_that_do_not_divide_and_odd_heads_are_refused():
     for width, heads in ((64, 3), (30, 2), (66, 22)):
         with pytest.raises(ValueError, match="heads"):
             Encoder(width, 1, heads)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# rotary embedding
 
 
 def vjepa2_rotation(x, ids, grid):
@@ -125,10 +113,6 @@ def test_the_rope_table_is_cached_and_usable_for_training_after_inference():
     encoder(x, random_ids(30, 4)).sum().backward()
     assert encoder.patch_embed.weight.grad.abs().sum() > 0
     assert model.rope_table.cache_info().misses == 1
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# encoder
 
 
 @torch.no_grad()
@@ -183,10 +167,6 @@ def test_gradients_reach_every_parameter():
             assert p.grad is not None and p.grad.abs().sum() > 0, name
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# predictor
-
-
 @torch.no_grad()
 def test_predictor_depends_on_positions_mask_and_context_but_not_on_order():
     predictor, ids = small_predictor(), random_ids(30, 22)
@@ -201,10 +181,6 @@ def test_predictor_depends_on_positions_mask_and_context_but_not_on_order():
     assert not torch.allclose(predictor(context, context_ids.flip(1), target_ids, grid), z, atol=1e-2)
     assert not torch.allclose(predictor(context.flip(0), context_ids, target_ids, grid), z, atol=1e-2)
     assert (z[:, 0] - z[:, 1]).abs().max() > 1e-3  # mask tokens differ only by position
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# initialization
 
 
 def assert_std(weight, std):  # within 4 standard errors
@@ -231,10 +207,6 @@ def test_deeper_residual_branches_start_smaller():
         for name, p in network.named_parameters():
             assert not (name.endswith("bias") or name == "mask_tokens") or (p == 0).all(), name
     assert_std(network.proj.weight, std)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# checkpoints
 
 
 def save(folder, **changes):

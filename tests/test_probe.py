@@ -39,10 +39,6 @@ SYNTHETIC = shlex.split("--train-clips 24 --val-clips 20")
 TASK = probe.Task("own", 1, 4)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the network
-
-
 def norm(x, layer):
     x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
     return x * layer.weight + layer.bias
@@ -77,10 +73,6 @@ def test_shape_initial_weights_and_gradients_of_the_probe():
     assert network.query.abs().max() > 0
     randomize(network)(tokens).square().sum().backward()
     assert all(p.grad.abs().max() > 0 for p in network.parameters())
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# augmentation
 
 
 @pytest.fixture(scope="module")
@@ -130,10 +122,6 @@ def test_random_erasing(clip, monkeypatch):
             shares.append(erased[0].float().mean())
     assert 70 <= len(shares) <= 130 and (bright == 255).all()  # not in place
     assert 0.01 < min(shares) < 0.05 and 0.28 < max(shares) < 0.36
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# videos
 
 
 def make_args(**changes):
@@ -216,10 +204,6 @@ def test_training_and_validation_clips_differ(teacher):
     assert len({clip.numpy().tobytes() for clips in sets for clip in clips}) == 120
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# frozen features
-
-
 def test_untrained_encoder(teacher):
     """Its weights depend on --seed only."""
     trained = probe.open_encoder(make_args(checkpoint=teacher))[0]
@@ -284,10 +268,6 @@ def test_standardize():
     scaled = scaled[readable].flatten(0, 2)
     torch.testing.assert_close(scaled.mean(0), torch.zeros(8), atol=1e-5, rtol=0)
     torch.testing.assert_close(scaled.std(0), torch.ones(8), atol=1e-3, rtol=0)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# training and predictions
 
 
 def learn(args, tokens, labels, folder, seed=0, **options):
@@ -393,10 +373,6 @@ def test_bfloat16_means_bfloat16(teacher, tmp_path):
     matmuls = [seen[name] for name in ("mm", "bmm", "addmm", "baddbmm") if name in seen]
     assert tokens.dtype == torch.bfloat16 and len(matmuls) >= 2 and set().union(*matmuls) == {torch.bfloat16}
     assert {p.dtype for network, _ in probes for p in network.parameters()} == {torch.float32}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the script
 
 
 def results(out):

@@ -44,10 +44,6 @@ def parsed_flags(steps, *flags):
     return args
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# schedules and optimizer
-
-
 def test_schedules_match_the_paper():
     args = parsed_flags(80_000)
     assert (args.batch_size, args.clip_grad) == (3072, 0.02)
@@ -95,10 +91,6 @@ def test_the_gradient_norm_is_clipped_and_a_step_that_is_not_finite_changes_noth
     else:
         assert not math.isfinite((loss + norm).item()) and same_tensors(module.state_dict(), before)
         assert not any(x.any() for state in optimizer.state.values() for x in state.values())
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the method, the student's teacher, and the baseline
 
 
 def test_pixel_targets_are_normalized_as_in_videomae():
@@ -237,10 +229,6 @@ def test_the_diff_in_the_readme_is_up_to_date():
     for line in changes:
         added, code = line[0] == "+", line[1:]
         assert (code in ours, code in others) == (added, not added), line
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the run folder, the log, the same run again
 
 
 def test_contents_of_a_run_folder(teacher, student, ema):
