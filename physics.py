@@ -38,7 +38,7 @@ import data
 from cli import Parser, Progress, fail, interval95, plain_flags, require_at_least, resolve_device, write_lines
 from model import Encoder, Predictor, build, load_checkpoint, load_teacher_of, tubelets
 from synthetic import synthetic_pair
-from video import BadVideo, list_frames
+from video import BadVideo, bad_video, list_frames, open_container, video_stream
 
 STRIDE = 2  # frames from one window to the next (appendix D)
 SYNTHETIC_SEED = 2**31 + 6  # no training run uses it
@@ -228,8 +228,9 @@ def read_csv(file):
 
 
 def count_frames(path):
-    with av.open(str(path)) as container:
-        return container.streams.video[0].frames or sum(1 for _ in container.decode(video=0))
+    with open_container(path) as container:
+        stream = video_stream(path, container)
+        return stream.frames or sum(1 for _ in container.decode(stream))
 
 
 class Task(NamedTuple):
@@ -267,24 +268,33 @@ def read_pairs(args, item):
     return [(item.property, f"{x} | {y}", a, b) for (x, a), (y, b) in pairs]
 
 
+def read_arrays(args, item):
+    """`read_pairs` with arrays: a worker passes these through a pipe, but tensors through /dev/shm (Docker: 64 MB)."""
+    return [(*names, a.numpy(), b.numpy()) for *names, a, b in read_pairs(args, item)]
+
+
 def shared_frames(a, b):
     """The number of identical frames at the beginning of two videos (L, 3, R, R)."""
     return len(list(itertools.takewhile(lambda pair: torch.equal(*pair), zip(a, b, strict=False))))
+
+
+def decode(file):
+    """Yield the decoded frames of a video or an image."""
+    with open_container(file) as container:
+        yield from container.decode(video_stream(file, container))
 
 
 def read_video(path, args, start=0):
     """Read every --frame-step-th frame of a video, or of a folder of images, from `start` on: uint8 (L, 3, R, R)."""
     task, files, frames = TASKS[args.task], list_frames(path) if path.is_dir() else [path], []
     stop = start + task.max_frames // args.frame_step * args.frame_step if task.max_frames else None
-    try:
-        decoded = itertools.chain.from_iterable(av.open(str(file)).decode(video=0) for file in files)
+    with bad_video(path):
+        decoded = itertools.chain.from_iterable(map(decode, files))
         for frame in itertools.islice(decoded, start, stop, args.frame_step):
             frame = torch.from_numpy(frame.to_ndarray(format="rgb24")).permute(2, 0, 1)  # (3, H, W)
             if task.square:
                 frame = TF.center_crop(frame, min(frame.shape[1:]))
             frames.append(TF.resize(frame, [args.resolution, args.resolution], antialias=False))  # as the authors do
-    except (av.FFmpegError, OSError, IndexError) as error:
-        raise BadVideo(f"{path}: {getattr(error, 'strerror', 'no video stream')}") from error
     if not frames:
         raise BadVideo(f"{path}: no frames from frame {start} on")
     return torch.stack(frames)
@@ -349,12 +359,12 @@ def main():
     items = find_items(args)
     print(f"surprise of {args.checkpoint} on {args.task}, windows of {args.num_frames} frames")
 
-    results, progress, read = [], Progress(), functools.partial(read_pairs, args)
+    results, progress, read = [], Progress(), functools.partial(read_arrays, args)
     loader = torch.utils.data.DataLoader(items, batch_size=None, collate_fn=read, num_workers=args.workers)
     try:
         for done, pairs in enumerate(loader, start=1):
             for property, name, *videos in pairs:
-                possible, impossible = (surprise(networks, video, args).tolist() for video in videos)
+                possible, impossible = (surprise(networks, torch.from_numpy(video), args).tolist() for video in videos)
                 results.append({"property": property, "name": name, "frames": list(map(len, videos))})
                 results[-1] |= {"possible": possible, "impossible": impossible}  # [context length][window]
             progress.show(f"{done}/{len(items)}, {progress.left(done, len(items))}", last=done == len(items))

@@ -1,5 +1,6 @@
 """physics.py: the surprise of a video, checkpoints, pairing and layouts of datasets, results."""
 
+import argparse
 import json
 
 import numpy as np
@@ -257,3 +258,10 @@ def test_results_of_a_run(student, tmp_path):
     assert all(np.shape(pair["possible"]) == (1, 5) for pair in results["pairs"])  # 12 frames, windows of 4
     scores = [np.mean(pair["possible"]) < np.mean(pair["impossible"]) for pair in results["pairs"]]
     assert results["properties"]["all"]["2"]["relative_accuracy"] == pytest.approx(100 * np.mean(scores))
+
+
+def test_videos_leave_a_worker_as_arrays():
+    """Tensors would need /dev/shm, which is too small in Docker."""
+    args = argparse.Namespace(task="synthetic", seed=0, num_frames=4, resolution=16)
+    ((property, name, *videos),) = physics.read_arrays(args, 0)
+    assert [type(video) for video in videos] == [np.ndarray] * 2 and videos[0].shape == (12, 3, 16, 16)
