@@ -69,9 +69,11 @@ def training_flags(description, out, steps):
     flag("--frame-step", type=int, default=4, help="video frames from one clip frame to the next (table 5)")
     flag("--fps", type=float, help="clip frames per second of video, by time stamps; replaces --frame-step")
     flag("--max-bad", type=float, default=0.05, help="end the run if more than this fraction of videos is unreadable")
-    flag("--workers", type=int, help="loaders per training process; default: 1 per core, up to 16 on a GPU, 1 on a CPU")
+    flag("--workers", type=int, help="loader processes per training process; default: 1 per core, up to 16, on "
+         "a GPU; 1 on the CPU")  # fmt: skip
     flag("--mask", choices=masking.STRATEGIES, default="multiblock", help="masking strategy (section 5.2)")
-    flag("--mask-truncation", choices=("random", "raster"), default="random", help="tokens to drop; raster: V-JEPA's")
+    flag("--mask-truncation", choices=("random", "raster"), default="random", help="which tokens to drop so "
+         "that all clips keep equally many; raster is V-JEPA's, for comparison: slower to compile")  # fmt: skip
     flag("--masks-per-clip", type=int, default=1, help="masks of each type per clip and teacher pass")
     flag("--target-fraction", type=float, default=1.0, help="fraction of the targets to predict, chosen at random")
 

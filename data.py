@@ -47,7 +47,7 @@ def seed_sequence(purpose, *key):
 
 
 def stream_seed(purpose, *key):
-    """Likewise an integer (62 bits), for generators that take a single number."""
+    """The same as an integer (62 bits), for generators that take a single number."""
     return int(seed_sequence(purpose, *key).generate_state(1, np.uint64)[0] >> np.uint64(2))
 
 
@@ -156,8 +156,10 @@ class Manifest:
 
     def line(self, number):
         """The line of sample `number`, counted over all manifests."""
-        if not self.train or not self.shuffled:
-            return self.random_line("mixture", number) if self.train else number
+        if not self.train:
+            return number
+        if not self.shuffled:
+            return self.random_line("mixture", number)
         epoch, position = divmod(number, len(self))
         if epoch != self.epoch:
             rng = np.random.default_rng(seed_sequence("order", self.seed, epoch))

@@ -54,7 +54,7 @@ from cli import (
     write_atomically,
 )
 from model import MLP, Block, Encoder, build, fingerprint, init_std, init_weights, load_checkpoint, token_grid
-from training import all_reduce, generator
+from training import all_reduce, generator, join_processes, reduce_gradients
 
 
 class Protocol(NamedTuple):
@@ -501,15 +501,6 @@ def classify(args, probe, tokens):
         return probe(tokens).float()
 
 
-def sum_gradients(probe):
-    """Sum a probe's gradients over all processes, in place, in a single all-reduce."""
-    if dist.is_initialized():
-        gradients = [p.grad for p in probe.parameters()]
-        total = all_reduce(torch.cat([gradient.flatten() for gradient in gradients]))
-        for gradient, part in zip(gradients, total.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(part.view_as(gradient))
-
-
 def train_epoch(args, probes, features, column, order, first_step, num_steps):
     """Train on the samples in `order`. After every step, yield the loss, averaged over the probes.
 
@@ -527,7 +518,7 @@ def train_epoch(args, probes, features, column, order, first_step, num_steps):
                 loss.backward()
                 total_loss += loss.detach()
         for probe, optimizer in probes:
-            sum_gradients(probe)
+            reduce_gradients(list(probe.parameters()))
             lr = optimizer.defaults["lr"] * (1 + math.cos(math.pi * step / num_steps)) / 2
             optimizer.param_groups[0]["lr"] = lr
             optimizer.step()
@@ -695,20 +686,16 @@ def evaluate(args):
 
 def main():
     args = parse_args()
-    _, world = rank_and_world()
-    if world > 1:
-        if args.device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo")
+    join_processes(args)
     try:
         evaluate(args)
-    except video.BadVideo as error:  # in the last line; before it comes a worker's traceback
-        fail(f"unreadable video: {str(error).splitlines()[-1]}")
+    except video.BadVideo as error:
+        fail(f"unreadable video: {error}")
     except data.LoaderFailed as error:
         fail(str(error))
     except OSError as error:  # a full disk
         fail(f"--out {args.out}: {error.strerror}")
-    if world > 1:
+    if dist.is_initialized():
         dist.destroy_process_group()
 
 

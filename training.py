@@ -81,10 +81,7 @@ def setup(args, kind, stage):
     if args.micro_batch_size < 1 or args.batch_size % (world * args.micro_batch_size):
         fail(f"--batch-size {args.batch_size} is not divisible by {world} processes times --micro-batch-size "
              f"{args.micro_batch_size}")  # fmt: skip
-    if world > 1:
-        if gpu:
-            torch.cuda.set_device(launched("LOCAL_RANK", 0))
-        dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
+    join_processes(args)
     sys.excepthook = _exception_hook
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, _receive_signal)
@@ -101,6 +98,15 @@ def setup(args, kind, stage):
         if cores < local * (1 + args.workers):
             print(f"WARNING: {local} processes with {args.workers} loader workers each share {cores} cores: ask for "
                   "more (SLURM: --cpus-per-task), or lower --workers")  # fmt: skip
+
+
+def join_processes(args):
+    """Join torchrun's process group, if there are several processes."""
+    gpu = args.device == "cuda"
+    if rank_and_world()[1] > 1:
+        if gpu:
+            torch.cuda.set_device(launched("LOCAL_RANK", 0))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
 
 
 def clip_source(args):
@@ -172,7 +178,7 @@ def _lost_a_process(error):
 
 def _exception_hook(kind, error, traceback):
     """Report unreadable data, a dead loader worker or a lost process in one line; all else with its traceback."""
-    last_line = (str(error).strip().splitlines() or [kind.__name__])[-1]  # a worker's traceback comes before it
+    last_line = (str(error).strip().splitlines() or [kind.__name__])[-1]
     if isinstance(error, BadVideo):
         message = f"unreadable, and no other video to replace it: {last_line}"
     elif isinstance(error, data.LoaderFailed):
@@ -239,6 +245,17 @@ def all_reduce(tensor, op=dist.ReduceOp.SUM):
     return tensor
 
 
+def reduce_gradients(params, divisor=1):
+    """Sum the gradients of replicated parameters over all processes, in place, and divide them.
+
+    A single all-reduce is faster for small networks.
+    """
+    if dist.is_initialized():
+        total = all_reduce(torch.cat([p.grad.flatten() for p in params])) / divisor
+        for p, part in zip(params, total.split([p.numel() for p in params]), strict=True):
+            p.grad.copy_(part.view_as(p))
+
+
 def optimizer_step(optimizer, loss, args):
     """Clip the gradients and take an optimizer step, unless the loss or the gradient norm is not finite.
 
@@ -247,10 +264,8 @@ def optimizer_step(optimizer, loss, args):
     """
     params = [p for group in optimizer.param_groups for p in group["params"]]
     world = rank_and_world()[1]
-    if world > 1 and args.replicate:  # a single all-reduce: faster for small networks
-        mean = all_reduce(torch.cat([p.grad.flatten() for p in params])) / world
-        for p, part in zip(params, mean.split([p.numel() for p in params]), strict=True):
-            p.grad.copy_(part.view_as(p))
+    if args.replicate:
+        reduce_gradients(params, divisor=world)
     norm = torch.nn.utils.get_total_norm([p.grad for p in params])
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     loss = all_reduce(loss) / world

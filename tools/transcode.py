@@ -281,12 +281,14 @@ def main():
         text = inspect.getdoc(run)
         command = commands.add_parser(run.__name__, description=text, help=text.splitlines()[0])
         command.set_defaults(run=run)
-        flag = flags[run] = command.add_argument
+        flags[run] = flag = command.add_argument
         flag("manifest", type=Path, metavar="MANIFEST")
         flag("--workers", type=int, default=os.cpu_count(), help="number of processes")
         flag("--timeout", type=float, default=timeout, help="seconds after which a video counts as bad")
-    flags[check]("--num-frames", type=int, default=16, help="frames per clip")
-    flags[check]("--frame-step", type=int, default=4, help="video frames from one clip frame to the next")
+    flag = flags[check]
+    flag("--num-frames", type=int, default=16, help="frames per clip")
+    flag("--frame-step", type=int, default=4, help="video frames from one clip frame to the next")
+    flag = flags[copy]
     flag("--out", type=Path, required=True, metavar="DIR", help="folder for the copies")
     flag("--short-side", type=int, default=256, help="pixels; smaller videos keep their size")
     flag("--crf", type=int, default=20, help="quality of x264: lower is better and larger")
