@@ -11,6 +11,8 @@ import torch
 
 MOTIONS = ("right", "up-right", "up", "up-left", "left", "down-left", "down", "down-right")
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+SIZES = 4  # equal classes of the radius
+RADIUS = 0.26, 0.36
 PROPERTIES = ("permanence", "shape", "continuity")  # of physics pairs, as in IntPhys O1, O2, O3
 TAU = 2 * math.pi
 ANGLES = 360  # angles at which `shape_outlines` gives the radius
@@ -85,8 +87,8 @@ def synthetic_clips(seed, numbers, num_frames, resolution):
     flickers a little from frame to frame, and there is film grain. Positions are uniform and colors independent of the
     shape, so that a single frame does not reveal the motion. A clip's direction shows only over many frames.
 
-    numbers: (B,) int64; its device renders. Returns clips (B, 3, T, S, S) uint8 and independent labels (B, 2) int64,
-    indices of MOTIONS and SHAPES.
+    numbers: (B,) int64; its device renders. Returns clips (B, 3, T, S, S) uint8 and independent labels (B, 3) int64:
+    indices of MOTIONS and SHAPES, and the size, from 0 to SIZES - 1.
     """
     T, S, device = num_frames, resolution, numbers.device
     rng, time = _Random(seed, numbers, 64 + T), torch.linspace(0, 1, T, device=device)
@@ -101,9 +103,10 @@ def synthetic_clips(seed, numbers, num_frames, resolution):
     brighter = color + rng.uniforms(0.3, 0.45, 3)
     texture = _texture(rng, path, pixels, brighter, contrast=0.12, frequencies=(0.3, 1.2))
     x, y = (coordinate + rng.uniform(0, 1)[:, None] for coordinate in path)
-    radius, rotation = rng.uniform(0.26, 0.36), rng.uniform(-0.5, 0.5)
+    radius, rotation = rng.uniform(*RADIUS), rng.uniform(-0.5, 0.5)
+    size = ((radius - RADIUS[0]) / (RADIUS[1] - RADIUS[0]) * SIZES).long().clamp(max=SIZES - 1)
     clips = torch.lerp(clips, texture, _shape_opacity(x, y, radius, rotation, shape, pixels))
-    return _film(clips, rng, seed, numbers), torch.stack((motion, shape), dim=1)
+    return _film(clips, rng, seed, numbers), torch.stack((motion, shape, size), dim=1)
 
 
 def _straight_path(direction, speed, time):

@@ -5,7 +5,7 @@ import math
 import torch
 
 import physics
-from synthetic import PROPERTIES, synthetic_clips, synthetic_pair, uniforms
+from synthetic import PROPERTIES, SIZES, synthetic_clips, synthetic_pair, uniforms
 
 
 def test_uniforms_are_uniform_independent_and_depend_only_on_seed_and_number():
@@ -27,7 +27,7 @@ def test_clips_are_the_ones_of_all_earlier_runs():
     """Numbers of an earlier version. Another CPU may round a pixel to the next gray level."""
     clips, labels = synthetic_clips(1, torch.tensor([4, 2, 9]), 3, 24)
     assert clips.shape == (3, 3, 3, 24, 24) and clips.dtype == torch.uint8
-    assert labels.tolist() == [[6, 3], [4, 5], [7, 0]]
+    assert labels[:, :2].tolist() == [[6, 3], [4, 5], [7, 0]]
     found = clips[:, :, 1:, 12, 5].flatten().tolist()
     expected = [98, 90, 96, 62, 57, 44, 203, 125, 169, 132, 158, 123, 107, 115, 25, 22, 75, 106]
     assert max(abs(a - b) for a, b in zip(found, expected, strict=True)) <= 1
@@ -51,6 +51,14 @@ def test_motion_label_is_the_direction_of_the_shapes():
             match[k, :, i] = (shifted[:, :-1] * edges[:, 1:])[:, :, 18:-18, 18:-18].mean((1, 2, 3))
     found = match.amax(2).argmax(0)
     assert (found == labels[:, 0]).float().mean() > 0.5  # chance is 0.125
+
+
+def test_size_label_orders_the_shapes_by_their_area():
+    clips, labels = synthetic_clips(0, torch.arange(600), 1, 64)
+    gray = clips.float().mean((1, 2)).flatten(1)  # the shape is brighter and covers less than half of the frame
+    area = (gray > (gray.quantile(0.1, dim=1) + gray.quantile(0.9, dim=1))[:, None] / 2).float().mean(1)
+    areas = torch.stack([area[labels[:, 2] == size].mean() for size in range(SIZES)])
+    assert (areas.diff() > 0.02).all()
 
 
 def test_pairs_are_identical_until_the_event_and_differ_from_each_other():
