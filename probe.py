@@ -85,7 +85,7 @@ PROTOCOLS = {  # V-JEPA 2's and the paper's, unless noted; --fast and the flags 
     "synthetic-size":   Protocol(4, None,   4,     1,     1,   256, augment="none"),
 }  # fmt: skip
 FAST = dict(segments=1, views=1, batch_size=256, lr=(1e-3,), weight_decay=(0.01,))  # paper appendix D, table 7
-SYNTHETIC = ("synthetic-motion", "synthetic-shape", "synthetic-size")  # in the order of the label columns of data.Synthetic
+SYNTHETIC = ("synthetic-motion", "synthetic-shape", "synthetic-size")  # the label columns of data.Synthetic
 SYNTHETIC_SEED = 2**31  # for clips that no training run sees
 SINGLE_VIEW_SIDE = 224 / 256  # of the short side: V-JEPA 2 scales it to 256 and takes the center 224 x 224
 TOKENS_AT_ONCE = 100_000  # most tokens, of width 1024 or less, that pass through the encoder or a probe at a time

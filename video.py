@@ -326,41 +326,31 @@ def _decode_needed(codec, packets, wanted):
 
 
 def _to_rgb(frames, crop, resolution):
-    """Convert decoded frames to RGB, uint8 (T, 3, H, W), upright, cropped and scaled."""
-    (height, width), _ = upright(frames[0])
-    box = crop(height, width) if crop else (0, 0, height, width)
-    out = np.empty((len(frames), 3, resolution or box[2], resolution or box[3]), np.uint8)
-    for t, picture in enumerate(convert(frames, box, out.shape[2:], "gbrp")):
+    """Convert decoded frames to RGB, uint8 (T, 3, H, W), upright, cropped and scaled.
+
+    Frames of another size than the first one are scaled to it first.
+    """
+    (height, width), _ = _upright(frames[0])
+    top, left, h, w = crop(height, width) if crop else (0, 0, height, width)
+    out = np.empty((len(frames), 3, resolution or h, resolution or w), np.uint8)
+    to_rgb = [("crop", f"{w}:{h}:{left}:{top}"), ("scale", f"{out.shape[3]}:{out.shape[2]}:flags={SCALING}")]
+    kind = last = None
+    for t, frame in enumerate(frames):
+        if frame is not last:  # else the end of a short video
+            size, turns = _upright(frame)
+            if kind != (size, turns, frame.format.name):  # these may change within a video
+                kind = size, turns, frame.format.name
+                rescaling = [("scale", f"{width}:{height}")] if size != (height, width) else []
+                graph = _filter_graph(frame, [*turns, *rescaling, *to_rgb, ("format", "gbrp")])
+            graph.push(frame)
+            picture, last = graph.pull(), frame
         for channel, plane in zip((1, 2, 0), picture.planes, strict=True):  # green, blue, red
             pixels = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)
             out[t, channel] = pixels[: picture.height, : picture.width]
     return torch.from_numpy(out)
 
 
-def convert(frames, box, size, pixel_format, colors=""):
-    """Yield the frames upright, cropped and scaled to `size` (height, width), in one pass over the decoder's pixels.
-
-    The box is one of the upright first frame, to whose size others are scaled first. colors: options of FFmpeg's scale.
-    """
-    scaling = [("scale", f"{size[1]}:{size[0]}:flags={SCALING}{colors}"), ("format", pixel_format)]
-    if box:
-        top, left, height, width = box
-        scaling.insert(0, ("crop", f"{width}:{height}:{left}:{top}"))
-    whole = kind = last = None
-    for frame in frames:
-        if frame is not last:  # else the end of a short video
-            (h, w), turns = upright(frame)
-            whole = whole or (h, w)
-            if kind != (h, w, turns, frame.format.name):  # these may change within a video
-                kind = h, w, turns, frame.format.name
-                rescaling = [("scale", f"{whole[1]}:{whole[0]}")] if (h, w) != whole else []
-                graph = _filter_graph(frame, [*turns, *rescaling, *scaling])
-            graph.push(frame)
-            picture, last = graph.pull(), frame
-        yield picture
-
-
-def upright(frame):
+def _upright(frame):
     """A frame's (height, width) when upright, and FFmpeg's filters that turn it by its display matrix or EXIF."""
     try:
         matrix = frame.side_data.get(SideData.DISPLAYMATRIX)

@@ -21,7 +21,6 @@ found. Its docstring is the command's --help.
 """
 
 import csv
-import functools
 import hashlib
 import inspect
 import json
@@ -36,11 +35,10 @@ import numpy as np
 
 from cli import Parser, fail, require_at_least, write_lines
 from data import read_manifest
-from tools.transcode import check_video, print_bad, work_through, write_manifest
+from tools.check import check_videos, write_manifest
 from video import IMAGE_SUFFIXES, is_clutter
 
 VIDEO_SUFFIXES = {".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".flv", ".mpg", ".mpeg", ".wmv", ".3gp", ".ts"}
-CHECKED_CLIP = [16, 4]  # frames and frame step of the clips that `folder` decodes to check a video, as in training
 COUNTS = ("annotated", "found", "missing", "duplicate", "excluded")
 SHORTEST, LONGEST = 4, 50  # seconds of a Panda-70M clip (paper, appendix A)
 # Kinetics classes by their old names, and their names in K700. It makes the 724 names of K400, K600 and K700 the 710
@@ -179,7 +177,7 @@ def jester(annotations, videos):
       jester-v1-labels.csv, from https://www.qualcomm.com/developer/software/jester-dataset
     --videos: the folder 20bn-jester-v1, with ID/00001.jpg, ...; or a folder of videos made from these, ID.mp4
 
-    A line of the manifests names a folder of images. `python -m tools.transcode copy` turns them into videos.
+    A line of the manifests names a folder of images.
     """
     with open_annotations(annotations[0], "jester-v1-labels.csv") as file:
         classes = [line.strip() for line in file if line.strip()]
@@ -459,11 +457,9 @@ def write_folder(args):
     videos = list_videos(args.videos, args.group, args.unlabeled)
     labels = sorted({v.label for v in videos})
     split(videos, labels, args.val_fraction)  # to fail now rather than after decoding
-    paths, log = [v.path for v in videos], args.out / "check.jsonl"
-    work = functools.partial(check_video, num_frames=CHECKED_CLIP[0], frame_step=CHECKED_CLIP[1])
-    records = work_through(args, paths, work, CHECKED_CLIP, log)
-    print_bad(records, log)
-    splits = split([v for v in videos if "error" not in records[v.path]], labels, args.val_fraction)
+    log = args.out / "check.jsonl"
+    good = check_videos([v.path for v in videos], 16, 4, args.workers, args.timeout, log)  # clips as in training
+    splits = split([v for v in videos if v.path in good], labels, args.val_fraction)
     classes = [label for label in labels if label]
     numbers = {"": -1, **{label: number for number, label in enumerate(classes)}}
     for name, members in splits.items():
