@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # SALT end to end on two CPU cores: train a teacher and a student, probe three encoders, draw pictures: out/demo.
-# SEED=7 ./runs/demo.sh runs another training seed, PRESET=gpu a larger model (runs/presets.sh).
+# SEED=7 ./runs/demo.sh runs another training seed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH="$PWD/.venv/bin:$PATH"

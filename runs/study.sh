@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Test the paper's seven claims in miniature, on built-in videos, and a cheaper student: ./runs/study.sh [PART...]
+# Test the paper's seven claims in miniature, on built-in videos: ./runs/study.sh [PART...]
 # Without arguments, all parts run.
 #
 #   salt      1. the student beats its teacher
@@ -9,7 +9,6 @@
 #   masks     5. multi-block masks make the best teachers
 #   split     6. the student deserves most of the steps
 #   students  7. larger students of the same teacher are better
-#   cheaper   two masks per teacher pass and half of the targets, and the recipe at equal FLOPs
 #   labels    claims 1 and 2 with 100, 350 and 2,000 labels
 #
 # Runs JOBS (2) processes at a time; on two cores, part salt takes 50 minutes, the others 15 to 60. Writes a figure and a
@@ -184,27 +183,11 @@ students() {
     compare students "$OUT"/students/{small,equal,large}
 }
 
-cheaper() {
-    reference 0 1 2 3 4
-    half=$((learning[1] / 2)) quarter=$((student_steps / 4)) # of the batch, of the steps
-    flags=(--batch-size "$half" --micro-batch-size "$half" --masks-per-clip 2 --target-fraction 0.5)
-    for seed in 0 1 2 3 4; do
-        teacher="$OUT/salt/seed$seed/teacher"
-        queue student "$OUT/cheaper/flags" "$seed" "$student_steps" "$teacher" "${flags[@]}"
-        # At the laptop's size, a step with these flags executes 1 / 1.44 = 0.7 times the FLOPs.
-        queue student "$OUT/cheaper/fewer-steps" "$seed" $((student_steps * 7 / 10)) "$teacher"
-        queue student "$OUT/cheaper/quarter" "$seed" "$quarter" "$teacher"
-        queue student "$OUT/cheaper/quarter-flags" "$seed" $((quarter * 144 / 100)) "$teacher" "${flags[@]}"
-    done
-    finish_all
-    compare cheaper "$OUT/salt" "$OUT"/cheaper/{flags,fewer-steps,quarter,quarter-flags}
-}
-
 parts=("$@")
-[ $# -gt 0 ] || parts=(salt ema sizes masks split students cheaper loss labels)
+[ $# -gt 0 ] || parts=(salt ema sizes masks split students loss labels)
 for part in "${parts[@]}"; do
     case $part in
-    salt | ema | loss | sizes | masks | split | students | cheaper | labels) "$part" ;;
+    salt | ema | loss | sizes | masks | split | students | labels) "$part" ;;
     *) echo "$part: not a part; the first lines of this script list them" >&2 && exit 2 ;;
     esac
 done
