@@ -135,6 +135,47 @@ def test_compare(runs, student, teacher, probe_of, drawn, tmp_path):
     assert rows[2][:6] == ["large", "student", "2", f"75.0 ± {math.sqrt(50):.1f}", "-", f"{loss:.3f}"]
 
 
+def test_differences(student, teacher, probe_of, tmp_path, capfd):
+    """Paired by seed, from the videos that a probe gets right; two variants, of which one has a single seed."""
+    manifest = tmp_path / "val.csv"
+    manifest.write_text("".join(f"run_{source}_{n}.mp4 0\n" for source in "ab" for n in range(2)))
+
+    def write(run, name, *correct):
+        for seed, own in enumerate(correct):
+            file = probe_of(run, 50, folder=f"{name}/seed{seed}") / "results.json"
+            result = json.loads(file.read_text())
+            result["tasks"] = {"mine": result["tasks"][TASKS[0]] | {"correct": own}}
+            result["args"] |= {"seed": seed, "val_data": [str(manifest)]}
+            file.write_text(json.dumps(result))
+
+    write(teacher, "long/teacher", ["0000", "0011"], ["1100", "1100"])  # 25% and 50%, over two seeds of the probe
+    write(student, "long/student", ["0011", "0111"], ["1101", "1101"])  # 62.5% and 75%
+    write(student, "short/student", ["0000", "0001"])
+    flags = ("differences", tmp_path / "long", tmp_path / "short", "--save", tmp_path / "d.md", "--source")
+    run_script(analyze, *flags, r"(\w+)_(.)_\d")  # the last group
+    cells = {row["difference"]: row["mine"] for row in rows_of(tmp_path / "d.md")}
+    assert list(cells) == ["long: student - teacher", "student: long - short"]
+    assert cells["long: student - teacher"].startswith("+31.2 (") and cells["long: student - teacher"].endswith(
+        "2 of 2"
+    )
+    # One seed, two sources with gains of 25 and 75: the bootstrap draws means of 25, 50 and 75.
+    assert cells["student: long - short"] == "+50.0 (+25.0 to +75.0); 1 of 1"
+    assert "--source does not match" in refusal(capfd, analyze, *flags, "x")
+
+
+def test_bootstrap_interval_is_the_normal_one_of_many_sources():
+    rng = np.random.default_rng(0)
+    per_source = rng.normal(3, 10, 400)
+    gains = np.repeat(per_source, 5)[None] + rng.normal(0, 0.1, (1, 2000))  # five alike videos of each source
+    low, high = analyze.bootstrap(gains, np.repeat(np.arange(400), 5))
+    half = 1.96 * per_source.std() / math.sqrt(400)
+    assert (low, high) == pytest.approx((gains.mean() - half, gains.mean() + half), abs=0.1)
+    many = rng.normal(3, 10, (50, 1)) + np.zeros((50, 8))  # seeds differ, videos do not
+    low, high = analyze.bootstrap(many, np.arange(8))
+    half = 1.96 * many[:, 0].std() / math.sqrt(50)
+    assert (low, high) == pytest.approx((many.mean() - half, many.mean() + half), abs=0.2)
+
+
 def rankme_by_hand(encoder, clips):
     values = torch.linalg.svdvals(encoder(data.normalize(clips, CPU)).mean(1).detach().double())
     return math.exp(-sum(p * math.log(p) for p in (values / values.sum() + 1e-7).tolist()))

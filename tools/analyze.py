@@ -4,14 +4,17 @@
     python -m tools.analyze picture out/teacher out/student --save out/salt    what a teacher fills in, features
     python -m tools.analyze table out/probe-*                                  accuracy and cost
     python -m tools.analyze compare out/study/masks/*                          accuracy of variants, over all seeds
+    python -m tools.analyze differences out/study/masks/*                      paired by seed, with intervals
     python -m tools.analyze correlate out/probe-* --against loss rankme        does the loss predict the accuracy?
 
-table, compare and correlate read what probe.py writes. FLOPs are those executed, from the training logs.
+All but the first two read what probe.py writes. FLOPs are those executed, from the training logs.
 Letters: B clips, T frames, H, W pixels, N tokens of a clip, P values in a tubelet, D width, (t, h, w) the token grid.
 """
 
 import inspect
+import itertools
 import json
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -162,9 +165,19 @@ def row_cells(probes):
 
 def write_table(rows, path):
     """Write and print a markdown table of rows {heading: cell}."""
-    order = {"variant": 0, "encoder": 1, "runs": 2, "loss": 4, "steps": 5, "time": 6, "FLOPs": 7, "incl. teachers": 8}
+    order = {
+        "difference": 0,
+        "variant": 0,
+        "encoder": 1,
+        "runs": 2,
+        "loss": 4,
+        "steps": 5,
+        "time": 6,
+        "FLOPs": 7,
+        "incl. teachers": 8,
+    }
     found = dict.fromkeys(heading for row in rows for heading in row)
-    columns = sorted(found, key=lambda heading: order.get(heading, 3))  # 3: the tasks
+    columns = sorted(found, key=lambda heading: order.get(heading, 3))
     lines = [columns, *([row.get(heading, "-") for heading in columns] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines.insert(1, ["-" * width for width in widths])
@@ -183,18 +196,24 @@ STYLES = {  # by `Probe.encoder`: color, marker
 }
 
 
-def compare(args):
-    """Compare variants: a figure with the accuracy of every run, the means and standard deviations, and a table.
-
-    RUN is a folder with all probes of a variant in it, at any depth. The table has the figure's name and suffix .md.
-    """
-    groups = {}  # {(folder of the variant, encoder): probes that differ only in their seeds}
-    for run in args.runs:
+def group_probes(runs):
+    """{(folder of the variant, encoder): probes that differ only in their seeds}."""
+    groups = {}
+    for run in runs:
         probes = [read_probe(file.parent) for file in sorted(Path(run).rglob("results.json"))]
         if not probes:
             raise ValueError(f"there are no results of probe.py in {run}")
         for probe in sorted(probes, key=lambda probe: list(STYLES).index(probe.encoder)):
             groups.setdefault((run, probe.encoder), []).append(probe)
+    return groups
+
+
+def compare(args):
+    """Compare variants: a figure with the accuracy of every run, the means and standard deviations, and a table.
+
+    RUN is a folder with all probes of a variant in it, at any depth. The table has the figure's name and suffix .md.
+    """
+    groups = group_probes(args.runs)
     tasks = accuracies([probe for probes in groups.values() for probe in probes])
     width = max(3.4, 1.6 + len(args.runs))  # in inches, of a task's panel
     figure, axes = plt.subplots(1, len(tasks), figsize=(width * len(tasks), 3.8), squeeze=False)
@@ -218,6 +237,62 @@ def compare(args):
     names = [{"variant": Path(run).name, "runs": str(len(probes))} for (run, _), probes in groups.items()]
     rows = [name | row_cells(probes) for name, probes in zip(names, groups.values(), strict=True)]
     write_table(rows, args.save.with_suffix(".md"))
+
+
+RESAMPLES = 10_000  # of the bootstrap
+
+
+def differences(args):
+    """Write a table of the paired differences in accuracy: of two encoders of a variant, of two variants of an encoder.
+
+    RUN is as for `compare`. Pairs the probes with the same --seed. A cell holds the mean difference in points, its 95%
+    interval (bootstrap over training seeds and sources of videos), and for how many of the seeds it is positive.
+    Videos whose paths have the same match of --source, or of its last group, are of one source.
+    """
+    rows, groups = [], group_probes(args.runs)
+    for ((run, encoder), first), ((other_run, other), second) in itertools.combinations(groups.items(), 2):
+        if run == other_run:
+            row = {"difference": f"{Path(run).name}: {other} - {encoder}"}
+        elif encoder == other:
+            row = {"difference": f"{encoder}: {Path(run).name} - {Path(other_run).name}"}
+            first, second = second, first
+        else:
+            continue
+        a, b = ({probe.result["args"]["seed"]: probe.result for probe in probes} for probes in (first, second))
+        seeds = sorted(a.keys() & b.keys())
+        for task in accuracies(first) if seeds else ():
+            gains = np.array([hits(b[seed], task) - hits(a[seed], task) for seed in seeds])  # (seeds, videos)
+            low, high = bootstrap(gains, sources(a[seeds[0]], gains.shape[1], args.source))
+            better = f"{(gains.mean(1) > 0).sum()} of {len(seeds)}"
+            row[task] = f"{gains.mean():+.1f} ({low:+.1f} to {high:+.1f}); {better}"
+        rows.append(row)
+    write_table(rows, args.save)
+
+
+def hits(result, task):
+    """In percent, how often each validation video is classified correctly, over the seeds of the probe: (videos,)."""
+    return 100 * np.mean([list(map(int, correct)) for correct in result["tasks"][task]["correct"]], axis=0)
+
+
+def sources(result, count, pattern):
+    """The number of each validation video's source, (videos,); each video is its own without a pattern."""
+    if not pattern:
+        return np.arange(count)
+    paths = [path for manifest in result["args"]["val_data"] for path in data.read_manifest(manifest)[0]]
+    matches = [re.search(pattern, path) for path in paths]
+    if None in matches:
+        raise ValueError(f"--source does not match {paths[matches.index(None)]}")
+    return np.unique([match[match.re.groups] for match in matches], return_inverse=True)[1]
+
+
+def bootstrap(gains, sources):
+    """95% interval of the mean of gains (seeds, videos), resampling seeds, and videos by source."""
+    rng, (num_seeds, _), num_sources = np.random.default_rng(0), gains.shape, sources.max() + 1
+    totals = np.stack([np.bincount(sources, row) for row in gains])  # (seeds, sources)
+    draws = rng.multinomial(num_sources, np.full(num_sources, 1 / num_sources), RESAMPLES)  # (resamples, sources)
+    seeds = rng.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), RESAMPLES) / num_seeds
+    means = (seeds @ totals * draws).sum(1) / (draws @ np.bincount(sources))
+    return np.percentile(means, [2.5, 97.5])
 
 
 AGAINST = {  # --against: label, index in the lineage (0: the checkpoint, 1: its teacher)
@@ -447,6 +522,8 @@ def parse_args():
     flag("--features", action="store_true", help="draw the features of teachers, too, and not what they fill in")
     add_command(table, "table.md", "folders that probe.py wrote")
     add_command(compare, "compare.png", "folders of variants")
+    flag = add_command(differences, "differences.md", "folders of variants")
+    flag("--source", metavar="REGEX", help="part of a path that names the source; default: each video is its own")
     flag = add_command(correlate, "correlate.png", "folders that probe.py wrote", clips=2000)
     flag("--against", nargs="+", choices=AGAINST, default=["loss"], help="what to correlate the accuracy with")
     return parser.parse_args()
