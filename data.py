@@ -80,21 +80,6 @@ def denormalize(clips):
 # manifests and sources
 
 
-class _Paths:
-    """Paths as one string of bytes. Forked workers share its memory, but would copy a list of strings page by page:
-    reading a Python object writes its reference count."""
-
-    def __init__(self, paths):
-        encoded = [path.encode() for path in paths]
-        self.text, self.bounds = b"".join(encoded), np.cumsum([0, *map(len, encoded)])
-
-    def __len__(self):
-        return len(self.bounds) - 1
-
-    def __getitem__(self, line):
-        return self.text[self.bounds[line] : self.bounds[line + 1]].decode()
-
-
 def read_manifest(path, num_classes=None):
     """Read a manifest: its paths and their labels, two lists; the label is -1 where a line has none.
 
@@ -144,7 +129,9 @@ class Manifest:
         if fps is not None and not 0 < fps < math.inf:
             raise ValueError(f"--fps {fps}: must be positive")
         paths, labels = zip(*(read_manifest(m, num_classes) for m in manifests), strict=True)
-        self.paths, self.labels = _Paths(itertools.chain(*paths)), np.array([*itertools.chain(*labels)], np.int32)
+        # Arrays, because forked workers would copy a list page by page: reading an object writes its reference count.
+        self.paths = np.array([*itertools.chain(*paths)], np.dtypes.StringDType())
+        self.labels = np.array([*itertools.chain(*labels)], np.int32)
         self.bounds = np.cumsum([0, *map(len, paths)])  # manifest m has the lines from bounds[m] to bounds[m + 1] - 1
         self.shuffled, weights = not weights, weights or [len(p) for p in paths]
         self.weights = np.array(weights) / sum(weights)

@@ -34,15 +34,13 @@ class Mask(NamedTuple):
     index: int  # its number in the strategy's list of masks, each of which has its own mask token in the predictor
     context_ids: torch.Tensor  # (B, Kc) int64
     target_ids: torch.Tensor  # (B, Kt) int64
-    context_lost: torch.Tensor  # (B,) context tokens dropped to give all clips equally many; always on the CPU
-    target_lost: torch.Tensor  # (B,) the same for target tokens, with those that target_fraction leaves out
 
     def to(self, device):
         """Move the ids to a device, without waiting for the work that is queued on it."""
         ids = self.context_ids, self.target_ids
         if torch.device(device).type == "cuda":
             ids = (x.pin_memory() for x in ids)
-        return Mask(self.index, *(x.to(device, non_blocking=True) for x in ids), self.context_lost, self.target_lost)
+        return Mask(self.index, *(x.to(device, non_blocking=True) for x in ids))
 
 
 def sample_masks(
@@ -148,11 +146,10 @@ def split(index, visible, counts, generator, truncation, target_fraction):
     """
     N = visible.shape[1]
     order = torch.rand(visible.shape, generator=generator) if truncation == "random" else torch.arange(N) / N
-    ids, lost = [], []
+    ids = []
     for i, (chosen, fraction) in enumerate(((visible, 1.0), (~visible, target_fraction))):
-        count = chosen.sum(1)
-        keep = math.ceil(fraction * (counts[i] if counts else int(count.min())) - 1e-9)  # 55 of 100 at 0.55
+        count = counts[i] if counts else int(chosen.sum(1).min())
+        keep = math.ceil(fraction * count - 1e-9)  # 55 of 100 at 0.55
         first = torch.where(chosen, order, 2.0).topk(keep, dim=1, largest=False, sorted=False).indices
         ids.append(first.sort(dim=1).values)
-        lost.append(count - keep)
-    return Mask(index, *ids, *lost)
+    return Mask(index, *ids)

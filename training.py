@@ -314,9 +314,7 @@ class Log:
             flops=clips * flops.step_flops(*self.model.values(), counts, self.teacher, self.tokens),
             bad_videos=batch.num_replaced,
             context_kept=clips * sum(context for context, _ in counts),
-            context_lost=sum(mask.context_lost.sum().item() for mask in masks),
             target_kept=clips * sum(target for _, target in counts),
-            target_lost=sum(mask.target_lost.sum().item() for mask in masks),
         )
         self.waited += batch.waited
         for reason in sorted(set(batch.skipped) - self.reported):
@@ -359,7 +357,7 @@ class Log:
             "flops": self.totals["flops"],  # executed
             "tflops_per_process": sums["flops"] / seconds / world / 1e12,
             "peak_memory_gib": peak_memory(torch.device(args.device)) / 2**30,  # of this process
-            **{name: sums[name] / sums["clips"] for name in sums if name.endswith(("kept", "lost"))},  # of all masks
+            **{name: sums[name] / sums["clips"] for name in ("context_kept", "target_kept")},  # tokens, of all masks
             "bad_videos": bad,
         }
         left = (args.steps - step - 1) * seconds / len(values)

@@ -32,7 +32,7 @@ TINY = shlex.split(
     "--log-every 1 --clip-grad 1 --lr 3e-3"
 )
 # The metrics of a log line that do not depend on how fast the machine is.
-EXACT_METRICS = shlex.split("step loss grad_norm lr weight_decay context_kept context_lost target_kept flops")
+EXACT_METRICS = shlex.split("step loss grad_norm lr weight_decay context_kept target_kept flops")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # videos and images

@@ -253,8 +253,7 @@ def test_a_log_line(teacher):
     for line in lines:
         assert line["tflops_per_process"] > 0 and 0 <= line["data_wait"] <= 1 and line["clips_per_s"] > 0
         assert line["bad_videos"] == 0 and line["target_std"] > 0 and 0.1 < line["peak_memory_gib"] < 100
-        counts = [line[f"{a}_{b}"] for a in ("context", "target") for b in ("kept", "lost")]
-        assert sum(counts) == 2 * 32  # every token of both masks is accounted for
+        assert 2 <= line["context_kept"] < line["target_kept"] <= 2 * 32 - line["context_kept"]  # tokens of both masks
     assert [(line["lr"], line["weight_decay"]) for line in (lines[0], lines[-1])] == [
         (pytest.approx(0.32 * 3e-3), pytest.approx(0.04)), (pytest.approx(1e-6), pytest.approx(0.4))]  # fmt: skip
     assert sorted(lines, key=lambda line: (line["seconds"], line["flops"])) == lines
