@@ -4,11 +4,11 @@ import argparse
 import math
 import os
 import sys
-import time
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import tqdm
 
 import masking
 from model import PREDICTORS, SIZES, Encoder, Predictor, token_grid
@@ -195,25 +195,10 @@ def predictor_config(args, in_width, out_width, model=None):
 # results
 
 
-class Progress:
-    """Prints a line of progress every ten seconds, and the last one."""
-
-    def __init__(self, silent=False):
-        self.silent, self.started, self.shown = silent, time.monotonic(), time.monotonic()
-
-    def due(self, last=False):
-        """Whether `show` would print now; to ask where the text is expensive."""
-        return not self.silent and (last or time.monotonic() > self.shown + 10)
-
-    def show(self, text, last=False):
-        """Print a text if it is time to."""
-        if self.due(last):
-            self.shown = time.monotonic()
-            print(text, flush=True)
-
-    def left(self, done, total):
-        """The time left, as text."""
-        return f"{duration((time.monotonic() - self.started) / done * (total - done))} left"
+def progress(iterable=None, **options):
+    """A tqdm progress bar, shown by the first process; in a log file, updated every ten seconds."""
+    interval, silent = 0.2 if sys.stdout.isatty() else 10, rank_and_world()[0] > 0
+    return tqdm.tqdm(iterable, **{"file": sys.stdout, "mininterval": interval, "disable": silent} | options)
 
 
 def duration(seconds):

@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torchvision.transforms.v2 import functional as TF
 
 import data
-from cli import Parser, Progress, fail, interval95, plain_flags, require_at_least, resolve_device, write_lines
+from cli import Parser, fail, interval95, plain_flags, progress, require_at_least, resolve_device, write_lines
 from model import Encoder, Predictor, build, load_checkpoint, load_teacher_of, tubelets
 from synthetic import synthetic_pair
 from video import BadVideo, bad_video, list_frames, open_container, video_stream
@@ -359,15 +359,14 @@ def main():
     items = find_items(args)
     print(f"surprise of {args.checkpoint} on {args.task}, windows of {args.num_frames} frames")
 
-    results, progress, read = [], Progress(), functools.partial(read_arrays, args)
+    results, read = [], functools.partial(read_arrays, args)
     loader = torch.utils.data.DataLoader(items, batch_size=None, collate_fn=read, num_workers=args.workers)
     try:
-        for done, pairs in enumerate(loader, start=1):
+        for pairs in progress(loader):
             for property, name, *videos in pairs:
                 possible, impossible = (surprise(networks, torch.from_numpy(video), args).tolist() for video in videos)
                 results.append({"property": property, "name": name, "frames": list(map(len, videos))})
                 results[-1] |= {"possible": possible, "impossible": impossible}  # [context length][window]
-            progress.show(f"{done}/{len(items)}, {progress.left(done, len(items))}", last=done == len(items))
     except BadVideo as error:
         fail(f"unreadable video: {str(error).splitlines()[-1]}")  # a worker's error begins with its traceback
 

@@ -44,10 +44,10 @@ import data
 import video
 from cli import (
     Parser,
-    Progress,
     fail,
     interval95,
     plain_flags,
+    progress,
     rank_and_world,
     require_at_least,
     resolve_device,
@@ -362,14 +362,12 @@ class Features:
         else:
             rows = (numbers // rank_and_world()[1] for numbers in micro_batches)
             loaded = ([x[row] for x in self.kept] for row in rows)
-        progress = Progress(silent=not progress_of or self.kept is not None or rank_and_world()[0] > 0)
-        done, total = 0, sum(map(len, micro_batches))
-        for numbers, (tokens, labels) in zip(micro_batches, loaded, strict=True):
+        options = {} if progress_of and self.kept is None else {"disable": True}
+        shown = progress(micro_batches, desc=progress_of, **options)
+        for numbers, (tokens, labels) in zip(shown, loaded, strict=True):
             if self.scale is not None:
                 tokens = ((tokens - self.scale[0]) / self.scale[1]).to(self.dtype)
             yield numbers, tokens, labels
-            done += len(numbers)
-            progress.show(f"{progress_of} {done}/{total}, {progress.left(done, total)}", last=done == total)
 
     def _encode(self, micro_batches):
         """Load and encode each micro-batch: yield (tokens, labels)."""
@@ -538,24 +536,22 @@ def train_probes(args, probes, features, task, seed, key):
                 probe.load_state_dict(weights)
                 optimizer.load_state_dict(optimizer_state)
             say(f"continuing after epoch {start} ({state_file})")
-    progress = Progress(silent=rank_and_world()[0] > 0)
     steps = math.ceil(length / args.batch_size)  # per epoch
+    bar = progress(total=args.epochs * steps, initial=start * steps, desc=f"{task.name} seed {seed}")
     for epoch in range(start, args.epochs):
         if features.source.train:  # an endless sequence of samples; every seed and epoch takes its own
             order = torch.arange(length) + (seed * args.epochs + epoch) * length
         else:
             order = torch.randperm(length, generator=generator("probe order", seed, epoch))
         losses = train_epoch(args, probes, features, task.column, order, epoch * steps, args.epochs * steps)
-        for step, loss in enumerate(losses, start=1):
-            done, total = (epoch - start) * steps + step, (args.epochs - start) * steps
-            if progress.due(last=done == total):  # reading the loss waits for the GPU
-                place = f"{task.name} seed {seed} epoch {epoch + 1}/{args.epochs}  step {step}/{steps}"
-                text = f"{place}  loss {loss.item():.3f}, {progress.left(done, total)}"
-                progress.show(text, last=done == total)
+        for loss in losses:  # noqa: B007
+            bar.update()
+        bar.set_postfix_str(f"epoch {epoch + 1}, loss {loss.item():.3f}", refresh=False)
         if rank_and_world()[0] == 0:
             weights = [(probe.state_dict(), optimizer.state_dict()) for probe, optimizer in probes]
             state = {"key": key, "epochs": epoch + 1, "probes": weights}
             write_atomically(state_file, lambda path, state=state: torch.save(state, path))
+    bar.close()
 
 
 def resume_key(args, encoder, checkpoint_step):

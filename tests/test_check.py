@@ -103,23 +103,6 @@ def test_check_says_why_a_file_is_bad(tmp_path):
         assert check.check_video(f"{tmp_path}/{name}", 16, 4)["error"].startswith(error)
 
 
-def test_a_changed_folder_is_noticed(tmp_path, capfd):
-    """More images, and a repaired image of the same size."""
-    (tmp_path / "all.csv").write_text("images 0\n")
-    write_images(tmp_path / "images", [f"{n}.png" for n in range(5)])
-
-    def is_done_again():
-        capfd.readouterr()
-        run_script(check, tmp_path / "all.csv", "--workers", 1)
-        return "were done before" not in capfd.readouterr().out
-
-    assert is_done_again() and not is_done_again()
-    write_images(tmp_path / "images", [f"{n}.png" for n in range(6)])
-    assert is_done_again() and not is_done_again()
-    os.utime(tmp_path / "images" / "3.png", (2**31, 2**31))
-    assert is_done_again()
-
-
 def test_mistakes_are_reported_in_one_line(videos, capfd):
     assert "no.csv" in refusal(capfd, check, videos / "no.csv")
     assert "--frame-step 0" in refusal(capfd, check, videos / "all.csv", "--frame-step", 0)

@@ -1,7 +1,6 @@
 """cli.py: one-line errors, the machine, durations, confidence intervals, and files that are never incomplete."""
 
 import argparse
-import time
 
 import pytest
 import torch
@@ -100,12 +99,3 @@ def test_write_atomically_replaces_the_file_only_when_it_is_complete(tmp_path):
     assert path.read_text() == "first\n"
     cli.write_lines(path, ["second"])
     assert path.read_text() == "second\n" and list(tmp_path.iterdir()) == [path]
-
-
-def test_progress_is_a_line_every_ten_seconds_and_the_last_one(monkeypatch, capfd):
-    clock = iter(range(1000))
-    monkeypatch.setattr(time, "monotonic", lambda: next(clock) / 2)  # half a second passes between two readings
-    progress = cli.Progress()
-    for i in range(50):
-        progress.show(f"at {i}", last=i == 49)
-    assert capfd.readouterr().out == "at 20\nat 41\nat 49\n"

@@ -531,7 +531,7 @@ def test_three_processes_seven_videos(augment, dark_or_bright, teacher, tmp_path
     assert done.returncode == 0, done.stderr
     one, three = (results(tmp_path / name)["tasks"]["data"] for name in ("one", "three"))
     assert one == three and one["num_val"] == 7
-    losses = [re.findall(r"step 4/4  loss ([0-9.]+)", text) for text in (capfd.readouterr().out, done.stdout)]
+    losses = [re.findall(r"epoch 4, loss ([0-9.]+)", text) for text in (capfd.readouterr().out, done.stdout)]
     assert losses[0] == losses[1] and len(losses[0]) == 1
 
 

@@ -5,7 +5,7 @@
 Writes two files next to the manifest NAME.csv: NAME.clean.csv, a manifest of the good videos, and NAME.check.jsonl,
 with one line per video: its size, or why it is bad. Every video is decoded in a process that may crash or hang without
 stopping the others; a video that makes it do so is bad. The same command continues where it was stopped, and tries bad
-and changed videos again.
+videos again; delete NAME.check.jsonl to check all again.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from pathlib import Path
 import pebble
 
 import video
-from cli import Parser, Progress, fail, require_at_least, write_lines
+from cli import Parser, fail, progress, require_at_least, write_lines
 from data import read_manifest
 from video import BadVideo, bad_video, is_folder, list_frames
 
@@ -75,25 +75,24 @@ def check_videos(paths, num_frames, frame_step, workers, timeout, log):
     """Check all videos, in processes, except for those that an earlier run has in `log` as good. Prints the bad ones.
 
     Returns the set of the good paths, and appends a record per video to the log when it is done: what `check_video`
-    returned, the path, the file's `state` and the clip. Ends the script on Ctrl-C and SIGTERM.
+    returned, the path and the clip. Ends the script on Ctrl-C and SIGTERM.
     """
     clip = [num_frames, frame_step]
     records, total = earlier_records(log, set(paths), clip), len(set(paths))
     todo = [path for path in dict.fromkeys(paths) if path not in records]
     if records:
         print(f"{len(records):,} of {total:,} were done before ({log})")
-    progress, bad = Progress(), []
+    bad = []
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # raises KeyboardInterrupt
     try:
         write_lines(log, map(json.dumps, records.values()))
         work = functools.partial(check_video, num_frames=num_frames, frame_step=frame_step)
         results = in_processes(work, todo, workers, timeout)
         with open(log, "a", encoding="utf-8") as file, contextlib.closing(results):
-            for done, (path, result) in enumerate(results, 1):
-                records[path] = {"path": path, "state": state(path), "clip": clip, **result}
+            for path, result in progress(results, total=len(todo), unit=" videos"):
+                records[path] = {"path": path, "clip": clip, **result}
                 print(json.dumps(records[path]), file=file, flush=True)
                 bad += [path] if "error" in result else []
-                progress.show(f"{done:,}/{len(todo):,} videos, {len(bad):,} bad", last=done == len(todo))
     except KeyboardInterrupt:
         print(f"\nstopped; {len(records):,} of {total:,} are done, and the same command continues from here")
         sys.exit(130)
@@ -106,24 +105,14 @@ def check_videos(paths, num_frames, frame_step, workers, timeout, log):
 
 
 def earlier_records(log, paths, clip):
-    """{path: record} of the good videos in a log that are unchanged and were checked with the same clip."""
+    """{path: record} of the good videos in a log that were checked with the same clip."""
     records = {}
     for line in log.read_text(encoding="utf-8").splitlines() if log.is_file() else ():
         with contextlib.suppress(json.JSONDecodeError):  # an incomplete line, if the script was killed
             record = json.loads(line)
-            path, good = record["path"], "error" not in record and record.get("clip") == clip
-            if good and path in paths and record["state"] == state(path):
-                records[path] = record
+            if record["path"] in paths and record.get("clip") == clip and "error" not in record:
+                records[record["path"]] = record
     return records
-
-
-def state(path):
-    """What changes with a video: number of files (images of a folder), bytes, last modification. None: unreadable."""
-    try:
-        files = [os.stat(file) for file in (list_frames(path) if os.path.isdir(path) else [path])]
-    except (BadVideo, OSError, ValueError):
-        return None
-    return [len(files), sum(file.st_size for file in files), max(file.st_mtime_ns for file in files)]
 
 
 def write_manifest(path, pairs):
