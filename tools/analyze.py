@@ -247,7 +247,7 @@ def differences(args):
 
     RUN is as for `compare`. Pairs the probes with the same --seed. A cell holds the mean difference in points, its 95%
     interval (bootstrap over training seeds and sources of videos), and for how many of the seeds it is positive.
-    Videos whose paths have the same match of --source, or of its last group, are of one source.
+    Videos whose paths have the same match of --source are of one source.
     """
     rows, groups = [], group_probes(args.runs)
     for ((run, encoder), first), ((other_run, other), second) in itertools.combinations(groups.items(), 2):
@@ -282,7 +282,7 @@ def sources(result, count, pattern):
     matches = [re.search(pattern, path) for path in paths]
     if None in matches:
         raise ValueError(f"--source does not match {paths[matches.index(None)]}")
-    return np.unique([match[match.re.groups] for match in matches], return_inverse=True)[1]
+    return np.unique([match[0] for match in matches], return_inverse=True)[1]
 
 
 def bootstrap(gains, sources):
