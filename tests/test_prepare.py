@@ -199,17 +199,6 @@ def test_panda70m_samples_all_durations_evenly_and_reproducibly(tmp_path, capfd)
     assert "was downloaded with another csv file" in refusal(capfd, prepare, *flags)
 
 
-def test_v36m_joins_three_manifests(tmp_path, capfd, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    lines = {"k710": "a.mp4 3\nb c.mp4 5\n", "ssv2": "/abs/1.webm 3\n", "panda70m": "p.mp4 -1\np.mp4 -1\n"}
-    write(tmp_path / "data", {f"{name}/train.csv": text for name, text in lines.items()})
-    run_script(prepare, "v3.6m")
-    expected = ["data/k710/a.mp4 -1", "data/k710/b c.mp4 -1", "/abs/1.webm -1", "data/panda70m/p.mp4 -1"]
-    assert (tmp_path / "data/v3.6m/train.csv").read_text() == "".join(f"{tmp_path / line}\n" for line in expected)
-    assert "1 duplicates are left out" in capfd.readouterr().out
-    assert "gone.csv" in refusal(capfd, prepare, "v3.6m", "--manifests", "gone.csv")
-
-
 @pytest.mark.parametrize(
     "dataset, files, what",
     [

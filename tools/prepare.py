@@ -2,7 +2,6 @@
 
     python -m tools.prepare k400 --annotations annotations/k400 --videos videos/k400
     python -m tools.prepare k710 --annotations annotations/k400 annotations/k600 annotations/k700 --videos videos/k*
-    python -m tools.prepare v3.6m                                 # join data/k710, data/ssv2 and data/panda70m
     python -m tools.prepare folder my_videos --out data/mine      # your own videos
 
 `python -m tools.prepare k400 --help` lists the files that k400 needs and where to get them. The command writes
@@ -34,7 +33,6 @@ from typing import NamedTuple
 import numpy as np
 
 from cli import Parser, fail, require_at_least, write_lines
-from data import read_manifest
 from tools.check import check_videos, write_manifest
 from video import IMAGE_SUFFIXES, is_clutter
 
@@ -418,17 +416,6 @@ def panda70m(args):
     write_manifest(args.out / "train.csv", [(path, -1) for *_, path in sorted(chosen)])
 
 
-def v36m(args):
-    """V-3.6M: the manifests of K710, SSv2 and the Panda-70M sample joined into one, 3,626,129 in the paper (table 2).
-
-    Each part is weighted by its size. Labels become -1: the same number means a different class in each part.
-    """
-    paths = [os.path.abspath(path) for manifest in args.manifests for path in read_manifest(manifest)[0]]
-    joined = dict.fromkeys(paths, -1)  # drops duplicates and keeps the order
-    write_manifest(args.out / "train.csv", list(joined.items()))
-    print(f"{len(paths) - len(joined):,} duplicates are left out")
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # the command `folder`: your own videos
 
@@ -537,9 +524,6 @@ def parse_args():
     flag("--videos", nargs="+", required=True, metavar="DIR", help="see above")
     flag("--count", type=int, default=2_799_959, help="number of clips to sample")
     flag("--seed", type=int, default=0, help="of the sample")
-    flag = add_command("v3.6m", v36m, v36m)
-    parts = [f"data/{name}/train.csv" for name in ("k710", "ssv2", "panda70m")]
-    flag("--manifests", nargs="+", default=parts, metavar="MANIFEST", help="as those three commands write them")
     flag = add_command("folder", write_folder, write_folder)
     flag("videos", type=Path, metavar="VIDEOS", help="the folder of videos")
     flag("--val-fraction", type=float, default=0.2, help="fraction of each class's videos to validate on")
