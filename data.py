@@ -31,7 +31,7 @@ import torch.distributed as dist
 
 import video
 from synthetic import synthetic_clips
-from video import BadVideo, center_crop, random_crop
+from video import BadVideo, random_crop, square_crop
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as V-JEPA
 INTEGER = re.compile("-?[0-9]{1,9}")
@@ -175,7 +175,7 @@ class Manifest:
     def sample(self, number):
         """One sample: (clip (3, T, H, W) uint8, label, "path: reason" of each unreadable video)."""
         skipped, rng = [], np.random.default_rng(seed_sequence("crop", self.seed, number))
-        crop = functools.partial(random_crop, rng) if self.train else center_crop
+        crop = functools.partial(random_crop, rng) if self.train else functools.partial(square_crop, 1, 0.5)
         shape = self.num_frames, self.frame_step
         for line in self.lines(number):
             place = rng.random() if self.train else 0.5

@@ -244,22 +244,15 @@ class Videos(data.Manifest):
             crops = [functools.partial(random_crop, key) for key in keys]
         else:
             positions = np.linspace(0, 1, self.views) if self.views > 1 else [0.5]
-            crops = [functools.partial(square, self.side, p) for p in positions for _ in range(self.segments)]
+            crops = [
+                functools.partial(video.square_crop, self.side, p) for p in positions for _ in range(self.segments)
+            ]
         places = ((np.arange(self.segments) + offsets) / self.segments).tolist() * self.views
         shape = self.num_frames, self.frame_step
         clips = video.read_clips(self.paths[line], *shape, places, self.fps, crops, self.resolution)
         if self.train:
             clips = [augment(key, clip) for key, clip in zip(keys, clips, strict=True)]
         return torch.stack(clips).unflatten(0, (self.views, self.segments)).transpose(2, 3)
-
-
-def square(side, position, height, width):
-    """The square box (top, left, height, width) of `side` times the short side, at a position in [0, 1].
-
-    The position is along the long side, 0.5 is the center. Below a side of 1 it holds for both directions.
-    """
-    length = round(side * min(height, width))
-    return round((height - length) * position), round((width - length) * position), length, length
 
 
 class BuiltInVideos(data.Synthetic):

@@ -156,10 +156,13 @@ def random_crop(rng, height, width):
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def center_crop(height, width):
-    """The box (top, left, height, width) of the largest square in the middle."""
-    side = min(height, width)
-    return round((height - side) / 2), round((width - side) / 2), side, side
+def square_crop(side, position, height, width):
+    """The square box (top, left, height, width) of `side` times the short side, at a position in [0, 1].
+
+    The position is along the long side, 0.5 is the center. Below a side of 1 it holds for both directions.
+    """
+    length = round(side * min(height, width))
+    return round((height - length) * position), round((width - length) * position), length, length
 
 
 # ---------------------------------------------------------------------------------------------------------------------
