@@ -55,7 +55,6 @@ from cli import (
 )
 from model import MLP, Block, Encoder, build, fingerprint, init_std, init_weights, load_checkpoint, token_grid
 from training import all_reduce, generator, join_processes, reduce_gradients
-from video import square_crop
 
 
 class Protocol(NamedTuple):
