@@ -244,9 +244,8 @@ class Videos(data.Manifest):
             crops = [functools.partial(random_crop, key) for key in keys]
         else:
             positions = np.linspace(0, 1, self.views) if self.views > 1 else [0.5]
-            crops = [
-                functools.partial(video.square_crop, self.side, p) for p in positions for _ in range(self.segments)
-            ]
+            crop = functools.partial(video.square_crop, self.side)
+            crops = [functools.partial(crop, position) for position in positions for _ in range(self.segments)]
         places = ((np.arange(self.segments) + offsets) / self.segments).tolist() * self.views
         shape = self.num_frames, self.frame_step
         clips = video.read_clips(self.paths[line], *shape, places, self.fps, crops, self.resolution)

@@ -165,19 +165,9 @@ def row_cells(probes):
 
 def write_table(rows, path):
     """Write and print a markdown table of rows {heading: cell}."""
-    order = {
-        "difference": 0,
-        "variant": 0,
-        "encoder": 1,
-        "runs": 2,
-        "loss": 4,
-        "steps": 5,
-        "time": 6,
-        "FLOPs": 7,
-        "incl. teachers": 8,
-    }
+    last = ("loss", "steps", "time", "FLOPs", "incl. teachers")
     found = dict.fromkeys(heading for row in rows for heading in row)
-    columns = sorted(found, key=lambda heading: order.get(heading, 3))
+    columns = [name for name in found if name not in last] + [name for name in last if name in found]
     lines = [columns, *([row.get(heading, "-") for heading in columns] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines.insert(1, ["-" * width for width in widths])
@@ -234,8 +224,9 @@ def compare(args):
     figure.legend(legend.values(), legend, loc="outside lower center", ncols=len(legend), fontsize=8)
     figure.suptitle("Small dots: runs of different seeds. Error bars: their standard deviation.", fontsize=8)
     save(figure, args.save)
-    names = [{"variant": Path(run).name, "runs": str(len(probes))} for (run, _), probes in groups.items()]
-    rows = [name | row_cells(probes) for name, probes in zip(names, groups.values(), strict=True)]
+    rows = []
+    for (run, encoder), probes in groups.items():
+        rows.append({"variant": Path(run).name, "encoder": encoder, "runs": str(len(probes))} | row_cells(probes))
     write_table(rows, args.save.with_suffix(".md"))
 
 

@@ -92,7 +92,8 @@ def check_videos(paths, num_frames, frame_step, workers, timeout, log):
             for path, result in progress(results, total=len(todo), unit=" videos"):
                 records[path] = {"path": path, "clip": clip, **result}
                 print(json.dumps(records[path]), file=file, flush=True)
-                bad += [path] if "error" in result else []
+                if "error" in result:
+                    bad.append(path)
     except KeyboardInterrupt:
         print(f"\nstopped; {len(records):,} of {total:,} are done, and the same command continues from here")
         sys.exit(130)
