@@ -63,6 +63,8 @@ def test_check_reports_videos_that_are_broken_hang_or_crash_the_decoder(videos, 
     run_script(check, *flags)
     assert [label for _, label in manifest(videos / "all.clean.csv", videos)] == [1, 0, 2, -1, 7]
     assert "1 of 5 were done before" in capfd.readouterr().out
+    run_script(check, *flags, "--frame-step", 2)  # other clips
+    assert "were done before" not in capfd.readouterr().out
 
 
 def test_check_stops_on_ctrl_c_and_continues_where_it_stopped(videos, capfd, monkeypatch):

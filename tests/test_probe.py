@@ -346,7 +346,7 @@ def test_summary():
     assert [setting["lr"] for setting in one["best"]] == [1e-2, 1e-3] and one["top5"] is None
     assert [p["top1"] for p in one["probes"]] == pytest.approx([40, 30]) and one["probes"][1]["lr"] == 1e-3
     assert one["interval95"] == pytest.approx(interval95(2.5, 5)) and one["chance"] == pytest.approx(100 / 3)
-    assert one["num_val"] == 5 and one["unreadable"] == 1
+    assert one["num_val"] == 5 and one["unreadable"] == 1 and one["correct"] == ["11100", "11000"]  # of the best probes
     assert "1 unreadable counted as misses" in probe.describe(one)
 
 
