@@ -597,7 +597,7 @@ def summarize(args, predictions, num_classes):
         "top1": top1,
         "spread": best_top1.std().item() if seeds > 1 else None,
         "top1_per_seed": best_top1.tolist(),
-        "correct": ["".join(map(str, right[:, i, 0].int().tolist())) for right, i in zip(correct, best[:, 0], strict=True)],
+        "correct": ["".join("01"[x] for x in right[:, i, 0].tolist()) for right, i in zip(correct, best[:, 0], strict=True)],
         "interval95": interval95(top1 * total / 100, total),
         "chance": 100 / num_classes,
         "num_val": total,
