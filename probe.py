@@ -590,6 +590,7 @@ def summarize(args, predictions, num_classes):
     top5_accuracy = correct.any(-1).float().mean(1) * 100
     best = top1_accuracy.argmax(1, keepdim=True)
     best_top1 = top1_accuracy.gather(1, best)[:, 0]  # (seeds,)
+    correct_of_best = correct[torch.arange(seeds), :, best[:, 0], 0]  # (seeds, M)
     grid = itertools.product(args.lr, args.weight_decay)
     probes = [{"lr": lr, "weight_decay": weight_decay} for lr, weight_decay in grid]
     top1, total = best_top1.mean().item(), len(labels)
@@ -597,7 +598,7 @@ def summarize(args, predictions, num_classes):
         "top1": top1,
         "spread": best_top1.std().item() if seeds > 1 else None,
         "top1_per_seed": best_top1.tolist(),
-        "correct": ["".join("01"[x] for x in right[:, i, 0].tolist()) for right, i in zip(correct, best[:, 0], strict=True)],
+        "correct": ["".join("01"[x] for x in row) for row in correct_of_best.tolist()],  # a digit per video
         "interval95": interval95(top1 * total / 100, total),
         "chance": 100 / num_classes,
         "num_val": total,
