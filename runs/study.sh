@@ -11,8 +11,9 @@
 #   students  7. larger students of the same teacher are better
 #   labels    claims 1 and 2 with 100, 350 and 2,000 labels
 #
-# Runs JOBS (2) processes at a time; on two cores, part salt takes 50 minutes, the others 15 to 60. Writes a figure and a
-# table for each claim to out/study. The same command continues where it stopped. docs/replication.md has the results.
+# Runs JOBS (2) processes at a time; on two cores, part salt takes 50 minutes, the others 15 to 60. Writes a figure and two
+# tables for each claim, accuracies and their paired differences, to out/study. The same command continues where it stopped.
+# docs/replication.md has the results.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH="$PWD/.venv/bin:$PATH"
@@ -48,12 +49,12 @@ ema_run() { # folder of the variant, seed, steps, EMA momentum
     probe "$1/seed$2/ema" "$1/seed$2/probe-ema" "$2"
     probe "$1/seed$2/ema" "$1/seed$2/probe-online" "$2" --weights student
 }
-untrained() { # folder, seed
-    probe "$OUT/salt/seed$2/student" "$1/seed$2/probe" "$2" --untrained
+untrained() { # folder of the variant, seed
+    probe "$1/seed$2/student" "$1/seed$2/probe-untrained" "$2" --untrained
 }
 all_probes() { # folder, seed, labels, EMA run: probe every encoder of claims 1 and 2
     local more=(--train-clips "$3" --seeds 3) run="$OUT/salt/seed$2"
-    probe "$run/student" "$1/seed$2/probe" "$2" --untrained "${more[@]}"
+    probe "$run/student" "$1/seed$2/probe-untrained" "$2" --untrained "${more[@]}"
     probe "$run/teacher" "$1/seed$2/probe-teacher" "$2" "${more[@]}"
     probe "$run/student" "$1/seed$2/probe-student" "$2" "${more[@]}"
     probe "$4" "$1/seed$2/probe-ema" "$2" "${more[@]}"
@@ -75,13 +76,14 @@ reference() { # seeds
 }
 compare() { # name of the figure, folders of variants
     python -m tools.analyze compare "${@:2}" --save "$OUT/$1.png"
+    python -m tools.analyze differences "${@:2}" --save "$OUT/$1-differences.md"
 }
 
 salt() {
     reference {0..9}
-    for seed in {0..9}; do queue untrained "$OUT/untrained" "$seed"; done
+    for seed in {0..9}; do queue untrained "$OUT/salt" "$seed"; done
     finish_all
-    compare salt "$OUT/untrained" "$OUT/salt"
+    compare salt "$OUT/salt"
 }
 
 ema() {
