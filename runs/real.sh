@@ -1,30 +1,33 @@
 #!/usr/bin/env bash
 # Learn from real videos without labels, and probe what was learned, on two CPU cores.
 #
-#   ./runs/real.sh                  # ../shared/data: 922 clips of 21 HMDB51 classes (JHMDB, official split 1), 394 of three
-#                                   # UCF-101 classes, 99 of Panda-70M without labels
+#   ./runs/real.sh                  # ../shared/data: 922 clips of 21 HMDB51 classes (JHMDB, official split 1), 394 of
+#                                   # three UCF-101 classes, 99 of Panda-70M without labels
 #   ./runs/real.sh data/mine ...    # your own folders, as tools.prepare folder writes them (docs/your-videos.md)
 #
 # Each folder has train.csv, and val.csv if its videos are labeled. Training uses the videos of all train.csv, but no
 # labels. Then each labeled folder is a task for an untrained encoder, the teacher, the student, and both encoders of
 # V-JEPA 2 (EMA and online), trained with equal executed FLOPs: once with clips, and once with a single frame of each
-# clip, which shows how much of a task is motion. Five training seeds. Writes a figure and two tables per task to
-# out/real: accuracies, and their paired differences with intervals over seeds and sources of videos. The same command
-# continues where it stopped. docs/replication.md has the results, and how the settings were chosen.
+# clip, which shows how much of a task is motion. All train with causal masks: with the paper's, runs of this length learn
+# hardly anything (docs/NOTES.md). Five training seeds. Writes a figure and two tables per task to out/real: accuracies, and
+# their paired differences with intervals over seeds and sources of videos; SOURCE=REGEX says which part of a path names the
+# source of a video of yours. The same command continues where it stopped. docs/replication.md has the results.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH="$PWD/.venv/bin:$PATH" OMP_NUM_THREADS=1
 source runs/jobs.sh
 OUT=${OUT:-out/real} seeds=(0 1 2 3 4)
-SOURCE=${SOURCE:-'[^/]+(?=_[fhlu]_[cn]m_np|_c[0-9])'} # of a video, in its path: a recording of HMDB51 or UCF-101
 folders=("$@")
-[ $# -gt 0 ] || folders=(../shared/data/{jhmdb,ucf3,panda_samples})
+if [ $# -eq 0 ]; then
+    folders=(../shared/data/{jhmdb,ucf3,panda_samples})
+    SOURCE='[^/]+(?=_[fhlu]_[cn]m_np|_c[0-9])' # a recording of HMDB51 or UCF-101
+fi
 
 teacher_steps=1500 student_steps=1500 momentum=0.999
 model=(--model vit_ti --width 96 --depth 4 --heads 2 --patch-size 8 --num-frames 8 --resolution 64
        --predictor-width 96 --predictor-depth 2 --predictor-heads 2)
-learning=(--batch-size 24 --lr 2e-3 --final-weight-decay 0.04 --workers 0)
-probing=(--segments 2 --augment none --batch-size 25 --lr 2e-3 --probe-depth 1 --probe-heads 4 --standardize --seeds 3
+learning=(--mask causal --batch-size 24 --lr 2e-3 --final-weight-decay 0.04 --workers 0)
+probing=(--segments 2 --augment none --batch-size 25 --lr 8e-3 --probe-depth 1 --probe-heads 4 --standardize --seeds 3
          --workers 0)
 
 train() { # script, run folder, seed, steps, further flags
@@ -64,7 +67,8 @@ finish_all
 for task in "$OUT"/*/clips; do
     task=$(dirname "$task")
     python -m tools.analyze compare "$task/clips" "$task/single-frame" --save "$task.png"
-    python -m tools.analyze differences "$task/clips" "$task/single-frame" --source "$SOURCE" --save "$task-differences.md"
+    python -m tools.analyze differences "$task/clips" "$task/single-frame" ${SOURCE:+--source "$SOURCE"} \
+        --save "$task-differences.md"
 done
 python -m tools.analyze picture "$OUT/salt/teacher-seed0" "$OUT/salt/student-seed0" --data "${folders[0]}/train.csv" \
     --save "$OUT/real"
