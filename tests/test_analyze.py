@@ -161,6 +161,8 @@ def test_differences(student, teacher, probe_of, tmp_path, capfd):
     # One seed, two sources with gains of 25 and 75: the bootstrap draws means of 25, 50 and 75.
     assert cells["student: long - short"] == "+50.0 (+25.0 to +75.0); 1 of 1"
     assert "--source does not match" in refusal(capfd, analyze, *flags, "x")
+    probe_of(teacher, 50, folder="short/older")  # another task
+    assert "has no 'synthetic-motion': probe again" in refusal(capfd, analyze, *flags, "run_.")
 
 
 def test_bootstrap_interval_is_the_normal_one_of_many_sources():

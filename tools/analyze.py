@@ -526,6 +526,8 @@ def main():
         require_at_least(args, 1, "clips", "frame_step")
     try:
         args.function(args)
+    except KeyError as error:
+        fail(f"a results.json has no {error}: probe again, with the same tasks and this version of probe.py")
     except (OSError, ValueError) as error:
         fail(str(error))
 
