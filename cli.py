@@ -195,10 +195,10 @@ def predictor_config(args, in_width, out_width, model=None):
 # results
 
 
-def progress(iterable=None, **options):
+def progress(iterable=None, silent=False, **options):
     """A tqdm progress bar, shown by the first process; in a log file, updated every ten seconds."""
-    interval, silent = 0.2 if sys.stdout.isatty() else 10, rank_and_world()[0] > 0
-    return tqdm.tqdm(iterable, **{"file": sys.stdout, "mininterval": interval, "disable": silent} | options)
+    interval, silent = 0.2 if sys.stdout.isatty() else 10, silent or rank_and_world()[0] > 0
+    return tqdm.tqdm(iterable, file=sys.stdout, mininterval=interval, disable=silent, **options)
 
 
 def duration(seconds):

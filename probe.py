@@ -354,8 +354,7 @@ class Features:
         else:
             rows = (numbers // rank_and_world()[1] for numbers in micro_batches)
             loaded = ([x[row] for x in self.kept] for row in rows)
-        options = {} if progress_of and self.kept is None else {"disable": True}
-        shown = progress(micro_batches, desc=progress_of, **options)
+        shown = progress(micro_batches, silent=not progress_of or self.kept is not None, desc=progress_of)
         for numbers, (tokens, labels) in zip(shown, loaded, strict=True):
             if self.scale is not None:
                 tokens = ((tokens - self.scale[0]) / self.scale[1]).to(self.dtype)
@@ -492,8 +491,8 @@ def classify(args, probe, tokens):
         return probe(tokens).float()
 
 
-def train_epoch(args, probes, features, column, order, first_step, num_steps):
-    """Train on the samples in `order`. After every step, yield the loss, averaged over the probes.
+def train_epoch(args, probes, features, column, order, first_step, num_steps, bar):
+    """Train on the samples in `order`, and advance the progress bar. Returns the last step's mean loss of the probes.
 
     first_step: steps before this epoch; num_steps: steps of the whole training, for the learning rate.
     """
@@ -514,7 +513,8 @@ def train_epoch(args, probes, features, column, order, first_step, num_steps):
             optimizer.param_groups[0]["lr"] = lr
             optimizer.step()
             optimizer.zero_grad(set_to_none=False)
-        yield all_reduce(total_loss) / len(probes)
+        bar.update()
+    return all_reduce(total_loss).item() / len(probes)
 
 
 def train_probes(args, probes, features, task, seed, key):
@@ -535,10 +535,8 @@ def train_probes(args, probes, features, task, seed, key):
             order = torch.arange(length) + (seed * args.epochs + epoch) * length
         else:
             order = torch.randperm(length, generator=generator("probe order", seed, epoch))
-        losses = train_epoch(args, probes, features, task.column, order, epoch * steps, args.epochs * steps)
-        for loss in losses:  # noqa: B007
-            bar.update()
-        bar.set_postfix_str(f"epoch {epoch + 1}, loss {loss.item():.3f}", refresh=False)
+        loss = train_epoch(args, probes, features, task.column, order, epoch * steps, args.epochs * steps, bar)
+        bar.set_postfix_str(f"epoch {epoch + 1}, loss {loss:.3f}", refresh=False)
         if rank_and_world()[0] == 0:
             weights = [(probe.state_dict(), optimizer.state_dict()) for probe, optimizer in probes]
             state = {"key": key, "epochs": epoch + 1, "probes": weights}

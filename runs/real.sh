@@ -8,10 +8,12 @@
 # Each folder has train.csv, and val.csv if its videos are labeled. Training uses the videos of all train.csv, but no
 # labels. Then each labeled folder is a task for an untrained encoder, the teacher, the student, and both encoders of
 # V-JEPA 2 (EMA and online), trained with equal executed FLOPs: once with clips, and once with a single frame of each
-# clip, which shows how much of a task is motion. All train with causal masks: with the paper's, runs of this length learn
-# hardly anything (docs/NOTES.md). Five training seeds. Writes a figure and two tables per task to out/real: accuracies, and
-# their paired differences with intervals over seeds and sources of videos; SOURCE=REGEX says which part of a path names the
-# source of a video of yours. The same command continues where it stopped. docs/replication.md has the results.
+# clip, which shows how much of a task is motion. Five training seeds. All train with causal masks: with the paper's, runs
+# of this length learn hardly anything (docs/NOTES.md).
+#
+# Writes to out/real, for each task, a figure, a table of accuracies, and one of their paired differences with intervals
+# over seeds and sources of videos. SOURCE=REGEX: the part of a path that names the source, for your own folders. The same
+# command continues where it stopped. docs/replication.md has the results.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH="$PWD/.venv/bin:$PATH" OMP_NUM_THREADS=1

@@ -480,10 +480,10 @@ def test_resumed_script(same, dark_or_bright, teacher, tmp_path, monkeypatch, ca
     flags = [*QUICK, "--checkpoint", teacher, *own_task(dark_or_bright), "--epochs", 3]
     epoch, predict, weights = probe.train_epoch, probe.predict, []
 
-    def dies_in_the_third_epoch(args, probes, features, column, order, first_step, num_steps):
+    def dies_in_the_third_epoch(args, probes, features, column, order, first_step, *others):
         if first_step == 2:
             raise RuntimeError("killed")
-        return epoch(args, probes, features, column, order, first_step, num_steps)
+        return epoch(args, probes, features, column, order, first_step, *others)
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
         patch.setattr(probe, "train_epoch", dies_in_the_third_epoch)

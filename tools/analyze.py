@@ -262,7 +262,10 @@ def differences(args):
 
 def hits(result, task):
     """In percent, how often each validation video is classified correctly, over the seeds of the probe: (videos,)."""
-    return 100 * np.mean([list(map(int, correct)) for correct in result["tasks"][task]["correct"]], axis=0)
+    per_seed = result["tasks"].get(task, {}).get("correct")
+    if not per_seed:
+        raise ValueError(f"a probe of {result['checkpoint']} has no {task!r}: probe again, with this probe.py")
+    return 100 * np.mean([list(map(int, correct)) for correct in per_seed], axis=0)
 
 
 def sources(result, count, pattern):
@@ -526,8 +529,6 @@ def main():
         require_at_least(args, 1, "clips", "frame_step")
     try:
         args.function(args)
-    except KeyError as error:
-        fail(f"a results.json has no {error}: probe again, with the same tasks and this version of probe.py")
     except (OSError, ValueError) as error:
         fail(str(error))
 
