@@ -28,9 +28,10 @@ fi
 teacher_steps=1500 student_steps=1500 momentum=0.999
 model=(--model vit_ti --width 96 --depth 4 --heads 2 --patch-size 8 --num-frames 8 --resolution 64
        --predictor-width 96 --predictor-depth 2 --predictor-heads 2)
-learning=(--mask causal --batch-size 24 --lr 2e-3 --final-weight-decay 0.04 --workers 0)
+dtype=$(grep -q amx_bf16 /proc/cpuinfo && echo bfloat16 || echo float32) # with AMX, bfloat16 is 1.4 times as fast
+learning=(--mask causal --batch-size 24 --lr 2e-3 --final-weight-decay 0.04 --workers 0 --dtype "$dtype")
 probing=(--segments 2 --augment none --batch-size 25 --lr 8e-3 --probe-depth 1 --probe-heads 4 --standardize --seeds 3
-         --workers 0)
+         --workers 0 --dtype "$dtype")
 
 train() { # script, run folder, seed, steps, further flags
     python "$1" "${model[@]}" "${learning[@]}" --data "${folders[@]/%//train.csv}" --log-every 50 \
