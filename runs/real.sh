@@ -8,8 +8,8 @@
 # Each folder has train.csv, and val.csv if its videos are labeled. Training uses the videos of all train.csv, but no
 # labels. Then each labeled folder is a task for an untrained encoder, the teacher, the student, and both encoders of
 # V-JEPA 2 (EMA and online), trained with equal executed FLOPs: once with clips, and once with a single frame of each
-# clip, which shows how much of a task is motion. Five training seeds. All train with causal masks: with the paper's, runs
-# of this length learn hardly anything (docs/NOTES.md).
+# clip, which shows how much of a task is motion. All train with causal masks: with the paper's, runs of this length learn
+# hardly anything (docs/NOTES.md). SEEDS: training seeds, five by default. STEPS: steps of a teacher, and of a student.
 #
 # Writes to out/real, for each task, a figure, a table of accuracies, and one of their paired differences with intervals
 # over seeds and sources of videos. SOURCE=REGEX: the part of a path that names the source, for your own folders. The same
@@ -18,14 +18,14 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH="$PWD/.venv/bin:$PATH" OMP_NUM_THREADS=1
 source runs/jobs.sh
-OUT=${OUT:-out/real} seeds=(0 1 2 3 4)
+OUT=${OUT:-out/real} seeds=(${SEEDS:-0 1 2 3 4})
 folders=("$@")
 if [ $# -eq 0 ]; then
     folders=(../shared/data/{jhmdb,ucf3,panda_samples})
     SOURCE='[^/]+(?=_[fhlu]_[cn]m_np|_c[0-9])' # a recording of HMDB51 or UCF-101
 fi
 
-teacher_steps=1500 student_steps=1500 momentum=0.999
+teacher_steps=${STEPS:-1500} student_steps=${STEPS:-1500} momentum=0.999
 model=(--model vit_ti --width 96 --depth 4 --heads 2 --patch-size 8 --num-frames 8 --resolution 64
        --predictor-width 96 --predictor-depth 2 --predictor-heads 2)
 dtype=$(grep -q amx_bf16 /proc/cpuinfo && echo bfloat16 || echo float32) # with AMX, bfloat16 is 1.4 times as fast
