@@ -36,9 +36,8 @@ from torchvision.transforms.v2 import functional as TF
 
 import data
 from cli import Parser, fail, interval95, plain_flags, progress, require_at_least, resolve_device, write_lines
-from model import Encoder, Predictor, build, load_checkpoint, load_teacher_of
+from model import Encoder, Predictor, build, load_checkpoint, load_teacher_of, tubelets
 from synthetic import synthetic_pair
-from train_teacher import pixel_targets
 from video import BadVideo, bad_video, list_frames, open_container, video_stream
 
 STRIDE = 2  # frames from one window to the next (appendix D)
@@ -139,8 +138,10 @@ def surprise(networks, frames, args):
         with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
             if target_encoder:  # latents, as in train_student.py
                 targets = F.layer_norm(target_encoder(clips).float(), (target_encoder.width,))  # (B, N, D)
-            else:
-                targets = pixel_targets(clips, encoder.tubelet_size, encoder.patch_size)
+            else:  # pixels normalized per tubelet and color channel, as in train_teacher.py
+                pixels = tubelets(clips, encoder.tubelet_size, encoder.patch_size).unflatten(-1, (3, -1))
+                mean, std = pixels.mean(-1, keepdim=True), pixels.std(-1, keepdim=True)
+                targets = ((pixels - mean) / (std + 1e-6)).flatten(-2)
             for C in args.context_lengths:
                 seen = C // encoder.tubelet_size * grid[1] * grid[2]  # tokens are ordered by time
                 context_ids, target_ids = ids[:, :seen], ids[:, seen:]
